@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The main job from nothing: environment, package, then three teachers into one student under DeepSpeed ZeRO-3 on two
+# processes. What follows the script's name goes to `opd-ds train`, for example: --set run.rounds=20
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launchers/environment.sh
+install_package ""
+
+processes=${PROCESSES:-2}
+resume=auto  # started again after an interruption, it goes on
+exec deepspeed --num_accelerators "$processes" --module opd_ds.cli train --recipe miniature --resume "$resume" "$@"

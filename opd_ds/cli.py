@@ -1,0 +1,93 @@
+"""The `opd-ds` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from opd_ds.errors import Interrupted
+from opd_ds.failures import leave
+from opd_ds.launch import prepare_environment, who_am_i
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+miniature = typer.Typer(no_args_is_help=True, help="The embedded world: a tiny SD3 on handwritten digits.")
+app.add_typer(miniature, name="miniature")
+
+
+@app.callback()
+def common(local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0) -> None:
+    """Distil several diffusion teachers into one student."""
+    # The deepspeed launcher puts --local_rank before the sub-command; LOCAL_RANK says the same and is what we read.
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Option(help="a shipped recipe, see `opd-ds recipes`")] = None,
+    config: Annotated[Path | None, typer.Option(help="your own YAML run config")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, repeatable")] = None,
+    resume: Annotated[str, typer.Option(help="never, auto, or the folder of a checkpoint")] = "never",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved run and start nothing")] = False,
+) -> None:
+    """Distil: one process by itself, or one per device under deepspeed, torchrun or srun."""
+    from opd_ds.loading import load_config
+
+    world = who_am_i()
+    settings = load_config(recipe, config, overrides or [])
+    prepare_environment(world)
+    if dry_run:
+        from opd_ds.dry_run import describe
+
+        if world.is_main:
+            typer.echo(describe(settings, world.size))
+        return
+    from opd_ds.engine import init_group
+    from opd_ds.run import train as run_training
+
+    quiet_libraries()
+    run_training(settings, init_group(world), resume)
+
+
+@app.command()
+def recipes() -> None:
+    """List the shipped recipes."""
+    from opd_ds.loading import recipe_summaries
+
+    for name, line in recipe_summaries().items():
+        typer.echo(f"{name:26} {line}")
+
+
+@miniature.command("build")
+def build_miniature(
+    output_dir: Annotated[Path, typer.Option(help="where base, teachers and prompts are written")],
+    seed: int = 0,
+) -> None:
+    """Make the miniature world from scratch (about 25 minutes on 2 cores; needs scikit-learn)."""
+    from opd_ds.miniature.build import build
+
+    build(output_dir, seed=seed)
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to our own progress: no loading bars, no notes about optional image backends."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Run the command; see `opd_ds.failures` for how errors are said."""
+    try:
+        app()
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not isinstance(error, Interrupted):  # typer's own ending
+            raise
+        leave(error)
+
+
+if __name__ == "__main__":
+    main()

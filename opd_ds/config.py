@@ -1,0 +1,220 @@
+"""The typed run config. Every key is checked before anything heavy is imported or loaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+PAPER_LORA_TARGETS = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+STOCHASTIC_KERNELS = ("flow", "dance", "ddim", "cps")
+
+
+class Section(BaseModel):
+    """Unknown keys are errors everywhere."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunSection(Section):
+    rounds: PositiveInt = Field(description="optimizer rounds in all")
+    seed: int = Field(0, description="names every prompt and noise draw together with round, task and sample index")
+    output_dir: Path = Field(description="metrics, TensorBoard, checkpoints and export go here")
+    checkpoint_every: PositiveInt = Field(25, description="rounds between checkpoints")
+    keep_checkpoints: PositiveInt = Field(2, description="how many of the newest checkpoints stay")
+    eval_every: NonNegativeInt = Field(0, description="rounds between evaluations of the student; 0: only at the end")
+    image_every: NonNegativeInt = Field(0, description="rounds between image grids in TensorBoard; 0: only at the end")
+
+
+class ModelSection(Section):
+    family: Literal["sd3"] = "sd3"
+    path: str = Field(description="diffusers folder, hub id, or package:<path inside opd_ds>")
+    height: PositiveInt | None = Field(None, description="pixels; default: the transformer's own size")
+    width: PositiveInt | None = Field(None, description="pixels; default: the transformer's own size")
+    max_text_length: PositiveInt = Field(128, description="T5 tokens")
+    negative_prompt: str = ""
+    text_encoders: Literal["resident", "offload"] = "offload"
+
+
+class LoraSection(Section):
+    rank: PositiveInt = 32
+    alpha: PositiveFloat = 64
+    targets: tuple[str, ...] = PAPER_LORA_TARGETS
+
+
+class EmaSection(Section):
+    decay: float = Field(0.9, ge=0, lt=1)
+    warmup: bool = Field(True, description="decay = min(decay, (1 + updates) / (10 + updates))")
+    every: PositiveInt = Field(1, description="optimizer steps between EMA updates")
+
+
+class StudentSection(Section):
+    kind: Literal["full", "lora"] = "full"
+    lora: LoraSection = LoraSection()
+    gradient_checkpointing: bool = False
+    ema: EmaSection = EmaSection()
+
+
+class OptimizerSection(Section):
+    """Fills the entries of the ds_config that say "auto"; an explicit entry there wins unless both are given."""
+
+    lr: PositiveFloat = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(1e-4, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
+    warmup_rounds: NonNegativeInt = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+
+
+class TrainedSteps(Section):
+    """Which steps of a trajectory are trained: give exactly one."""
+
+    fraction: float | None = Field(None, gt=0, le=1, description="the first int(steps * fraction) steps")
+    steps: tuple[NonNegativeInt, ...] | None = Field(None, description="these steps, counted from the noise end")
+    queries: PositiveInt | None = Field(None, description="this many random steps per trajectory")
+
+    @model_validator(mode="after")
+    def _one(self) -> TrainedSteps:
+        if sum(value is not None for value in (self.fraction, self.steps, self.queries)) != 1:
+            raise ValueError("give exactly one of fraction, steps, queries")
+        return self
+
+
+class RolloutSection(Section):
+    samples: PositiveInt = Field(description="trajectories per task and round over all ranks")
+    steps: PositiveInt = 10
+    kernel: Literal["euler", "flow", "dance", "ddim", "dpm1", "dpm2", "cps"] = "euler"
+    noise_level: float = Field(0.0, ge=0)
+    guidance: float = Field(4.5, ge=0, description="the student's, in rollout, training and evaluation")
+    micro_batch: PositiveInt = Field(8, description="trajectories per forward and rank")
+    mode: Literal["buffered", "fused"] = "buffered"
+    trained_steps: TrainedSteps = TrainedSteps(fraction=1.0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RolloutSection:
+        if self.noise_level > 0 and self.kernel not in STOCHASTIC_KERNELS:
+            raise ValueError(
+                f"noise_level = {self.noise_level:g} contradicts kernel = {self.kernel!r}, which is deterministic; "
+                f"set noise_level to 0 or choose one of {', '.join(STOCHASTIC_KERNELS)}"
+            )
+        if self.noise_level > 1 and self.kernel in ("ddim", "cps"):
+            raise ValueError(f"noise_level = {self.noise_level:g}: kernel {self.kernel!r} allows 0 to 1")
+        chosen = self.trained_steps
+        if chosen.steps is not None and (not chosen.steps or max(chosen.steps) >= self.steps):
+            raise ValueError(f"trained_steps.steps = {list(chosen.steps)}: must name steps 0 to {self.steps - 1}")
+        if chosen.steps is not None and len(set(chosen.steps)) != len(chosen.steps):
+            raise ValueError(f"trained_steps.steps = {list(chosen.steps)}: a step is named twice")
+        if chosen.queries is not None and chosen.queries > self.steps:
+            raise ValueError(f"trained_steps.queries = {chosen.queries}: a trajectory has only {self.steps} steps")
+        if chosen.fraction is not None and int(self.steps * chosen.fraction) < 1:
+            raise ValueError(f"trained_steps.fraction = {chosen.fraction:g} of {self.steps} steps leaves no step")
+        return self
+
+
+class ObjectiveSection(Section):
+    target: Literal["transition", "velocity", "x0"] = "transition"
+    weighting: Literal["kl", "uniform", "normalized"] = "kl"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ObjectiveSection:
+        if self.weighting == "kl" and self.target != "transition":
+            raise ValueError(f"weighting = 'kl' belongs to target = 'transition', not {self.target!r}; use 'uniform'")
+        return self
+
+
+class TrainSection(Section):
+    micro_batch: PositiveInt = Field(8, description="(state, step) pairs per forward/backward and rank")
+    inner_epochs: PositiveInt = Field(1, description="passes over the buffer, each one optimizer step")
+
+
+class ScoringSection(Section):
+    micro_batch: PositiveInt | None = Field(None, description="pairs per teacher forward and rank; default: train's")
+
+
+class TeacherSection(Section):
+    path: str = Field(description="LoRA (PEFT or diffusers form) or full checkpoint: folder, hub id or package:<path>")
+    guidance: float = Field(4.5, ge=0, description="the teacher's own, apart from the student's")
+    placement: Literal["resident", "offload", "zero_inference"] = "resident"
+    deepspeed: str | None = Field(None, description="ds_config of a zero_inference teacher; default zero_inference_gpu")
+    trust_base: bool = Field(False, description="accept a LoRA that names another base (a renamed copy of ours)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TeacherSection:
+        if self.deepspeed is not None and self.placement != "zero_inference":
+            raise ValueError(f"deepspeed is read only with placement = 'zero_inference', not {self.placement!r}")
+        return self
+
+
+class TaskSection(Section):
+    teacher: TeacherSection
+    prompts: str = Field(description="training prompts, .txt or .jsonl")
+    eval_prompts: str | None = Field(None, description="held-out prompts")
+    weight: PositiveFloat = Field(1.0, description="factor on this task's loss")
+    guidance: float | None = Field(None, ge=0, description="the student's on this task; default rollout.guidance")
+    reward: str | None = Field(None, description="monitors only; never decides a gradient")
+
+
+class EvaluationSection(Section):
+    steps: PositiveInt = Field(40, description="Euler steps")
+    samples_per_prompt: PositiveInt = 1
+    micro_batch: PositiveInt = 16
+    seed: int = 1234
+    grid_prompts: NonNegativeInt = Field(4, description="prompts per task in image grids")
+    baselines: bool = Field(True, description="also score base and teachers, at the end of the run")
+
+
+class RunConfig(Section):
+    """One run. Batch sizes named `samples` are global; those named `micro_batch` are per rank and change no result."""
+
+    run: RunSection
+    model: ModelSection
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    deepspeed: str = Field("zero3", description="name in ds_configs/ or path of a DeepSpeed JSON")
+    student: StudentSection = StudentSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    rollout: RolloutSection
+    objective: ObjectiveSection = ObjectiveSection()
+    train: TrainSection = TrainSection()
+    scoring: ScoringSection = ScoringSection()
+    tasks: dict[str, TaskSection] = Field(min_length=1)
+    evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        for name, task in self.tasks.items():
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ValueError(f"tasks: the name {name!r} may hold letters, digits, '_' and '-' only")
+            if self.rollout.mode == "fused" and task.teacher.placement != "resident":
+                raise ValueError(
+                    f"rollout.mode = 'fused' asks every teacher at every step, but tasks.{name}.teacher.placement = "
+                    f"{task.teacher.placement!r} is brought in once a round; set it to 'resident' or rollout.mode to "
+                    "'buffered'"
+                )
+        if self.rollout.mode == "fused" and self.train.inner_epochs > 1:
+            raise ValueError(
+                f"rollout.mode = 'fused' trains while it rolls out, so train.inner_epochs = {self.train.inner_epochs} "
+                "is not possible; set it to 1 or rollout.mode to 'buffered'"
+            )
+        return self
+
+    @property
+    def scoring_micro_batch(self) -> int:
+        """Pairs per teacher forward; equal to the training micro-batch unless told otherwise."""
+        return self.scoring.micro_batch or self.train.micro_batch

@@ -1,0 +1,47 @@
+"""`opd-ds train --dry-run`: everything that is derived, before anything starts."""
+
+from __future__ import annotations
+
+import json
+
+import yaml
+
+from opd_ds.config import RunConfig
+from opd_ds.preparation import find_files
+from opd_ds.prompts import shard
+
+
+def describe(config: RunConfig, world_size: int) -> str:
+    """The resolved run, the batch arithmetic and the completed ds_config. Files are checked; no network is loaded.
+
+    Raises:
+        UserError: as a real start would.
+    """
+    files = find_files(config, world_size)
+    settings = config.rollout
+    chosen = settings.trained_steps
+    if chosen.queries is not None:
+        trained = chosen.queries
+    else:
+        trained = len(chosen.steps) if chosen.steps is not None else int(settings.steps * (chosen.fraction or 0))
+    part = shard(settings.samples, 0, world_size)
+    pairs = len(part) * trained
+    filled = len(part) * world_size - settings.samples
+    passes = "one pass" if settings.guidance == 1 else "two passes (guidance), batched in one"
+    tasks = ", ".join(f"{name} (teacher {files.teachers[name].path.name})" for name in config.tasks)
+    lines = [
+        f"processes              {world_size}",
+        f"tasks                  {len(config.tasks)}: {tasks}",
+        f"samples a round        {settings.samples} per task, {settings.samples * len(config.tasks)} in all",
+        f"samples per process    {len(part)} per task"
+        + (f" ({filled} filling samples at weight 0, because {settings.samples} is not a multiple)" if filled else ""),
+        f"trained steps          {trained} of {settings.steps}: {pairs} (state, step) pairs per task and process",
+        f"rollout                {settings.steps} steps in micro-batches of {settings.micro_batch}, {passes}",
+        f"scoring                {-(-pairs // config.scoring_micro_batch)} teacher forwards per task and process",
+        f"training               {-(-pairs // config.train.micro_batch) * len(config.tasks)} micro-batches of "
+        f"{config.train.micro_batch} per process, then one optimizer step",
+        f"rounds                 {config.run.rounds}, a checkpoint every {config.run.checkpoint_every}",
+    ]
+    resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    ds_config = json.dumps(files.student_ds_config, indent=2)
+    return "\n".join(["# run", resolved, "# arithmetic", *lines, "", f"# ds_config ({config.deepspeed})", ds_config])

@@ -1,0 +1,19 @@
+"""The only room that speaks DeepSpeed. Written for 0.19.6 to 0.19.x; what is private there is named where used."""
+
+from opd_ds.engine.comm import Group, init_group
+from opd_ds.engine.ds_config import frozen_ds_config, read_ds_config, student_ds_config, zero_stage
+from opd_ds.engine.ema import ShardedEma
+from opd_ds.engine.frozen import FrozenEngine
+from opd_ds.engine.student import StudentEngine
+
+__all__ = [
+    "FrozenEngine",
+    "Group",
+    "ShardedEma",
+    "StudentEngine",
+    "frozen_ds_config",
+    "init_group",
+    "read_ds_config",
+    "student_ds_config",
+    "zero_stage",
+]

@@ -1,0 +1,153 @@
+"""Completing a DeepSpeed JSON: batch sizes and precision are ours, the optimizer's "auto" entries come from the run."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from opd_ds.config import OptimizerSection, RunConfig
+from opd_ds.errors import UserError
+
+AUTO = "auto"
+_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+_OWNED_BY = {
+    "train_batch_size": "rollout.samples",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "rollout.samples and train.micro_batch",
+}
+
+
+def read_ds_config(path: Path) -> dict[str, Any]:
+    """Parse a DeepSpeed JSON.
+
+    Raises:
+        UserError: not JSON, or not an object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"ds_config {path}, line {error.lineno}: not JSON ({error.msg})") from error
+    if not isinstance(data, dict):
+        raise UserError(f"ds_config {path}: needs an object at the top level")
+    return data
+
+
+def zero_stage(ds_config: dict[str, Any]) -> int:
+    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def student_ds_config(template: dict[str, Any], config: RunConfig, world_size: int, source: str) -> dict[str, Any]:
+    """The student engine's ds_config.
+
+    Raises:
+        UserError: `template` sets what the run config owns, or both set an optimizer value and differ.
+    """
+    ds = copy.deepcopy(template)
+    _fill_batch_and_precision(ds, config.train.micro_batch, config.precision, world_size, source)
+    _fill_optimizer(ds, config.optimizer, source)
+    _fill_schedule(ds, config, source)
+    if ds.get("managed_gradient_accumulation", True) is not True:
+        raise UserError(
+            f"ds_config {source}: managed_gradient_accumulation must stay true; the trainer sets boundaries"
+        )
+    return ds
+
+
+def frozen_ds_config(template: dict[str, Any], precision: str, world_size: int, source: str) -> dict[str, Any]:
+    """The ds_config of a teacher engine: ZeRO stage 3 without an optimizer (ZeRO-Inference).
+
+    Raises:
+        UserError: another stage (DeepSpeed refuses 1 and 2 without an optimizer), or training keys.
+    """
+    ds = copy.deepcopy(template)
+    if zero_stage(ds) != 3:
+        raise UserError(f"ds_config {source}: zero_optimization.stage = {zero_stage(ds)}; a teacher engine needs 3")
+    for key in ("optimizer", "scheduler", "gradient_clipping"):
+        if key in ds:
+            raise UserError(f"ds_config {source}: a teacher never trains; remove {key!r}")
+    _fill_batch_and_precision(ds, 1, precision, world_size, source)
+    return ds
+
+
+def _fill_batch_and_precision(ds: dict[str, Any], micro: int, precision: str, world_size: int, source: str) -> None:
+    for key in _BATCH_KEYS:
+        if ds.get(key, AUTO) != AUTO:
+            raise UserError(
+                f'ds_config {source}: {key} = {ds[key]} is not taken from there; remove it (or write "auto") and set '
+                f"{_OWNED_BY[key]} in the run config"
+            )
+    ds |= dict(zip(_BATCH_KEYS, (micro * world_size, micro, 1), strict=True))
+    for name in ("fp16", "bf16"):
+        block = ds.setdefault(name, {})
+        wanted = precision == name
+        if block.get("enabled", AUTO) not in (AUTO, wanted):
+            raise UserError(
+                f"ds_config {source}: {name}.enabled = {block['enabled']} contradicts precision = {precision!r}; "
+                f'remove it (or write "auto") and set precision in the run config'
+            )
+        block["enabled"] = wanted
+    if ds.get("torch_autocast", {}).get("enabled", False):
+        raise UserError(f"ds_config {source}: torch_autocast is not supported; set precision in the run config")
+    if precision == "bf16" and zero_stage(ds) > 0:
+        # Many micro-batches add up in one gradient; in bf16 small ones would be rounded away. Stage 0 has no choice.
+        ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+
+
+def _fill_optimizer(ds: dict[str, Any], wanted: OptimizerSection, source: str) -> None:
+    block = ds.setdefault("optimizer", {"type": "AdamW", "params": {}})
+    params = block.setdefault("params", {})
+    if block.get("type") in ("Adam", "AdamW"):
+        for name in ("lr", "betas", "eps", "weight_decay"):
+            params.setdefault(name, AUTO)
+    for name in ("lr", "betas", "eps", "weight_decay"):
+        if name in params:
+            key = f"optimizer.params.{name}"
+            params[name] = _settle(
+                params[name], getattr(wanted, name), name in wanted.model_fields_set, key, name, source
+            )
+    clipping = ds.get("gradient_clipping", AUTO)
+    given = "max_grad_norm" in wanted.model_fields_set
+    ds["gradient_clipping"] = _settle(
+        clipping, wanted.max_grad_norm, given, "gradient_clipping", "max_grad_norm", source
+    )
+    offloaded = ds.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    if block.get("type") in ("Adam", "AdamW") and not offloaded:
+        # DeepSpeed's own FusedAdam is compiled at first use; torch's needs no compiler and is as fast.
+        params.setdefault("torch_adam", True)
+
+
+def _settle(found: Any, wanted: Any, given: bool, ds_key: str, run_key: str, source: str) -> Any:
+    wanted = list(wanted) if isinstance(wanted, tuple) else wanted
+    if found == AUTO:
+        return wanted
+    if given and found != wanted:
+        raise UserError(
+            f"ds_config {source}: {ds_key} = {found} and the run config's optimizer.{run_key} = {wanted} differ; "
+            f'write "auto" in the one or remove the other'
+        )
+    return found
+
+
+def _fill_schedule(ds: dict[str, Any], config: RunConfig, source: str) -> None:
+    wanted = config.optimizer
+    if wanted.warmup_rounds == 0 and wanted.schedule == "constant":
+        return
+    if "scheduler" in ds:
+        raise UserError(
+            f"ds_config {source}: has a scheduler and the run config sets optimizer.warmup_rounds or schedule; keep one"
+        )
+    steps = config.train.inner_epochs
+    warmup = wanted.warmup_rounds * steps
+    if wanted.schedule == "cosine":
+        params: dict[str, Any] = {
+            "total_num_steps": config.run.rounds * steps,
+            "warmup_num_steps": max(warmup, 2),  # WarmupCosineLR takes no fewer
+            "cos_min_ratio": 0.02,
+        }
+        ds["scheduler"] = {"type": "WarmupCosineLR", "params": params}
+    else:
+        lr = ds["optimizer"]["params"]["lr"]
+        params = {"warmup_min_lr": 0.0, "warmup_max_lr": lr, "warmup_num_steps": warmup, "warmup_type": "linear"}
+        ds["scheduler"] = {"type": "WarmupLR", "params": params}

@@ -1,0 +1,134 @@
+"""The student under DeepSpeed: forward, accumulation over a round, one step, gathered weights, checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from opd_ds.engine.comm import Group
+from opd_ds.engine.ds_config import zero_stage
+
+CHECKPOINT_TAG = "engine"
+
+
+class StudentEngine:
+    """A DeepSpeed engine of any ZeRO stage around the trainable network.
+
+    Every rank must make the same calls in the same order: under ZeRO-3 each forward is a collective.
+    """
+
+    def __init__(self, module: nn.Module, ds_config: dict[str, Any], group: Group) -> None:
+        self._group = group
+        self.zero_stage = zero_stage(ds_config)
+        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._has_frozen = len(trainable) < sum(1 for _ in module.parameters())
+        self._engine, _, _, self._scheduler = deepspeed.initialize(
+            model=module, model_parameters=trainable, config=ds_config, dist_init_required=False
+        )
+        self._engine.train()
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self._engine(**inputs)
+
+    @property
+    def module(self) -> nn.Module:
+        return self._engine.module
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self._engine.get_lr()[0])
+
+    def accumulate(self, loss: Tensor, *, last: bool) -> None:
+        """Backward of one micro-batch. `loss` is this rank's part of the round's loss: parts add up over ranks.
+
+        DeepSpeed averages gradients over ranks, hence the factor. Only the micro-batch marked `last` closes the
+        accumulation, so the number of micro-batches in a round is free.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self._group.world.size, scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """One optimizer step on what was accumulated; returns the global gradient norm before clipping."""
+        norm = self._plain_grad_norm() if self.zero_stage == 0 else None
+        self._engine.step()
+        reported = self._engine.get_global_grad_norm()
+        norm = reported if reported is not None else norm
+        return float("nan") if norm is None else float(norm)
+
+    def _plain_grad_norm(self) -> float | None:
+        """Without ZeRO and in fp32 DeepSpeed has no optimizer wrapper that would tell the norm."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else None
+
+    # ---- the trainable weights, as each rank holds them in full precision ----
+
+    def masters(self) -> list[Tensor]:
+        """This rank's fp32 master weights (at stage 0 all of them), the very tensors the optimizer updates.
+
+        DeepSpeed has no public name for them that fits every stage; attributes as in 0.19.
+        """
+        optimizer = self._engine.optimizer
+        if self.zero_stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):  # stages 1, 2; bf16 stage 1
+            if hasattr(optimizer, name):
+                return list(getattr(optimizer, name))
+        if hasattr(optimizer, "fp32_groups"):  # stage 0 in half precision
+            return [parameter for part in optimizer.fp32_groups for parameter in part]
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    @torch.no_grad()
+    def publish_masters(self) -> None:
+        """Make the network's weights those of the masters, as DeepSpeed does at the end of a step. Collective."""
+        optimizer = self._engine.optimizer
+        if self.zero_stage == 3:
+            for index in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(index)
+            if optimizer.persistent_parameters:
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        elif hasattr(optimizer, "update_lp_params"):
+            optimizer.update_lp_params()
+        elif hasattr(optimizer, "fp32_groups"):
+            for ours, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+                for parameter, master in zip(ours, masters, strict=True):
+                    parameter.data.copy_(master.data)
+
+    @torch.no_grad()
+    def gather_weights(self, *, trainable_only: bool) -> dict[str, Tensor]:
+        """Full weights by name, on rank 0's CPU (empty elsewhere). Collective; one tensor at a time on the device."""
+        weights = {}
+        for name, parameter in self.module.named_parameters():
+            if trainable_only and not parameter.requires_grad:
+                continue
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+                if self._group.world.is_main:
+                    weights[name] = parameter.detach().cpu().clone()
+        if self._group.world.is_main and not trainable_only:
+            weights |= {name: buffer.detach().cpu().clone() for name, buffer in self._persistent_buffers()}
+        return weights
+
+    def _persistent_buffers(self) -> list[tuple[str, Tensor]]:
+        skipped = {
+            f"{prefix}.{name}" if prefix else name
+            for prefix, module in self.module.named_modules()
+            for name in module._non_persistent_buffers_set
+        }
+        return [(name, buffer) for name, buffer in self.module.named_buffers() if name not in skipped]
+
+    def save(self, folder: Path) -> None:
+        """Weights (LoRA: only the trainable ones), optimizer and scheduler state of all ranks. Collective."""
+        self._engine.save_checkpoint(
+            str(folder), tag=CHECKPOINT_TAG, save_latest=False, exclude_frozen_parameters=self._has_frozen
+        )
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, on the same number of ranks and the same ZeRO stage. Collective."""
+        loaded, _ = self._engine.load_checkpoint(
+            str(folder), tag=CHECKPOINT_TAG, load_module_strict=not self._has_frozen
+        )
+        if loaded is None:
+            raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")

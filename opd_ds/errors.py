@@ -1,0 +1,24 @@
+"""Errors that are written for the person who started the run."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user can fix. The message is one line: key, value, what is allowed, what to do."""
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient norm stopped being a finite number; the last checkpoint is intact."""
+
+
+class Interrupted(SystemExit):
+    """The run saved its state and left on purpose, after SIGTERM or SIGINT."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """`' Did you mean ...?'` for the closest allowed name, or an empty string when nothing is close."""
+    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""

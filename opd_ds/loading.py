@@ -1,0 +1,219 @@
+"""From recipe, file and `--set` overrides to a checked RunConfig; and from names in it to files."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from opd_ds.config import RunConfig
+from opd_ds.errors import UserError, nearest
+
+PACKAGE_PREFIX = "package:"
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(/.+)?$")
+
+
+def package_root() -> Path:
+    return Path(str(resources.files("opd_ds")))
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys in silence; two tasks with one name must not pass."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise UserError(
+                    f"{node.start_mark.name}, line {key_node.start_mark.line + 1}: key {key!r} appears twice"
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+# YAML 1.1 reads 1e-4 as a string, which nobody who writes a learning rate expects.
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9][0-9_]*)(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _parse_yaml(text: str, name: str) -> Any:
+    try:
+        loader = _UniqueKeyLoader(text)
+        loader.name = name
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{name}{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+
+
+def recipe_names() -> list[str]:
+    """Recipes shipped with the package."""
+    return sorted(path.stem for path in (package_root() / "recipes").glob("*.yaml"))
+
+
+def recipe_summaries() -> dict[str, str]:
+    """Each recipe with its first comment line."""
+    files = {name: package_root() / "recipes" / f"{name}.yaml" for name in recipe_names()}
+    return {name: file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for name, file in files.items()}
+
+
+def load_config(recipe: str | None, file: Path | None, overrides: list[str]) -> RunConfig:
+    """The run config from a shipped recipe or a YAML file, then `key.path=value` overrides (values are YAML).
+
+    Raises:
+        UserError: one line per problem, each with key, value, what is allowed and the nearest valid key.
+    """
+    if (recipe is None) == (file is None):
+        raise UserError("give either --recipe NAME or --config FILE")
+    if recipe is not None:
+        if recipe not in recipe_names():
+            allowed = recipe_names()
+            raise UserError(f"recipe {recipe!r}: unknown; allowed: {', '.join(allowed)}.{nearest(recipe, allowed)}")
+        file = package_root() / "recipes" / f"{recipe}.yaml"
+    assert file is not None
+    if not file.is_file():
+        raise UserError(f"config file {file} does not exist")
+    data = _parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    if not isinstance(data, dict):
+        raise UserError(f"config file {file}: needs a mapping of sections at the top level")
+    for override in overrides:
+        _apply_override(data, override)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(problem) for problem in error.errors())) from error
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise UserError(f"--set {override!r}: expected key.path=value, for example --set rollout.steps=20")
+    node = data
+    for depth, part in enumerate(parts[:-1]):
+        child = node.setdefault(part, {})
+        if isinstance(child, str) and part == "teacher":  # a teacher given as a bare path
+            child = node[part] = {"path": child}
+        if not isinstance(child, dict):
+            raise UserError(f"--set {override!r}: {'.'.join(parts[: depth + 1])} is a value, not a section")
+        node = child
+    value = _parse_yaml(text, f"--set {key}")
+    # A bare path for a teacher replaces its path and keeps its guidance and placement.
+    if parts[-1] == "teacher" and isinstance(value, str) and isinstance(node.get("teacher"), dict):
+        node, parts = node["teacher"], ["path"]
+    node[parts[-1]] = value
+
+
+def _explain(problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    value = problem["input"]
+    shown = "" if isinstance(value, dict | BaseModel) else f" = {value!r}"
+    if problem["type"] == "extra_forbidden":
+        fields = _fields_at(location[:-1])
+        similar = nearest(location[-1], fields) or nearest(key, _all_keys())
+        return f"{key}{shown}: unknown key; allowed here: {', '.join(fields)}.{similar}"
+    if problem["type"] == "missing":
+        return f"{key}: required and missing; add it to the config or give --set {key}=..."
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}{shown}: {message}" if key else message
+
+
+def _fields_at(location: list[str]) -> list[str]:
+    """The keys that are valid in the section at `location`."""
+    model: Any = RunConfig
+    skip = False
+    for part in location:
+        if skip:  # the free name of a task
+            skip = False
+            continue
+        annotation = model.model_fields[part].annotation
+        arguments = getattr(annotation, "__args__", (annotation,))
+        model = next(a for a in (annotation, *arguments) if isinstance(a, type) and issubclass(a, BaseModel))
+        skip = annotation is not model
+    return list(model.model_fields)
+
+
+def _all_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def resolve_path(value: str, key: str) -> Path:
+    """A local path, `package:<path inside opd_ds>`, or a hub id (`org/name[/sub/folder]`), fetched if need be.
+
+    Raises:
+        UserError: nothing is there, naming the config key.
+    """
+    if value.startswith(PACKAGE_PREFIX):
+        path = package_root() / value.removeprefix(PACKAGE_PREFIX)
+        if not path.exists():
+            raise UserError(f"{key} = {value!r}: opd_ds carries no such file")
+        return path
+    local = Path(value).expanduser()
+    if local.exists():
+        return local.resolve()
+    if value.startswith((".", "/", "~")) or not _HUB_ID.match(value):
+        raise UserError(f"{key} = {value!r}: no such file or folder; give a path that exists or a hub id 'org/name'")
+    return _from_hub(value, key)
+
+
+def _from_hub(value: str, key: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    org, name, *rest = value.split("/", 2)
+    subfolder = rest[0] if rest else ""
+    patterns = [f"{subfolder}/*"] if subfolder else None
+    # Single-file and half-precision duplicates of the same weights are skipped.
+    ignored = ["*.ckpt", "*.bin", "*.msgpack", "*.fp16.safetensors", "*.png", "*.jpg"]
+    if not subfolder:
+        ignored.append("sd3*.safetensors")
+    try:
+        root = Path(snapshot_download(f"{org}/{name}", allow_patterns=patterns, ignore_patterns=ignored))
+    except Exception as error:  # the hub client raises many kinds; the user needs one line, with the cause chained
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{key} = {value!r}: no such local folder, and the model hub did not give it ({type(error).__name__}: "
+            f"{reason}); log in with `hf auth login` if it is gated, or give a local folder"
+        ) from error
+    if not (root / subfolder).exists():
+        raise UserError(f"{key} = {value!r}: the hub repository {org}/{name} has no folder {subfolder!r}")
+    return root / subfolder
+
+
+def resolve_ds_config(value: str, key: str) -> Path:
+    """A DeepSpeed JSON: a path, or the name of one shipped in ds_configs/ (with or without folder and ending)."""
+    if Path(value).expanduser().is_file():
+        return Path(value).expanduser()
+    shipped = package_root() / "ds_configs"
+    candidate = shipped / f"{Path(value).name.removesuffix('.json')}.json"
+    if candidate.is_file():
+        return candidate
+    names = sorted(path.stem for path in shipped.glob("*.json"))
+    raise UserError(f"{key} = {value!r}: no such file; shipped are {', '.join(names)}.{nearest(value, names)}")
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file, or of all weight and config files of a folder in name order."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".json"))
+    for file in files:
+        digest.update(str(file.relative_to(path)).encode() if file != path else b"")
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,130 @@
+"""The world of pictures: a handwritten digit in one colour on a ground of another, and prompts that name all three.
+
+Pictures are 16x16 RGB in [0, 1]. The digits are scikit-learn's `load_digits` (real 8x8 scans), upsampled; they are
+split by index into those that the models are trained on, those that the reader learns from, and those it is tested on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opd_ds.errors import UserError
+
+SIZE = 16
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (0.86, 0.16, 0.16),
+    "green": (0.16, 0.62, 0.24),
+    "blue": (0.18, 0.30, 0.86),
+    "yellow": (0.94, 0.82, 0.20),
+    "purple": (0.56, 0.22, 0.70),
+    "white": (0.95, 0.95, 0.95),
+}
+TASKS = ("text", "composition", "look")
+# Each task has its own phrasing, as OCR, GenEval and aesthetic prompts differ in the world outside.
+_PHRASES = {
+    "text": "the number {digit} in {ink} on {ground}",
+    "composition": "a {ink} {digit} on {ground}",
+    "look": "a neat {ink} {digit} on {ground}",
+}
+_NAMES = "|".join(COLOURS)
+_PATTERN = re.compile(rf"^(?:the number (\d) in ({_NAMES})|a (?:neat )?({_NAMES}) (\d)) on ({_NAMES})$")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a prompt asks for."""
+
+    digit: int
+    ink: str
+    ground: str
+
+    def prompt(self, task: str) -> str:
+        return _PHRASES[task].format(digit=self.digit, ink=self.ink, ground=self.ground)
+
+
+def parse(prompt: str) -> Scene | None:
+    """The scene that `prompt` names, or None when it is no prompt of this world."""
+    match = _PATTERN.match(prompt)
+    if match is None:
+        return None
+    digit, ink = match[1] or match[4], match[2] or match[3]
+    return Scene(int(digit), ink, match[5])
+
+
+def scenes() -> list[Scene]:
+    """All 300 combinations of a digit, an ink and another ground."""
+    pairs = itertools.permutations(COLOURS, 2)
+    return [Scene(digit, ink, ground) for digit, (ink, ground) in itertools.product(range(10), pairs)]
+
+
+def split_scenes(task: str) -> tuple[list[Scene], list[Scene]]:
+    """Training and held-out scenes of a task: four fifths and one fifth, another random fifth for each task."""
+    everything = scenes()
+    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(TASKS.index(task))).tolist()
+    held_out = len(everything) // 5
+    return [everything[k] for k in sorted(order[held_out:])], [everything[k] for k in sorted(order[:held_out])]
+
+
+def load_strokes() -> dict[str, tuple[Tensor, Tensor]]:
+    """Digit masks [N, 16, 16] in [0, 1] and labels [N], by use: `world`, `reader`, `reader_test`.
+
+    Raises:
+        UserError: scikit-learn, which carries the digits, is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UserError("the miniature is built from scikit-learn's digits: pip install 'opd-ds[miniature]'") from error
+    digits = load_digits()
+    masks = torch.from_numpy(digits.images).float()[:, None] / 16
+    masks = F.interpolate(masks, size=(SIZE, SIZE), mode="bicubic", align_corners=False).clamp(0, 1)[:, 0]
+    labels = torch.from_numpy(digits.target).long()
+    uses = ("world", "reader", "reader_test")
+    return {use: (masks[k::3].contiguous(), labels[k::3].contiguous()) for k, use in enumerate(uses)}
+
+
+def palette() -> Tensor:
+    """Colours [6, 3]."""
+    return torch.tensor(list(COLOURS.values()))
+
+
+def paint(masks: Tensor, ink: Tensor, ground: Tensor) -> Tensor:
+    """Masks [B, 16, 16], colours [B, 3] each, to pictures [B, 3, 16, 16]."""
+    below, above = ground[:, :, None, None], ink[:, :, None, None]
+    return below + masks[:, None] * (above - below)
+
+
+def soil(pictures: Tensor, strength: Tensor, generator: torch.Generator) -> Tensor:
+    """Blotches and speckle of `strength` [B] (0 leaves a picture alone), as on bad paper; pictures [B, 3, 16, 16]."""
+    count = len(pictures)
+    coarse = torch.randn(count, 3, 5, 5, generator=generator)
+    blotches = F.interpolate(coarse, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
+    speckle = torch.randn(pictures.shape, generator=generator)
+    return (pictures + strength[:, None, None, None] * (0.7 * blotches + 0.7 * speckle)).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Random pictures [B, 3, 16, 16] with what they really show: digit [B], ink [B] and ground [B] (palette rows)."""
+
+    pictures: Tensor
+    digit: Tensor
+    ink: Tensor
+    ground: Tensor
+
+
+def random_pictures(masks: Tensor, labels: Tensor, count: int, generator: torch.Generator, *, soiled: float) -> Batch:
+    """`count` pictures of random digits and colours, a share `soiled` of them with blotches."""
+    chosen = torch.randint(len(masks), (count,), generator=generator)
+    ink = torch.randint(len(COLOURS), (count,), generator=generator)
+    ground = (ink + torch.randint(1, len(COLOURS), (count,), generator=generator)) % len(COLOURS)
+    clean = paint(masks[chosen], palette()[ink], palette()[ground])
+    dirty = torch.rand(count, generator=generator) < soiled
+    strength = torch.where(dirty, 0.08 + 0.14 * torch.rand(count, generator=generator), torch.zeros(count))
+    return Batch(soil(clean, strength, generator), labels[chosen], ink, ground)

@@ -1,0 +1,151 @@
+"""What people watch: progress bar, TensorBoard, metrics.jsonl. Only rank 0 shows anything."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from opd_ds.config import RunConfig
+from opd_ds.evaluation import EvaluationResult, comparison_grid
+from opd_ds.launch import World
+from opd_ds.trainer import RoundReport
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Monitor:
+    """Writes one object a round to metrics.jsonl and the same, with more detail, to TensorBoard.
+
+    Args:
+        start_round: rounds already done; later lines of an earlier attempt are dropped from metrics.jsonl.
+    """
+
+    def __init__(self, config: RunConfig, world: World, start_round: int) -> None:
+        self.console = Console(stderr=False, quiet=not world.is_main, soft_wrap=True)
+        self._active = world.is_main
+        self._rounds = config.run.rounds
+        self._last = time.perf_counter()
+        if not self._active:
+            return
+        folder = config.run.output_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        (folder / "config.yaml").write_text(resolved)
+        _drop_rounds_after(folder / METRICS_FILE, start_round)
+        self._metrics = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_round + 1)
+        self._writer.add_text("config", f"```yaml\n{resolved}\n```", start_round)
+        self._progress = Progress(
+            TextColumn("round"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[status]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._bar = self._progress.add_task("rounds", total=self._rounds, completed=start_round, status="")
+
+    def __enter__(self) -> Monitor:
+        if self._active:
+            self._progress.start()
+        self._last = time.perf_counter()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._active:
+            self._progress.stop()
+            self._metrics.close()
+            self._writer.close()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    def round(self, report: RoundReport) -> None:
+        """Record one round."""
+        now = time.perf_counter()
+        elapsed, self._last = now - self._last, now
+        if not self._active:
+            return
+        row = _metrics_row(report, report.samples / elapsed)
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+        self._to_tensorboard(row, report)
+        self._show(report, row["samples_per_s"])
+
+    def scores(self, round_index: int, scores: dict[str, float]) -> None:
+        """Held-out rewards of the student by task."""
+        if self._active:
+            for task, value in scores.items():
+                self._writer.add_scalar(f"reward/{task}", value, round_index)
+        shown = ", ".join(f"{task} {value:.3f}" for task, value in scores.items())
+        self.say(f"round {round_index}: held-out rewards of the student: {shown}")
+
+    def grid(self, tag: str, results: dict[str, EvaluationResult], round_index: int) -> None:
+        """Pictures of one or more models on the same prompts and noise."""
+        if self._active and any(result.pictures for result in results.values()):
+            self._writer.add_image(tag, np.asarray(comparison_grid(results)), round_index, dataformats="HWC")
+
+    def _to_tensorboard(self, row: dict[str, Any], report: RoundReport) -> None:
+        for key, value in row.items():
+            if key != "round":
+                self._writer.add_scalar(key, value, report.round)
+        for task, values in report.losses.step_kl.items():
+            for step, value in enumerate(values.tolist()):
+                if value == value:  # a step that was not trained is NaN
+                    self._writer.add_scalar(f"step_kl/{task}/{step:02d}", value, report.round)
+
+    def _show(self, report: RoundReport, rate: float) -> None:
+        kls = " ".join(f"{task} {kl:.2e}" for task, kl in report.losses.task_kl.items())
+        status = f"loss {report.losses.loss:.3e}  kl {kls}  {rate:.1f} samples/s"
+        self._progress.update(self._bar, completed=report.round, status=status)
+        every = max(1, self._rounds // 20)
+        if not self.console.is_terminal and (report.round % every == 0 or report.round in (1, self._rounds)):
+            left = self._progress.tasks[0].time_remaining
+            eta = f"  ETA {left / 60:.1f} min" if left else ""
+            self.say(f"round {report.round}/{self._rounds}  {status}{eta}")
+
+
+def _metrics_row(report: RoundReport, rate: float) -> dict[str, Any]:
+    row: dict[str, Any] = {"round": report.round, "loss": report.losses.loss, "grad_norm": report.grad_norm}
+    row |= {f"task/{task}/kl": kl for task, kl in report.losses.task_kl.items()}
+    row |= {"learning_rate": report.learning_rate, "samples_per_s": rate}
+    row |= {f"seconds/{phase}": seconds for phase, seconds in report.seconds.items()}
+    # ru_maxrss is in KiB on Linux, in bytes on macOS.
+    unit = 2**20 if sys.platform != "darwin" else 2**30
+    row["memory/host_peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    if torch.cuda.is_available():
+        row["memory/device_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return row
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """All rows of a metrics.jsonl; a last line cut off by a kill is left out."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _drop_rounds_after(file: Path, last_round: int) -> None:
+    if file.is_file():
+        kept = [row for row in read_metrics(file) if row["round"] <= last_round]
+        draft = file.with_suffix(".tmp")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        draft.replace(file)

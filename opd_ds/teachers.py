@@ -1,0 +1,145 @@
+"""The teachers: which one a task asks, where their weights live, and how they are called."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opd_ds.config import TeacherSection
+from opd_ds.engine import FrozenEngine
+from opd_ds.errors import UserError
+from opd_ds.models import ModelFamily, lora
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """A task's teacher with its files found: `path` on disk, `ds_config` for ZeRO-Inference."""
+
+    settings: TeacherSection
+    path: Path
+    ds_config: dict[str, Any] | None = None
+
+    @property
+    def is_lora(self) -> bool:
+        return lora.is_adapter(self.path)
+
+
+class _Network:
+    """A frozen network with its placement. LoRA teachers of one placement share one base."""
+
+    def __init__(
+        self, module: nn.Module, placement: str, device: torch.device, ds_config: dict[str, Any] | None
+    ) -> None:
+        module.requires_grad_(False).eval()
+        self._placement, self._device = placement, device
+        self.module = module
+        self.forward: Any = module
+        if placement == "resident":
+            module.to(device)
+        elif placement == "zero_inference":
+            assert ds_config is not None
+            self.forward = FrozenEngine(module, ds_config)
+        elif device.type != "cpu":
+            self._pin()
+
+    def _pin(self) -> None:
+        for tensor in self._tensors():
+            tensor.data = tensor.data.pin_memory()
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self.module.parameters(), *self.module.buffers()]
+
+    @contextmanager
+    def present(self) -> Iterator[None]:
+        """Inside, an offloaded network's weights are on the device. They never change, so nothing is copied back."""
+        if self._placement != "offload":
+            yield
+            return
+        home = [tensor.data for tensor in self._tensors()]
+        try:
+            for tensor in self._tensors():
+                tensor.data = tensor.data.to(self._device, non_blocking=True)
+            yield
+        finally:
+            for tensor, host in zip(self._tensors(), home, strict=True):
+                tensor.data = host
+
+
+class TeacherPool:
+    """Routes tasks to teachers. All ranks call it in the same order with equally many rows (ZeRO-Inference)."""
+
+    def __init__(self, family: ModelFamily, specs: dict[str, TeacherSpec], device: torch.device) -> None:
+        self._family, self._specs = family, specs
+        self._networks: dict[str, _Network] = {}
+        self._adapters: dict[str, str | None] = {}
+        for tasks in self._shared_networks():
+            spec = specs[tasks[0]]
+            module = self._family.load_transformer(None if spec.is_lora else spec.path)
+            if spec.is_lora:
+                for name, path in self._adapter_names(tasks).items():
+                    lora.load_adapter(module, name, path)
+            network = _Network(module, spec.settings.placement, device, spec.ds_config)
+            for task in tasks:
+                self._networks[task] = network
+                self._adapters[task] = _adapter_name(specs[task].path) if spec.is_lora else None
+
+    def _shared_networks(self) -> list[list[str]]:
+        """Tasks whose teachers can live in one network: adapters of one placement, or the same checkpoint."""
+        shared: dict[tuple[str, ...], list[str]] = {}
+        for task, spec in self._specs.items():
+            where = (spec.settings.placement, str(spec.settings.deepspeed))
+            shared.setdefault(("lora" if spec.is_lora else str(spec.path), *where), []).append(task)
+        return list(shared.values())
+
+    def _adapter_names(self, tasks: list[str]) -> dict[str, Path]:
+        return {_adapter_name(self._specs[task].path): self._specs[task].path for task in tasks}
+
+    @contextmanager
+    def active(self, task: str) -> Iterator[Any]:
+        """The callable network of the task's teacher, on the device, its adapter switched on."""
+        network, adapter = self._networks[task], self._adapters[task]
+        if adapter is not None:
+            lora.activate(network.module, adapter)
+        with network.present():
+            yield network.forward
+
+    def guidance(self, task: str) -> float:
+        return self._specs[task].settings.guidance
+
+
+def _adapter_name(path: Path) -> str:
+    """A module-safe name, unique by path."""
+    return f"teacher_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+
+
+def check_teacher(family: ModelFamily, task: str, spec: TeacherSpec, base: str) -> None:
+    """Refuse a teacher that cannot be compared with the student, before any network loads.
+
+    Raises:
+        UserError: not a checkpoint, another base, scheduler, architecture or latent shape.
+    """
+    key = f"tasks.{task}.teacher.path = {spec.settings.path!r}"
+    if spec.is_lora:
+        config, _ = lora.read_adapter(spec.path)
+        theirs = config.base_model_name_or_path
+        if theirs and not spec.settings.trust_base and not _same_base(theirs, base):
+            raise UserError(
+                f"{key}: the adapter was trained on base {theirs!r}, the student's is {base!r}; if these are one model "
+                f"under two names, set tasks.{task}.teacher.trust_base=true"
+            )
+        return
+    if not any((spec.path / name).is_file() for name in ("transformer/config.json", "config.json")):
+        raise UserError(f"{key}: neither a LoRA nor a checkpoint (no adapter_config.json, no transformer/config.json)")
+    family.check_same_world(spec.path)
+
+
+def _same_base(theirs: str, ours: str) -> bool:
+    """Names of bases are compared by their last part: a hub id, its local copy and its snapshot are one base."""
+    return theirs.rstrip("/").split("/")[-1].split(":")[-1] == ours.rstrip("/").split("/")[-1].split(":")[-1]

@@ -1,0 +1,53 @@
+"""Shared fixtures: one tiny world, one process group of a single rank, one cache of compiled ops."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# One build of DeepSpeed's small CPU op for all tests of a machine; a killed build elsewhere cannot hang us.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(tempfile.gettempdir()) / f"opd_ds_test_ops_{os.getuid()}"))
+
+from opd_ds.cli import quiet_libraries
+from opd_ds.config import RunConfig
+from opd_ds.engine import Group, init_group
+from opd_ds.launch import World, prepare_environment
+from opd_ds.preparation import Parts, prepare
+from tests.tiny import run_settings, write_world
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    quiet_libraries()
+    torch.set_num_threads(1)  # bit-for-bit comparisons should not depend on how work was cut over threads
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def group() -> Iterator[Group]:
+    world = World()
+    prepare_environment(world)
+    yield init_group(world)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def build_run(tiny_world: Path, tmp_path: Path, group: Group) -> Callable[..., tuple[RunConfig, Parts]]:
+    """Build a run in this process; keyword arguments as for `run_settings`."""
+
+    def build(**changes: Any) -> tuple[RunConfig, Parts]:
+        config = RunConfig.model_validate(run_settings(tiny_world, tmp_path / "out", **changes))
+        return config, prepare(config, group)
+
+    return build

@@ -1,0 +1,199 @@
+"""Bad input is one clear line, before anything loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opd_ds.config import RunConfig
+from opd_ds.engine import frozen_ds_config, read_ds_config, student_ds_config
+from opd_ds.errors import UserError
+from opd_ds.loading import load_config, package_root, recipe_names, resolve_ds_config, resolve_path
+from tests.tiny import run_settings, write_config
+
+
+@pytest.fixture
+def config_file(tiny_world: Path, tmp_path: Path) -> Path:
+    return write_config(tmp_path / "run.yaml", run_settings(tiny_world, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.stepps=20", r"^rollout\.stepps = 20: unknown key; allowed here: .*steps.* Did you mean 'steps'\?$"),
+        ("tasks.one.teachr=x", r"^tasks\.one\.teachr = 'x': unknown key; .* Did you mean 'teacher'\?$"),
+        ("student.ema.decy=0.5", r"^student\.ema\.decy = 0\.5: unknown key; .* Did you mean 'decay'\?$"),
+        ("rolout.steps=20", r"^rolout: unknown key; allowed here: .* Did you mean 'rollout'\?$"),
+        ("rollout.steps=0", r"^rollout\.steps = 0: .*greater than 0"),
+        ("rollout.steps=many", r"^rollout\.steps = 'many': .*integer"),
+        ("rollout.kernel=heun", r"^rollout\.kernel = 'heun': .*'euler'.*'dpm2'"),
+        ("precision=fp8", r"^precision = 'fp8': .*'fp32'.*'bf16'"),
+        ("rollout.noise_level=0.7", r"^rollout: noise_level = 0\.7 contradicts kernel = 'euler'.*flow"),
+        ("rollout.trained_steps.steps=[9]", r"give exactly one of fraction, steps, queries|must name steps 0 to 3"),
+        ("rollout.trained_steps={queries: 9}", r"trained_steps\.queries = 9: a trajectory has only 4 steps"),
+        ("rollout.trained_steps={steps: [9]}", r"must name steps 0 to 3"),
+        ("rollout.trained_steps={fraction: 0.01}", r"leaves no step"),
+        ("objective.target=velocity", r"^objective: weighting = 'kl' belongs to target = 'transition'"),
+        ("tasks={}", r"^tasks"),
+        ("tasks.a b={teacher: x, prompts: y}", r"'a b' may hold letters, digits"),
+    ],
+)
+def test_one_line_per_problem(config_file: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(None, config_file, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_keys_are_named(tmp_path: Path, tiny_world: Path) -> None:
+    data = run_settings(tiny_world, tmp_path)
+    del data["run"]["rounds"]
+    with pytest.raises(UserError, match=r"^run\.rounds: required and missing"):
+        load_config(None, write_config(tmp_path / "c.yaml", data), [])
+
+
+@pytest.mark.parametrize("placement", ["offload", "zero_inference"])
+def test_fused_mode_refuses_streamed_teachers(config_file: Path, placement: str) -> None:
+    overrides = ["rollout.mode=fused", f"tasks.two.teacher.placement={placement}"]
+    with pytest.raises(UserError, match=rf"tasks\.two\.teacher\.placement = '{placement}'"):
+        load_config(None, config_file, overrides)
+    with pytest.raises(UserError, match=r"train\.inner_epochs = 2"):
+        load_config(None, config_file, ["rollout.mode=fused", "train.inner_epochs=2"])
+
+
+def test_two_tasks_with_one_name(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("tasks:\n  ocr: {teacher: a, prompts: b}\n  ocr: {teacher: c, prompts: d}\n")
+    with pytest.raises(UserError, match=r"line 3: key 'ocr' appears twice"):
+        load_config(None, file, [])
+
+
+def test_overrides(config_file: Path) -> None:
+    overrides = ["rollout.steps=20", "optimizer.lr=1e-4", "tasks.one.teacher=/elsewhere", "optimizer.betas=[0.8, 0.9]"]
+    config = load_config(None, config_file, overrides)
+    assert config.rollout.steps == 20
+    assert config.optimizer.lr == 1e-4
+    assert config.optimizer.betas == (0.8, 0.9)
+    assert (config.tasks["one"].teacher.path, config.tasks["one"].teacher.guidance) == ("/elsewhere", 1.0)
+    for bad in ("rollout.steps", "=3", "run.rounds.x=3"):
+        with pytest.raises(UserError, match="--set"):
+            load_config(None, config_file, [bad])
+
+
+def test_recipe_or_config(config_file: Path) -> None:
+    with pytest.raises(UserError, match="either --recipe NAME or --config FILE"):
+        load_config("miniature", config_file, [])
+    with pytest.raises(UserError, match=r"'miniatur': unknown.*Did you mean 'miniature'"):
+        load_config("miniatur", None, [])
+
+
+@pytest.mark.parametrize(
+    "name", ["miniature", "mopd_sd35m", "sopd_sd35m_ocr", "sopd_sd35m_geneval", "sopd_sd35m_aesthetic"]
+)
+def test_shipped_recipes_are_valid(name: str) -> None:
+    assert name in recipe_names()
+    config = load_config(name, None, [])
+    path = resolve_ds_config(config.deepspeed, "deepspeed")
+    student_ds_config(read_ds_config(path), config, 2, str(path))
+
+
+def test_paper_settings_of_the_multi_teacher_recipe() -> None:
+    config = load_config("mopd_sd35m", None, [])
+    assert (config.student.kind, config.student.lora.rank, config.student.lora.alpha) == ("lora", 32, 64)
+    assert (config.rollout.steps, config.rollout.kernel, config.rollout.noise_level) == (10, "euler", 0.0)
+    assert int(config.rollout.steps * (config.rollout.trained_steps.fraction or 0)) == 9
+    assert config.rollout.guidance == 4.5
+    guidance = {name: task.teacher.guidance for name, task in config.tasks.items()}
+    assert guidance == {"geneval": 1.0, "ocr": 4.5, "aesthetic": 4.5}
+    assert (config.optimizer.lr, config.optimizer.weight_decay) == (3e-4, 1e-4)
+    assert (config.student.ema.decay, config.student.ema.every) == (0.9, 8)
+
+
+def test_paths(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tasks\.a\.teacher = './nothing': no such file"):
+        resolve_path("./nothing", "tasks.a.teacher")
+    with pytest.raises(UserError, match="carries no such file"):
+        resolve_path("package:nothing", "model.path")
+    assert resolve_path(str(tmp_path), "x") == tmp_path.resolve()
+    with pytest.raises(UserError, match=r"deepspeed = 'zero9'.*shipped are .*zero3"):
+        resolve_ds_config("zero9", "deepspeed")
+    assert resolve_ds_config("ds_configs/zero3.json", "deepspeed").is_file()
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"model\.path = 'nobody/nothing-here': .*give a local folder"):
+        resolve_path("nobody/nothing-here", "model.path")
+
+
+# ---- ds_config ----
+
+
+def completed(config_file: Path, template: dict[str, Any], *overrides: str) -> dict[str, Any]:
+    return student_ds_config(template, load_config(None, config_file, list(overrides)), 4, "mine.json")
+
+
+def test_every_shipped_ds_config_completes(config_file: Path) -> None:
+    config = load_config(None, config_file, [])
+    files = sorted((package_root() / "ds_configs").glob("*.json"))
+    assert len(files) >= 9
+    for file in files:
+        template = read_ds_config(file)
+        if file.stem.startswith("zero_inference"):
+            ds_config = frozen_ds_config(template, "bf16", 4, file.name)
+            assert "optimizer" not in ds_config
+        else:
+            ds_config = student_ds_config(template, config, 4, file.name)
+            assert ds_config["optimizer"]["params"]["lr"] == 1e-3
+        batch = ds_config["train_micro_batch_size_per_gpu"] * ds_config["gradient_accumulation_steps"] * 4
+        assert ds_config["train_batch_size"] == batch
+        assert '"auto"' not in json.dumps(ds_config)
+
+
+@pytest.mark.parametrize(
+    ("template", "overrides", "message"),
+    [
+        ({"train_batch_size": 64}, [], r"train_batch_size = 64 is not taken from there.*rollout\.samples"),
+        ({"gradient_accumulation_steps": 2}, [], r"gradient_accumulation_steps = 2"),
+        ({"bf16": {"enabled": True}}, [], r"bf16\.enabled = True contradicts precision = 'fp32'"),
+        ({"torch_autocast": {"enabled": True}}, [], "torch_autocast is not supported"),
+        ({"gradient_clipping": 5.0}, ["optimizer.max_grad_norm=1.0"], r"gradient_clipping = 5.0 .* = 1.0 differ"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1}}}, ["optimizer.lr=2.0"], r"optimizer\.params\.lr = 1"),
+        ({"scheduler": {"type": "WarmupLR"}}, ["optimizer.warmup_rounds=3"], "has a scheduler"),
+    ],
+)
+def test_ds_config_conflicts_are_errors(
+    config_file: Path, template: dict[str, Any], overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        completed(config_file, template, *overrides)
+
+
+def test_explicit_ds_config_values_stand(config_file: Path) -> None:
+    explicit = completed(config_file, {"gradient_clipping": 5.0, "optimizer": {"type": "Lion", "params": {"lr": 1e-3}}})
+    assert explicit["gradient_clipping"] == 5.0
+    assert explicit["optimizer"] == {"type": "Lion", "params": {"lr": 1e-3}}
+
+
+def test_schedules(config_file: Path) -> None:
+    warm = completed(config_file, {}, "optimizer.warmup_rounds=5")["scheduler"]
+    assert (warm["type"], warm["params"]["warmup_num_steps"]) == ("WarmupLR", 5)
+    cosine = completed(config_file, {}, "optimizer.schedule=cosine", "train.inner_epochs=2")["scheduler"]
+    assert (cosine["type"], cosine["params"]["total_num_steps"]) == ("WarmupCosineLR", 6)
+    assert "scheduler" not in completed(config_file, {})
+
+
+def test_teacher_ds_config_refusals() -> None:
+    with pytest.raises(UserError, match="a teacher engine needs 3"):
+        frozen_ds_config({"zero_optimization": {"stage": 2}}, "fp32", 1, "mine.json")
+    with pytest.raises(UserError, match="a teacher never trains; remove 'optimizer'"):
+        frozen_ds_config({"zero_optimization": {"stage": 3}, "optimizer": {}}, "fp32", 1, "mine.json")
+
+
+def test_config_is_plain_data(config_file: Path) -> None:
+    """What `config.yaml` in the output folder holds is a config again."""
+    config = load_config(None, config_file, [])
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config

@@ -1,0 +1,99 @@
+"""Adapters in: every key accounted for, PEFT's and diffusers' forms, several on one base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+
+from opd_ds.errors import UserError
+from opd_ds.models import lora
+from opd_ds.models.sd3 import SD3
+from tests.tiny import TARGETS, write_lora
+
+CPU = torch.device("cpu")
+
+
+def base(world: Path) -> SD3Transformer2DModel:
+    return SD3Transformer2DModel.from_pretrained(world / "base", subfolder="transformer")
+
+
+def answer(network: torch.nn.Module) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        return network(
+            hidden_states=torch.randn(2, 4, 8, 8, generator=generator),
+            timestep=torch.tensor([500.0, 20.0]),
+            encoder_hidden_states=torch.randn(2, 6, 32, generator=generator),
+            pooled_projections=torch.randn(2, 32, generator=generator),
+            return_dict=False,
+        )[0]
+
+
+def test_a_peft_folder_gives_what_peft_gives(tiny_world: Path) -> None:
+    network = base(tiny_world)
+    before = answer(network)
+    lora.load_adapter(network, "a", tiny_world / "adapter")
+    lora.activate(network, "a")
+    expected = answer(PeftModel.from_pretrained(base(tiny_world), tiny_world / "adapter"))
+    assert torch.equal(answer(network), expected)
+    assert not torch.allclose(expected, before)
+    assert not any(p.requires_grad for p in lora.adapter_parameters(network, "a").values())
+
+
+def test_two_adapters_share_a_base(tiny_world: Path) -> None:
+    network = base(tiny_world)
+    for name in ("adapter", "adapter2"):
+        lora.load_adapter(network, name, tiny_world / name)
+    for name in ("adapter2", "adapter", "adapter2"):
+        lora.activate(network, name)
+        alone = base(tiny_world)
+        lora.load_adapter(alone, "alone", tiny_world / name)
+        assert torch.equal(answer(network), answer(alone))
+
+
+def test_the_diffusers_form_reads_back_with_its_alpha(tiny_world: Path, tmp_path: Path) -> None:
+    """What `save_lora` writes is read by diffusers' pipeline and by our reader, to the same answer."""
+    network = base(tiny_world)
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS, init_lora_weights="gaussian")
+    lora.new_adapter(network, "student", config)
+    for parameter in lora.adapter_parameters(network, "student").values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    expected = answer(network)
+    family = SD3(tiny_world / "base", dtype=torch.float32, device=CPU)
+    state = lora.strip_adapter_name(network.state_dict())
+    family.save_lora(state, lora.adapter_config(network, "student"), tmp_path / "export")
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_world / "base")
+    pipeline.load_lora_weights(tmp_path / "export")
+    torch.testing.assert_close(answer(pipeline.transformer), expected)
+    again = base(tiny_world)
+    lora.load_adapter(again, "x", tmp_path / "export")
+    torch.testing.assert_close(answer(again), expected)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: s.pop(next(k for k in s if "lora_B" in k)), r"1 missing, the first: '.*lora_B.weight'"),
+        (lambda s: s.update({"base_model.model.nowhere.lora_A.weight": torch.zeros(4, 4)}), r"1 unexpected.*nowhere"),
+        (lambda s: s.update({"base_model.model.bias": torch.zeros(4)}), r"not LoRA weights.*'bias'"),
+        (lambda s: s.update({k: v[:, :7] for k, v in s.items() if "lora_A" in k}), "trained on another base"),
+    ],
+)
+def test_a_damaged_adapter_is_refused(tiny_world: Path, tmp_path: Path, damage, message: str) -> None:  # type: ignore[no-untyped-def]
+    folder = write_lora(tiny_world / "base", tmp_path / "adapter")
+    state = load_file(folder / lora.PEFT_WEIGHTS)
+    damage(state)
+    save_file({key: value.contiguous() for key, value in state.items()}, folder / lora.PEFT_WEIGHTS)
+    with pytest.raises(UserError, match=message):
+        lora.load_adapter(base(tiny_world), "x", folder)
+
+
+def test_targets_that_match_nothing(tiny_world: Path) -> None:
+    with pytest.raises(UserError, match=r"\['nothing'\] match no module"):
+        lora.new_adapter(base(tiny_world), "x", LoraConfig(target_modules=["nothing"]))

@@ -1,0 +1,151 @@
+"""The embedded world: what ships is whole, the rewards measure what they say, the build builds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from opd_ds.evaluation.evaluator import to_image
+from opd_ds.loading import load_config, resolve_path
+from opd_ds.miniature import assets, reader, verify, world
+from opd_ds.miniature.build import BASE, BuildSettings, build
+from opd_ds.miniature.build_base import BaseSettings, Phase
+from opd_ds.miniature.build_teachers import TeacherSettings
+from opd_ds.miniature.networks import Sizes
+from opd_ds.prompts import PromptSet
+from opd_ds.rewards import build as build_reward
+
+NAMES = list(world.COLOURS)
+
+
+@pytest.fixture(scope="module")
+def real() -> world.Batch:
+    """Clean pictures of digits that neither reader nor models have seen."""
+    strokes = world.load_strokes()["reader_test"]
+    return world.random_pictures(*strokes, 400, torch.Generator().manual_seed(3), soiled=0.0)
+
+
+def scenes(batch: world.Batch) -> list[world.Scene]:
+    rows = zip(batch.digit.tolist(), batch.ink.tolist(), batch.ground.tolist(), strict=True)
+    return [world.Scene(digit, NAMES[ink], NAMES[ground]) for digit, ink, ground in rows]
+
+
+def test_the_shipped_assets_are_whole_and_small() -> None:
+    verify(assets())
+    assert sum(path.stat().st_size for path in assets().rglob("*")) < 12e6
+
+
+def test_a_changed_asset_is_found(tmp_path: Path) -> None:
+    folder = shutil.copytree(assets(), tmp_path / "assets")
+    (folder / "prompts" / "text" / "test.txt").write_text("a red 3 on blue\n")
+    with pytest.raises(ValueError, match=r"text/test\.txt is missing or differs"):
+        verify(folder)
+
+
+def test_diffusers_draws_with_the_base() -> None:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(assets() / BASE)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline("a red 3 on blue", num_inference_steps=4, height=16, width=16, max_sequence_length=10).images[0]
+    assert picture.size == (16, 16)
+    assert 1e6 < sum(p.numel() for p in pipeline.transformer.parameters()) < 2e6
+
+
+def test_specialists_are_ahead_on_their_own_task() -> None:
+    """As recorded by the build, on held-out prompts; one LoRA, one full checkpoint, one without guidance."""
+    scores = json.loads((assets() / "report.json").read_text())["scores"]
+    for task in world.TASKS:
+        assert scores[f"teacher:{task}"][task] > scores["base"][task] + 0.15
+    kinds = {task: (assets() / "teachers" / task / "adapter_config.json").is_file() for task in world.TASKS}
+    assert kinds == {"text": True, "composition": False, "look": True}
+    assert load_config("miniature", None, []).tasks["composition"].teacher.guidance == 1.0
+
+
+def test_prompts_parse_and_test_prompts_are_held_out() -> None:
+    for name, task in load_config("miniature", None, []).tasks.items():
+        trained = PromptSet.read(resolve_path(task.prompts, "prompts")).prompts
+        held_out = PromptSet.read(resolve_path(str(task.eval_prompts), "prompts")).prompts
+        assert not set(trained) & set(held_out)
+        assert len(trained) == 240
+        assert len(held_out) == 60
+        for prompt in (*trained, *held_out):
+            scene = world.parse(prompt)
+            assert scene is not None
+            assert scene.prompt(name) == prompt
+
+
+def test_the_world_is_deterministic() -> None:
+    strokes = world.load_strokes()["world"]
+    first, second = (
+        world.random_pictures(*strokes, 8, torch.Generator().manual_seed(1), soiled=0.5).pictures for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
+def test_the_reader_reads_digits_it_has_not_seen(real: world.Batch) -> None:
+    with torch.no_grad():
+        read = reader.load_reader(assets())(real.pictures).argmax(1)
+    assert float((read == real.digit).float().mean()) > 0.95
+
+
+@pytest.mark.parametrize("name", ["miniature_text", "miniature_composition"])
+def test_rewards_tell_right_from_wrong(real: world.Batch, name: str) -> None:
+    reward, images, asked = build_reward(name), [to_image(p) for p in real.pictures], scenes(real)
+    right = reward.score(images, [scene.prompt("text") for scene in asked])
+    swapped = [world.Scene((s.digit + 1) % 10, s.ground, s.ink) for s in asked]
+    wrong = reward.score(images, [scene.prompt("text") for scene in swapped])
+    assert float(right.mean()) > 0.9
+    assert float(wrong.mean()) < 0.05
+    assert right.shape == (400,)
+    assert right.dtype == torch.float32
+
+
+def test_what_cannot_be_judged_is_nan(real: world.Batch) -> None:
+    images = [to_image(p) for p in real.pictures[:2]]
+    for name in ("miniature_text", "miniature_composition"):
+        score = build_reward(name).score(images, ["a cat", scenes(real)[1].prompt("look")])
+        assert torch.isnan(score).tolist() == [True, False]
+
+
+def test_look_falls_with_every_kind_of_dirt(real: world.Batch) -> None:
+    look = build_reward("miniature_look")
+
+    def score(pictures: torch.Tensor) -> float:
+        return float(look.score([to_image(p) for p in pictures], [""] * len(pictures)).mean())
+
+    clean = score(real.pictures)
+    assert clean > 0.9
+    generator = torch.Generator().manual_seed(0)
+    soiled = [score(world.soil(real.pictures, torch.full((400,), s), generator)) for s in (0.02, 0.05, 0.1, 0.2)]
+    assert [clean, *soiled] == sorted([clean, *soiled], reverse=True)
+    assert soiled[-1] < 0.2
+    mean = real.pictures.mean((2, 3), keepdim=True)
+    faded = [score(mean + k * (real.pictures - mean)) for k in (0.3, 0.15, 0.05)]
+    assert [clean, *faded] == sorted([clean, *faded], reverse=True)
+
+
+def test_the_build_makes_a_whole_world(tmp_path: Path) -> None:
+    """A few steps of every stage; a second call makes nothing again."""
+    quick = {"iterations": 1, "prompts": 4, "candidates": 2, "steps": 2, "batch": 6, "anchors": 2}
+    settings = BuildSettings(
+        reader_steps=3,
+        vae_pictures=80,
+        sizes=Sizes(layers=1, head_dim=8, text_width=32, vae_channels=(8, 8)),
+        base=BaseSettings(vae_steps=3, phases=(Phase(3, 1e-3, 0.5, 0.5),), batch=8, pool=80),
+        teachers=(
+            TeacherSettings("text", lora_rank=2, guidance=2.0, lr=1e-3, **quick),  # type: ignore[arg-type]
+            TeacherSettings("composition", lora_rank=None, guidance=1.0, lr=1e-3, **quick),  # type: ignore[arg-type]
+        ),
+        noises=1,
+        log=lambda text: None,
+    )
+    report = build(tmp_path / "world", settings=settings)
+    assert report["scores"].keys() == {"base", "teacher:text", "teacher:composition"}
+    verify(tmp_path / "world")
+    hashes = (tmp_path / "world" / "SHA256SUMS").read_text()
+    build(tmp_path / "world", settings=settings)
+    assert (tmp_path / "world" / "SHA256SUMS").read_text() == hashes

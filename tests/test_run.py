@@ -1,0 +1,170 @@
+"""A whole run in one process: files, checkpoints, resume, rewards that only watch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typer.testing import CliRunner
+
+from opd_ds import rewards
+from opd_ds.cli import app
+from opd_ds.config import RunConfig
+from opd_ds.engine import Group
+from opd_ds.errors import UserError
+from opd_ds.evaluation.report import gain_kept
+from opd_ds.loading import load_config
+from opd_ds.run import train
+from tests.test_multirank import metrics
+from tests.tiny import run_settings, write_config
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture
+def run(tiny_world: Path, tmp_path: Path, group: Group) -> Run:
+    def start(name: str, resume: str = "never", **changes: Any) -> Path:
+        folder = tmp_path / name
+        train(RunConfig.model_validate(run_settings(tiny_world, folder, **changes)), group, resume)
+        return folder
+
+    return start
+
+
+def with_reward(world: Path, reward: str) -> dict[str, Any]:
+    prompts = str(world / "prompts.txt")
+    return {"teacher": str(world / "other"), "prompts": prompts, "eval_prompts": prompts, "reward": reward}
+
+
+def test_a_run_leaves_what_it_promises(run: Run, tiny_world: Path) -> None:
+    folder = run(
+        "out",
+        tasks={"one": with_reward(tiny_world, "miniature_look")},
+        run__rounds=4,
+        run__checkpoint_every=1,
+        run__keep_checkpoints=2,
+        run__eval_every=2,
+        run__image_every=2,
+        evaluation__baselines=True,
+    )
+    assert [row["round"] for row in metrics(folder)] == [1, 2, 3, 4]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["round-000003", "round-000004"]
+    data = json.loads((folder / "summary.json").read_text())
+    assert data["tasks"].keys() == {"one"}
+    assert all(isinstance(data["tasks"]["one"][key], float) for key in ("base", "teacher", "student"))
+    assert data["models"].keys() == {"base", "teacher:one", "student"}
+    resolved = RunConfig.model_validate(yaml.safe_load((folder / "config.yaml").read_text()))
+    assert resolved.run.rounds == 4
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    expected = {"loss", "grad_norm", "task/one/kl", "step_kl/one/00", "learning_rate", "seconds/rollout", "reward/one"}
+    assert expected <= set(tags["scalars"])
+    assert "memory/host_peak_gib" in tags["scalars"]
+    assert {"student", "models"} <= set(tags["images"])
+    assert any("config" in tag for tag in tags["tensors"])
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+
+
+def test_rewards_decide_nothing(run: Run, tiny_world: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """Invariant 7: with a reward, without, and with one that breaks, a run's numbers are the same."""
+
+    class Broken:
+        name = "broken"
+
+        def score(self, *_: Any) -> torch.Tensor:
+            raise RuntimeError("the server is gone")
+
+    task = with_reward(tiny_world, "miniature_look")
+    watched = run("watched", tasks={"one": task}, run__eval_every=1, evaluation__baselines=True)
+    silent = run("silent", tasks={"one": task | {"reward": None}})
+    monkeypatch.setattr(rewards, "build", lambda name: Broken())
+    monkeypatch.setattr("opd_ds.preparation.build", lambda name: Broken())
+    broken = run("broken", tasks={"one": task}, run__eval_every=1)
+    assert metrics(watched) == metrics(silent) == metrics(broken)
+    assert "the server is gone" in caplog.text
+    assert json.loads((broken / "summary.json").read_text())["tasks"]["one"]["student"] is None
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
+def test_resume_is_bit_for_bit_at_every_stage(run: Run, tmp_path: Path, stage: str) -> None:
+    """Invariant 2 in one process; LoRA, bf16, a schedule and an EMA that acts every second step."""
+    settings: dict[str, Any] = {
+        "deepspeed": stage,
+        "precision": "bf16",
+        "student__kind": "lora",
+        "student__ema": {"decay": 0.9, "every": 2},
+        "optimizer__warmup_rounds": 3,
+        "run__checkpoint_every": 1,
+        "run__keep_checkpoints": 10,
+        "run__rounds": 5,
+    }
+    whole = run("whole", **settings)
+    exported = (whole / "export" / "pytorch_lora_weights.safetensors").read_bytes()
+    middle = whole / "checkpoints" / "round-000002"
+    again = run("again", resume=str(middle), **settings)
+    assert metrics(again) == metrics(whole)[2:]
+    assert (again / "export" / "pytorch_lora_weights.safetensors").read_bytes() == exported
+
+
+def test_resume_auto_of_a_finished_run_trains_nothing_more(run: Run) -> None:
+    first = metrics(run("out"))
+    assert metrics(run("out", resume="auto")) == first
+    with pytest.raises(UserError, match=r"already holds .*round-000003; give --resume auto"):
+        run("out")
+
+
+def test_resume_needs_a_checkpoint(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no state\.json there"):
+        run("out", resume=str(tmp_path))
+
+
+def test_a_cut_off_last_metrics_line_is_left_out(run: Run) -> None:
+    folder = run("out", run__rounds=3, run__checkpoint_every=2)
+    file = folder / "metrics.jsonl"
+    file.write_text(file.read_text()[:-20])
+    run("out", resume="auto", run__rounds=4, run__checkpoint_every=2)
+    assert [row["round"] for row in metrics(folder)][-1] == 4
+
+
+def test_gain_kept() -> None:
+    assert gain_kept({"base": 0.2, "teacher": 0.6, "student": 0.5}) == pytest.approx(0.75)
+    assert gain_kept({"base": 0.6, "teacher": 0.6, "student": 0.5}) is None
+    assert gain_kept({"base": None, "teacher": 0.6, "student": 0.5}) is None
+
+
+# ---- the command ----
+
+
+def test_dry_run_prints_arithmetic_and_starts_nothing(tiny_world: Path, tmp_path: Path) -> None:
+    data = run_settings(tiny_world, tmp_path / "out", rollout__samples=5)
+    file = write_config(tmp_path / "run.yaml", data)
+    result = CliRunner().invoke(app, ["train", "--config", str(file), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert "20 (state, step) pairs per task and process" in result.output
+    assert "6 micro-batches of 8 per process, then one optimizer step" in result.output
+    assert '"train_micro_batch_size_per_gpu": 8' in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_finds_missing_files(tiny_world: Path, tmp_path: Path) -> None:
+    data = run_settings(tiny_world, tmp_path / "out")
+    data["tasks"]["one"]["prompts"] = str(tmp_path / "gone.txt")
+    file = write_config(tmp_path / "run.yaml", data)
+    result = CliRunner().invoke(app, ["train", "--config", str(file), "--dry-run"])
+    assert isinstance(result.exception, UserError)
+    assert "tasks.one.prompts" in str(result.exception)
+
+
+def test_recipes_are_listed() -> None:
+    result = CliRunner().invoke(app, ["recipes"])
+    lines = result.output.splitlines()
+    assert any(line.startswith("mopd_sd35m ") and "SD3.5-Medium" in line for line in lines)
+    assert len(lines) == 5
+    assert load_config("miniature", None, []).deepspeed == "ds_configs/miniature.json"

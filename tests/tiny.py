@@ -1,0 +1,141 @@
+"""Random SD3 worlds of some ten thousand parameters, for tests that need no trained weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers import SD3Transformer2DModel
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+from opd_ds.miniature.networks import Sizes, make_pipeline
+from opd_ds.models import lora
+
+# Everything is under the default persistence threshold here and would never be partitioned.
+ALL_SHARDED = str(Path(__file__).parent / "all_sharded.json")
+PROMPTS = ["a red 3 on blue", "a green 7 on white", "a blue 0 on red", "the number 5", "a neat 8"]
+TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
+SIZES = Sizes(layers=2, head_dim=8, text_width=32, vae_channels=(8, 8))
+
+
+def write_pipeline(folder: Path, seed: int = 0, sizes: Sizes = SIZES) -> Path:
+    """A pipeline folder; another seed gives another base."""
+    pipeline = make_pipeline(PROMPTS, sizes, seed)
+    # Some layers start at zero; a network that answers nearly 0 to everything would test nothing.
+    for parameter in pipeline.transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.08)
+    pipeline.vae.register_to_config(scaling_factor=1.3, shift_factor=0.1)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def write_lora(base: Path, folder: Path, seed: int = 1, *, rank: int = 4, base_name: str | None = None) -> Path:
+    """A random LoRA in PEFT's folder form, as released adapters are."""
+    torch.manual_seed(seed)
+    network = SD3Transformer2DModel.from_pretrained(base, subfolder="transformer")
+    lora.new_adapter(network, "x", LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS))
+    state = {
+        f"base_model.model.{key}": torch.randn_like(value) * 0.3
+        for key, value in lora.adapter_parameters(network, "x").items()
+    }
+    folder.mkdir(parents=True)
+    save_file(state, folder / lora.PEFT_WEIGHTS)
+    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": TARGETS}
+    (folder / lora.PEFT_CONFIG).write_text(json.dumps(fields | {"base_model_name_or_path": base_name or base.name}))
+    return folder
+
+
+def write_world(root: Path) -> Path:
+    """base/, other/ (a full teacher), adapter/ and adapter2/ (LoRA teachers), prompts.txt under `root`."""
+    write_pipeline(root / "base")
+    write_pipeline(root / "other", seed=5)
+    write_lora(root / "base", root / "adapter")
+    write_lora(root / "base", root / "adapter2", seed=2, rank=2)
+    (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    return root
+
+
+def run_settings(world: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
+    """A run config as a mapping; `changes` are dotted keys with '__' for '.'."""
+    data: dict[str, Any] = {
+        "run": {"rounds": 3, "seed": 0, "output_dir": str(output_dir), "checkpoint_every": 100},
+        "model": {"path": str(world / "base"), "max_text_length": 10},
+        "precision": "fp32",
+        "deepspeed": ALL_SHARDED,
+        "student": {"kind": "full", "lora": {"rank": 4, "alpha": 8, "targets": TARGETS}},
+        "optimizer": {"lr": 1e-3},
+        "rollout": {"samples": 4, "steps": 4, "guidance": 2.0, "micro_batch": 4},
+        "train": {"micro_batch": 8},
+        "tasks": {
+            "one": {"teacher": {"path": str(world / "other"), "guidance": 1.0}, "prompts": str(world / "prompts.txt")},
+            "two": {
+                "teacher": {"path": str(world / "adapter"), "guidance": 3.0},
+                "prompts": str(world / "prompts.txt"),
+            },
+        },
+        "evaluation": {"steps": 4, "baselines": False},
+    }
+    for dotted, value in changes.items():
+        *parents, key = dotted.split("__")
+        node = data
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[key] = value
+    return data
+
+
+def write_config(file: Path, data: dict[str, Any]) -> Path:
+    file.write_text(yaml.safe_dump(data))
+    return file
+
+
+def command(ranks: int, *arguments: str, script: str | None = None) -> list[str]:
+    """`opd-ds train` (or `script`) on `ranks` processes: by itself, or under the real deepspeed launcher."""
+    if ranks == 1:
+        return [sys.executable, "-m", "opd_ds.cli", "train", *arguments]
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    start = [launcher, "--num_accelerators", str(ranks), "--master_port", port]
+    return [*start, script] if script else [*start, "--module", "opd_ds.cli", "train", *arguments]
+
+
+def launch(
+    ranks: int, *arguments: str, script: str | None = None, timeout: float = 300, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end; with `check` a failure shows the run's output."""
+    process = start(ranks, *arguments, script=script)
+    try:
+        out, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, _ = process.communicate()
+        raise AssertionError(f"still running after {timeout} s:\n{out[-4000:]}") from None
+    if check:
+        assert process.returncode == 0, out[-6000:]
+    return subprocess.CompletedProcess(process.args, process.returncode, out)
+
+
+def start(ranks: int, *arguments: str, script: str | None = None) -> subprocess.Popen[str]:
+    """Start in a process group of its own."""
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    return subprocess.Popen(
+        command(ranks, *arguments, script=script),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
