@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from importlib import resources
 from pathlib import Path
@@ -205,15 +204,3 @@ def resolve_ds_config(value: str, key: str) -> Path:
         return candidate
     names = sorted(path.stem for path in shipped.glob("*.json"))
     raise UserError(f"{key} = {value!r}: no such file; shipped are {', '.join(names)}.{nearest(value, names)}")
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file, or of all weight and config files of a folder in name order."""
-    digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".json"))
-    for file in files:
-        digest.update(str(file.relative_to(path)).encode() if file != path else b"")
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()

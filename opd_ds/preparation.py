@@ -15,10 +15,11 @@ from opd_ds.engine import Group, ShardedEma, StudentEngine, frozen_ds_config, re
 from opd_ds.errors import UserError
 from opd_ds.evaluation import Evaluator
 from opd_ds.export import STUDENT_ADAPTER
-from opd_ds.loading import file_sha256, resolve_ds_config, resolve_path
+from opd_ds.hashing import file_sha256
+from opd_ds.loading import resolve_ds_config, resolve_path
 from opd_ds.models import ModelFamily, build_family, lora
 from opd_ds.prompts import PromptSet
-from opd_ds.rewards import build, check_name
+from opd_ds.rewards import build, check
 from opd_ds.teachers import TeacherPool, TeacherSpec, check_teacher
 from opd_ds.trainer import Trainer
 
@@ -65,7 +66,7 @@ def find_files(config: RunConfig, world_size: int) -> RunFiles:
         )
     for name, task in config.tasks.items():
         if task.reward is not None:
-            check_name(task.reward, f"tasks.{name}.reward")
+            check(task.reward, f"tasks.{name}.reward")
     prompts = {n: PromptSet.read(resolve_path(t.prompts, f"tasks.{n}.prompts")) for n, t in config.tasks.items()}
     eval_prompts = {
         name: PromptSet.read(resolve_path(task.eval_prompts, f"tasks.{name}.eval_prompts"))

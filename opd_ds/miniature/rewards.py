@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from opd_ds.hashing import file_sha256
 from opd_ds.miniature import assets, world
+from opd_ds.miniature.reader import FILE as READER_FILE
 from opd_ds.miniature.reader import load_reader
+from opd_ds.rewards.base import Metadata, Needs
 
 _SIDE_COLUMNS = [0, 1, world.SIZE - 2, world.SIZE - 1]
 _INK_PIXELS = 20
@@ -38,14 +41,17 @@ class TextReward:
     """Probability that the reader gives to the prompted digit. Range [0, 1]."""
 
     name = "miniature_text"
+    needs: ClassVar[Needs] = Needs()
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._reader = load_reader(folder or assets())
+        self._file = (folder or assets()) / READER_FILE
+        self._reader = load_reader(self._file.parent)
+
+    def identity(self) -> dict[str, Any]:
+        return {"engine": "miniature reader", "sha256": file_sha256(self._file)}
 
     @torch.no_grad()
-    def score(
-        self, images: list[Image.Image], prompts: list[str], metadata: list[dict[str, Any]] | None = None
-    ) -> Tensor:
+    def score(self, images: list[Image.Image], prompts: list[str], metadata: Metadata | None = None) -> Tensor:
         """[B] float32."""
         probabilities = self._reader(_pictures(images)).softmax(1)
         asked = [world.parse(prompt) for prompt in prompts]
@@ -64,10 +70,12 @@ class CompositionReward:
     """
 
     name = "miniature_composition"
+    needs: ClassVar[Needs] = Needs()
 
-    def score(
-        self, images: list[Image.Image], prompts: list[str], metadata: list[dict[str, Any]] | None = None
-    ) -> Tensor:
+    def identity(self) -> dict[str, Any]:
+        return {"engine": "miniature composition, closed form"}
+
+    def score(self, images: list[Image.Image], prompts: list[str], metadata: Metadata | None = None) -> Tensor:
         """[B] float32."""
         ground, ink = _ground_and_ink(_pictures(images))
         asked = [world.parse(prompt) for prompt in prompts]
@@ -95,10 +103,12 @@ class LookReward:
     """
 
     name = "miniature_look"
+    needs: ClassVar[Needs] = Needs()
 
-    def score(
-        self, images: list[Image.Image], prompts: list[str], metadata: list[dict[str, Any]] | None = None
-    ) -> Tensor:
+    def identity(self) -> dict[str, Any]:
+        return {"engine": "miniature look, closed form"}
+
+    def score(self, images: list[Image.Image], prompts: list[str], metadata: Metadata | None = None) -> Tensor:
         """[B] float32; the prompts are not read."""
         pictures = _pictures(images)
         ground, ink = _ground_and_ink(pictures)

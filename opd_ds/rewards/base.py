@@ -1,0 +1,85 @@
+"""What a reward is, what it needs, and how it says that something is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from PIL import Image
+
+from opd_ds.errors import UserError
+from opd_ds.rewards.weights import Weights, WeightsMissingError
+
+Metadata = Sequence[dict[str, Any]]
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What has to be on the machine, told without importing it.
+
+    Attributes:
+        packages: import names beyond the core install.
+        extra: the extra of opd-ds that installs them.
+        weights: published files; a reward may offer alternatives by its own options.
+    """
+
+    packages: tuple[str, ...] = ()
+    extra: str | None = None
+    weights: tuple[Weights, ...] = ()
+
+    def absent_packages(self) -> list[str]:
+        return [name for name in self.packages if find_spec(name) is None]
+
+
+class Reward(Protocol):
+    """Judges pictures. Modules that hold one import torch and Pillow at the top and everything heavier inside.
+
+    A constructor takes `device` (where its network runs) and whatever else the reward offers as options; it loads the
+    weights, strictly, so that what is missing or wrong is found at start-up.
+    """
+
+    name: str
+    needs: ClassVar[Needs]
+
+    def score(self, images: list[Image.Image], prompts: list[str], metadata: Metadata | None = None) -> torch.Tensor:
+        """One float32 score per picture, [B], on the CPU. An item that cannot be judged is NaN, never 0."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers, as plain data for the run's log: engine, weight hashes, preprocessing."""
+        ...
+
+
+class RewardUnavailableError(UserError):
+    """The reward's packages are not installed; the message is the one line that installs them."""
+
+
+def require(name: str, needs: Needs) -> None:
+    """Check packages, then weights, importing and downloading nothing.
+
+    Raises:
+        RewardUnavailableError: packages are absent.
+        WeightsMissingError: a published file is not where it is looked for.
+    """
+    require_packages(name, needs)
+    for weights in needs.weights:
+        if weights.find() is None:
+            raise WeightsMissingError(f"reward {name!r}: {weights.missing()}")
+
+
+def require_packages(name: str, needs: Needs) -> None:
+    """Raise RewardUnavailableError when a package that the reward imports is absent."""
+    absent = needs.absent_packages()
+    if absent:
+        line = f"pip install 'opd-ds[{needs.extra}]'" if needs.extra else f"pip install {' '.join(absent)}"
+        raise RewardUnavailableError(f"reward {name!r} needs {', '.join(absent)}: {line}")
+
+
+def batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """Consecutive parts of at most `size` items."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

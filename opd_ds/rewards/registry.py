@@ -1,0 +1,89 @@
+"""Rewards by name. A reward's module is imported only when its name is used; third parties register entry points."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from opd_ds.errors import UserError, nearest
+from opd_ds.rewards.base import Reward, require
+
+ENTRY_POINTS = "opd_ds.rewards"
+
+# A new reward is one file with a class, and one line here.
+_BUILT_IN = {
+    "geneval": "opd_ds.rewards.geneval:GenEval",
+    "ocr": "opd_ds.rewards.ocr:OCR",
+    "pickscore": "opd_ds.rewards.pickscore:PickScore",
+    "clipscore": "opd_ds.rewards.clipscore:ClipScore",
+    "hpsv2": "opd_ds.rewards.hpsv2:HPSv2",
+    "aesthetic": "opd_ds.rewards.aesthetic:Aesthetic",
+    "imagereward": "opd_ds.rewards.imagereward:ImageReward",
+    "unifiedreward": "opd_ds.rewards.unifiedreward:UnifiedReward",
+    "jpeg_compressibility": "opd_ds.rewards.jpeg:JpegCompressibility",
+    "jpeg_incompressibility": "opd_ds.rewards.jpeg:JpegIncompressibility",
+    "remote": "opd_ds.rewards.remote:RemoteReward",
+    "miniature_text": "opd_ds.miniature.rewards:TextReward",
+    "miniature_composition": "opd_ds.miniature.rewards:CompositionReward",
+    "miniature_look": "opd_ds.miniature.rewards:LookReward",
+}
+
+
+def _third_party() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS) if point.name not in _BUILT_IN}
+
+
+def reward_names() -> list[str]:
+    """Built-in rewards, then those that installed packages register."""
+    return [*_BUILT_IN, *_third_party()]
+
+
+def reward_class(name: str, key: str = "reward") -> type[Reward]:
+    """The class behind `name`, its module imported and nothing heavier.
+
+    Raises:
+        UserError: unknown name; `key` says where it stood.
+    """
+    if name in _BUILT_IN:
+        module, attribute = _BUILT_IN[name].split(":")
+        return getattr(importlib.import_module(module), attribute)
+    third_party = _third_party()
+    if name in third_party:
+        return third_party[name].load()
+    allowed = reward_names()
+    raise UserError(f"{key} = {name!r}: unknown reward; allowed: {', '.join(allowed)}.{nearest(name, allowed)}")
+
+
+def check(name: str, key: str = "reward", options: Mapping[str, Any] | None = None) -> None:
+    """Raise UserError when the reward `name` is unknown, not installed, or lacks its weights. Loads nothing.
+
+    A reward whose weights depend on its options offers a `needs_for(options)` class method.
+    """
+    found = reward_class(name, key)
+    needs_for = getattr(found, "needs_for", None)
+    require(name, needs_for(options or {}) if needs_for else found.needs)
+
+
+def build(name: str, device: str | None = None, **options: Any) -> Reward:
+    """The reward `name`, its weights loaded.
+
+    Args:
+        device: where its network runs; passed on to rewards that have one, their default is the CPU.
+        options: the reward's own, such as `batch_size`; see its class.
+
+    Raises:
+        UserError: unknown name or option, absent packages or weights.
+    """
+    check(name, options=options)
+    found = reward_class(name)
+    known = set(inspect.signature(found).parameters)
+    for option in options.keys() - known:
+        raise UserError(
+            f"reward {name!r}: unknown option {option!r}; allowed: {', '.join(sorted(known))}.{nearest(option, known)}"
+        )
+    if device is not None and "device" in known:
+        options["device"] = device
+    return found(**options)
