@@ -87,7 +87,7 @@ class Trainer:
             losses, grad_norm = self._optimize(index, lambda: self._train_fused(draws, conds))
         else:
             with self._phase("rollout"):
-                buffers = {task: self._fill_buffer(task, draw, conds[task]) for task, draw in draws.items()}
+                buffers = self._fill_buffers(draws, conds)
             with self._phase("score"):
                 self._score(buffers)
             for _ in range(self._config.train.inner_epochs):
@@ -112,14 +112,29 @@ class Trainer:
         share = len(everything) // len(draws)
         return {task: everything[slice(k * share, (k + 1) * share)] for k, task in enumerate(draws)}
 
-    def _fill_buffer(self, task: str, draw: Draw, cond: Conditioning) -> TrajectoryBuffer:
-        def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
-            return self._velocity(self._student, x, sigma, cond[rows], self._guidance(task))
+    def _fill_buffers(self, draws: dict[str, Draw], conds: dict[str, Conditioning]) -> dict[str, TrajectoryBuffer]:
+        """Tasks with one student guidance are rolled out together: a step is one forward for all of them."""
+        together: dict[float, list[str]] = {}
+        for task in draws:
+            together.setdefault(self._guidance(task), []).append(task)
+        states: dict[str, Tensor] = {}
+        for guidance, tasks in together.items():
+            cond = Conditioning.cat([conds[task] for task in tasks])
+            noise = SampleNoise.cat([draws[task].noise for task in tasks])
+            rolled = self._roll_out(cond, noise, guidance)
+            states |= dict(zip(tasks, rolled.split([len(draws[task].part) for task in tasks]), strict=True))
+        return {t: TrajectoryBuffer(states[t], draw.chosen, draw.part.weights, conds[t]) for t, draw in draws.items()}
 
-        with torch.no_grad():
-            states = self._rollout(predict, draw.noise, states_dtype=self._family.dtype).states
+    @torch.no_grad()
+    def _roll_out(self, cond: Conditioning, noise: SampleNoise, guidance: float) -> Tensor:
+        """The student's states [B, T, C, h, w]."""
+
+        def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
+            return self._velocity(self._student, x, sigma, cond[rows], guidance)
+
+        states = self._rollout(predict, noise, states_dtype=self._family.dtype).states
         assert states is not None
-        return TrajectoryBuffer(states, draw.chosen, draw.part.weights, cond)
+        return states
 
     def _score(self, buffers: dict[str, TrajectoryBuffer]) -> None:
         """One pass per teacher over all steps and samples of the round."""

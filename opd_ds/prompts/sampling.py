@@ -68,6 +68,13 @@ class SampleNoise:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._shape = shape
 
+    @classmethod
+    def cat(cls, parts: list[SampleNoise]) -> SampleNoise:
+        """The samples of all `parts` in order; they go on drawing from the same generators."""
+        joined = cls([], parts[0]._shape)
+        joined._generators = [generator for part in parts for generator in part._generators]
+        return joined
+
     def __len__(self) -> int:
         return len(self._generators)
 
