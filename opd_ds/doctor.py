@@ -1,0 +1,79 @@
+"""`opd-ds doctor`: what this machine offers a run, and what would stop one. Loads no model."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from opd_ds import TORCHVISION_PROBLEM, __version__
+
+_PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "datasets", "tensorboard")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. `problem` is None when all is well, else what to do."""
+
+    what: str
+    found: str
+    problem: str | None = None
+
+
+def examine() -> list[Finding]:
+    """Versions, accelerator, compiler, torchvision, space for temporary files."""
+    findings = [Finding("opd-ds", __version__), Finding("Python", platform.python_version())]
+    findings += [_package(name) for name in _PACKAGES]
+    return [*findings, _torchvision(), _accelerator(), _compiler(), _home()]
+
+
+def as_data(findings: list[Finding]) -> dict[str, Any]:
+    """For `--json`: `ok` and the findings."""
+    return {"ok": all(finding.problem is None for finding in findings), "findings": [asdict(f) for f in findings]}
+
+
+def _package(name: str) -> Finding:
+    try:
+        return Finding(name, version(name))
+    except PackageNotFoundError:
+        return Finding(name, "absent", "pip install opd-ds")
+
+
+def _torchvision() -> Finding:
+    try:
+        found = version("torchvision")
+    except PackageNotFoundError:
+        return Finding("torchvision", "absent, not needed")
+    if TORCHVISION_PROBLEM is None:
+        return Finding("torchvision", f"{found}, loads, not needed")
+    return Finding(
+        "torchvision",
+        f"{found}, does not load ({TORCHVISION_PROBLEM}); it is treated as absent",
+        "nothing here needs it: pip uninstall torchvision, or install the build that belongs to your torch",
+    )
+
+
+def _accelerator() -> Finding:
+    import torch
+
+    if not torch.accelerator.is_available():
+        return Finding("accelerator", f"none, {os.cpu_count()} CPU cores")
+    kind = torch.accelerator.current_accelerator()
+    return Finding("accelerator", f"{torch.accelerator.device_count()} x {kind}")
+
+
+def _compiler() -> Finding:
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    if compiler is None:
+        return Finding("C++ compiler", "absent", "several processes on CPU need one once: apt install g++, or set CXX")
+    return Finding("C++ compiler", compiler)
+
+
+def _home() -> Finding:
+    folder = os.environ.get("HF_HOME", os.path.expanduser("~"))
+    free = shutil.disk_usage(folder if os.path.isdir(folder) else os.path.expanduser("~")).free / 2**30
+    problem = "less than 10 GiB for downloaded models; set HF_HOME to a larger disk" if free < 10 else None
+    return Finding("disk for models", f"{free:.0f} GiB free ({folder})", problem)
