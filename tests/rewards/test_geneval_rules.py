@@ -1,4 +1,4 @@
-"""GenEval's verdicts on hand-made detections, and its prompt file's format. Every expectation was worked out by hand."""
+"""GenEval's verdicts on hand-made detections, each expectation worked out by hand; its prompt file's format."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ def load(weights: str) -> Callable[[list[Image.Image], list[str], list[dict[str,
 
 def _model(weights: str | None) -> Any:
     _stand_in_for_compiled_ops()
-    import mmdet
-    from mmdet.apis import init_detector
+    import mmdet  # type: ignore[import-not-found]
+    from mmdet.apis import init_detector  # type: ignore[import-not-found]
 
     config = Path(mmdet.__file__).parent / ".mim/configs" / _CONFIG
     return init_detector(str(config), weights, device="cpu", cfg_options={"model.backbone.init_cfg": None})
@@ -58,8 +58,8 @@ def _model(weights: str | None) -> Any:
 
 @torch.no_grad()
 def _detect(model: Any, image: Image.Image) -> Arrays:
-    from mmcv.transforms import Compose, Pad, Resize
-    from mmdet.datasets.transforms import LoadImageFromNDArray, PackDetInputs
+    from mmcv.transforms import Compose, Pad, Resize  # type: ignore[import-not-found]
+    from mmdet.datasets.transforms import LoadImageFromNDArray, PackDetInputs  # type: ignore[import-not-found]
 
     bgr = np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1])
     resized = Compose([LoadImageFromNDArray(), Resize(scale=(1333, 800), keep_ratio=True)])({"img": bgr, "img_id": 0})
@@ -99,7 +99,7 @@ def _stand_in_for_compiled_ops() -> None:
     library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _KEEP.append(library)
 
-    import mmcv
+    import mmcv  # type: ignore[import-not-found]
 
     class NotCompiled(types.ModuleType):
         def __getattr__(self, name: str) -> Any:
