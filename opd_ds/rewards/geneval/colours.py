@@ -1,0 +1,98 @@
+"""GenEval's colour classifier: CLIP, zero-shot, on the object cut out of its picture.
+
+Source: `ImageCrops` and `color_classification` in evaluate_images.py of github.com/djghosh13/geneval, with
+`zero_shot_classifier` of clip_benchmark 1.4.0. There the pictures go through float16 autocast; here everything is
+float32, so a colour on the border between two may come out differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from opd_ds.rewards.base import batches
+from opd_ds.rewards.geneval.rules import COLOURS, Detection
+from opd_ds.rewards.weights import WrongWeightsError
+
+GREY = "#999"
+TEMPLATES = ("a photo of a {colour} {label}", "a photo of a {colour}-colored {label}", "a photo of a {colour} object")
+_BATCH = 16
+
+ImageEmbedder = Callable[[Sequence[Image.Image]], Tensor]
+TextEmbedder = Callable[[Sequence[str]], Tensor]
+
+
+class ColourClassifier:
+    """Names the colour of objects of one class.
+
+    Args:
+        embed_images: pictures to [N, D] embeddings, of any length.
+        embed_texts: texts to [N, D] embeddings in the same space.
+    """
+
+    def __init__(self, embed_images: ImageEmbedder, embed_texts: TextEmbedder) -> None:
+        self._embed_images = embed_images
+        self._embed_texts = embed_texts
+        self._prototypes = cache(self._class_prototypes)
+
+    def __call__(self, image: Image.Image, label: str, objects: Sequence[Detection]) -> list[str]:
+        """One of COLOURS for each object of class `label` in `image`."""
+        crops = [crop(image, detection) for detection in objects]
+        features = torch.cat([self._embed_images(part) for part in batches(crops, _BATCH)])
+        similarity = F.normalize(features.float(), dim=-1) @ self._prototypes(label).T
+        return [COLOURS[index] for index in similarity.argmax(1).tolist()]
+
+    def _class_prototypes(self, label: str) -> Tensor:
+        """[10, D], unit length: for each colour the mean over the templates' unit embeddings."""
+        texts = [template.format(colour=colour, label=label) for colour in COLOURS for template in TEMPLATES]
+        features = F.normalize(self._embed_texts(texts).float(), dim=-1)
+        return F.normalize(features.unflatten(0, (len(COLOURS), len(TEMPLATES))).mean(1), dim=-1)
+
+
+def crop(image: Image.Image, detection: Detection) -> Image.Image:
+    """The detection's box out of an RGB picture; what is not the object is grey."""
+    if detection.mask is not None:
+        ground = Image.new("RGB", image.size, GREY)
+        image = Image.composite(image, ground, Image.fromarray(detection.mask))
+    left, top, right, bottom = (round(side) for side in detection.box)
+    return image.crop((left, top, right, bottom))
+
+
+def load_clip(folder: Path, device: str) -> tuple[ImageEmbedder, TextEmbedder]:
+    """CLIP's two towers from a transformers folder, as functions to float32 embeddings on `device`.
+
+    Raises:
+        WrongWeightsError: the folder does not hold a complete CLIP with its tokenizer and preprocessing.
+    """
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
+
+    try:
+        model, report = CLIPModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+        tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise WrongWeightsError(f"{folder}: {' '.join(str(error).split())[:300]}") from error
+    wrong = {kind: sorted(report[kind])[:3] for kind in ("missing_keys", "mismatched_keys") if report[kind]}
+    if wrong:
+        raise WrongWeightsError(f"{folder} is not a complete CLIP: {wrong}")
+    model = model.to(device).eval()
+
+    @torch.no_grad()
+    def embed_images(images: Sequence[Image.Image]) -> Tensor:
+        pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
+        features = model.get_image_features(pixel_values=pixels.to(device))
+        return getattr(features, "pooler_output", features)
+
+    @torch.no_grad()
+    def embed_texts(texts: Sequence[str]) -> Tensor:
+        tokens = tokenizer(list(texts), padding=True, return_tensors="pt").to(device)
+        features = model.get_text_features(**tokens)
+        return getattr(features, "pooler_output", features)
+
+    return embed_images, embed_texts

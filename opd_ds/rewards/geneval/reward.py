@@ -1,0 +1,133 @@
+"""The reward `geneval`: detector, colour classifier and rules together."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from opd_ds.errors import UserError
+from opd_ds.hashing import file_sha256
+from opd_ds.rewards.base import Metadata, Needs, batches
+from opd_ds.rewards.geneval.colours import ColourClassifier, load_clip
+from opd_ds.rewards.geneval.detector import Detector
+from opd_ds.rewards.geneval.pipeline import upright
+from opd_ds.rewards.geneval.rules import Detection, Task, is_correct, keep, partial_score
+from opd_ds.rewards.weights import Weights, WeightsMissingError
+
+Mode = Literal["strict", "partial"]
+
+DETECTOR = Weights(
+    folder="geneval",
+    source="https://download.openmmlab.com/mmdetection/v3.0/mask2former/mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco",
+    file="mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco_20220504_001756-c9d0c4f2.pth",
+    size="about 280 MB",
+    # OpenMMLab puts the first eight digits of a file's hash into its name.
+    sha256="c9d0c4f2",
+)
+CLIP = Weights(folder="clip-vit-large-patch14", source="openai/clip-vit-large-patch14", file=None, size="1.7 GB")
+
+
+class GenEval:
+    """Whether the picture holds the objects that the prompt asks for, in number, colour and place (arXiv 2310.11513).
+
+    The prompt's metadata is a line of GenEval's prompt file (`tag`, `include`, `exclude`); a prompt without it is NaN.
+    No unit. Range by `mode`:
+      - strict, the default: 1 or 0, the benchmark's own verdict, so that a mean is a published GenEval number;
+        its overall is the mean of the tags' means (`tag_means`), not of the pictures.
+      - partial: the mean of sub-scores that Flow-GRPO trains on, at most 1, negative where far too many objects are
+        found (down to -14 for 16 instead of 1).
+
+    Args:
+        device: where both networks run.
+        weights: the detector, see `Detector`; default is the published file below `weights_root()`.
+        clip_weights: transformers folder of CLIP ViT-L/14; default below `weights_root()` or the hub's cache.
+        mode: see above.
+        batch_size: pictures per pass of the detector.
+        unsafe_load: see `Detector`.
+
+    Raises:
+        WeightsMissingError, WrongWeightsError: absent or wrong weights.
+        UserError: unknown mode.
+    """
+
+    name = "geneval"
+    needs: ClassVar[Needs] = Needs(packages=("scipy",), extra="geneval", weights=(DETECTOR, CLIP))
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        weights: str | Path | None = None,
+        clip_weights: str | Path | None = None,
+        mode: Mode = "strict",
+        batch_size: int = 4,
+        unsafe_load: bool = False,
+    ) -> None:
+        if mode not in get_args(Mode):
+            raise UserError(f"reward 'geneval': mode = {mode!r}; allowed: {', '.join(get_args(Mode))}")
+        self._mode = mode
+        self._batch_size = batch_size
+        self._clip_path = _given("clip_weights", clip_weights) or CLIP.require()
+        self._detector = Detector(_given("weights", weights) or DETECTOR.require(), device, unsafe_load)
+        self._colours = ColourClassifier(*load_clip(self._clip_path, device))
+
+    @classmethod
+    def needs_for(cls, options: Mapping[str, Any]) -> Needs:
+        """Without the published weights that `options` replace."""
+        replaced = {"weights": DETECTOR, "clip_weights": CLIP}
+        kept = tuple(weights for option, weights in replaced.items() if options.get(option) is None)
+        return Needs(cls.needs.packages, cls.needs.extra, kept)
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "engine": f"GenEval, {self._mode}",
+            **self._detector.identity(),
+            "colours": "CLIP zero-shot, float32, grey background, box crop",
+            "clip_sha256": file_sha256(self._clip_path),
+        }
+
+    def score(self, images: list[Image.Image], prompts: list[str], metadata: Metadata | None = None) -> Tensor:
+        """[B] float32.
+
+        Raises:
+            UserError: metadata of GenEval's form that asks for something GenEval does not know.
+        """
+        scores = torch.full((len(images),), math.nan)
+        asked: list[tuple[int, Image.Image, Task]] = []
+        for index, (image, item) in enumerate(zip(images, metadata or [{}] * len(images), strict=True)):
+            task = Task.parse(item)
+            picture = _readable(image) if task is not None else None
+            if task is not None and picture is not None:
+                asked.append((index, picture, task))
+        for part in batches(asked, self._batch_size):
+            found = self._detector.detect([picture for _, picture, _ in part])
+            for (index, picture, task), objects in zip(part, found, strict=True):
+                scores[index] = self._judge(picture, task, objects)
+        return scores
+
+    def _judge(self, image: Image.Image, task: Task, objects: list[Detection]) -> float:
+        rule = is_correct if self._mode == "strict" else partial_score
+        return float(rule(keep(objects, task.tag), task, partial(self._colours, image)))
+
+
+def _readable(image: Image.Image) -> Image.Image | None:
+    try:
+        return upright(image)
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow's, for truncated and damaged files
+        logging.getLogger("opd_ds").warning("reward geneval: a picture cannot be read: %s", error)
+        return None
+
+
+def _given(option: str, path: str | Path | None) -> Path | None:
+    if path is None:
+        return None
+    if not Path(path).expanduser().exists():
+        raise WeightsMissingError(f"reward 'geneval': {option} = {str(path)!r} does not exist; give a file or a folder")
+    return Path(path).expanduser()
