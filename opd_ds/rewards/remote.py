@@ -20,7 +20,7 @@ from opd_ds.rewards.wire import Info, decode_scores, encode_request, one_line
 
 _BACK_OFF_SECONDS = 0.5
 _REPLY_BYTES = 2**20  # a reply holds one number per picture
-_UNREACHABLE, _TIMEOUT, _GARBAGE = "server unreachable", "timeout", "garbage from the server"
+_UNREACHABLE, _TIMEOUT, _GARBAGE = "connection failed", "timeout", "garbage from the server"
 _NULL, _UNSENDABLE = "without a score from the server", "unfit for JSON and PNG"
 
 

@@ -36,7 +36,7 @@ _PROMPT = (
 )
 _GRADE = re.compile(r"Final Score:[\s*]*(\d+(?:\.\d+)?)", re.IGNORECASE)
 _MAX_TOKENS = 1024
-_UNREACHABLE, _TIMEOUT, _UNPARSABLE = "server unreachable", "timeout", "answer without a grade"
+_UNREACHABLE, _TIMEOUT, _UNPARSABLE = "connection failed", "timeout", "answer without a grade"
 _NOT_TRIED = "not tried, the server is lost"
 
 

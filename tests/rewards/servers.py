@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import requests
 import uvicorn
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # From the handler and the request's body to (status, body); None when the function wrote to the connection itself.
 Answer = Callable[[BaseHTTPRequestHandler, bytes], tuple[int, bytes] | None]
@@ -19,8 +26,14 @@ Answer = Callable[[BaseHTTPRequestHandler, bytes], tuple[int, bytes] | None]
 def answering(answer: Answer) -> Iterator[str]:
     """The address of a server that answers every request with `answer`."""
 
+    connections: list[socket.socket] = []
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            connections.append(self.request)
+            super().setup()
 
         def do_POST(self) -> None:
             reply = answer(self, self.rfile.read(int(self.headers.get("Content-Length") or 0)))
@@ -43,12 +56,15 @@ def answering(answer: Answer) -> Iterator[str]:
             """A client that gave up is what these tests are about."""
 
     server = Server(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
+        for connection in connections:  # those kept alive would go on being answered
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager
@@ -64,3 +80,26 @@ def running(app: Any) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextmanager
+def process_serving(*arguments: str, port: int | None = None) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A Python process with these arguments and a port after them, once it answers at its address."""
+    if port is None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+    command = [sys.executable, *arguments, str(port)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            try:
+                requests.get(f"{url}/health", timeout=1)
+                break
+            except requests.ConnectionError:
+                assert process.poll() is None, "the server ended before it answered"
+                time.sleep(0.05)
+        yield process, url
+    finally:
+        process.kill()
+        process.wait()

@@ -153,9 +153,7 @@ def test_both_interfaces_of_paddleocr(interface: type, monkeypatch: pytest.Monke
 
 
 def test_paddleocr_absent_is_one_pip_line() -> None:
-    with pytest.raises(
-        RewardUnavailableError, match=r"pip install paddlepaddle==3.3.1 paddleocr==3.7.0 rap"
-    ):
+    with pytest.raises(RewardUnavailableError, match=r"pip install paddlepaddle==3.3.1 paddleocr==3.7.0 rap"):
         check("ocr", options={"engine": "paddleocr"})
 
 
