@@ -14,7 +14,6 @@ from threading import Thread
 from typing import Any
 
 import requests
-import uvicorn
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,6 +69,8 @@ def answering(answer: Answer) -> Iterator[str]:
 @contextmanager
 def running(app: Any) -> Iterator[str]:
     """The address of a FastAPI application, under uvicorn as `opd-ds rewards serve` runs it."""
+    import uvicorn
+
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
     thread = Thread(target=server.run, daemon=True)
     thread.start()
