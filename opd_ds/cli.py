@@ -10,10 +10,12 @@ import typer
 from opd_ds.errors import Interrupted
 from opd_ds.failures import leave
 from opd_ds.launch import prepare_environment, who_am_i
+from opd_ds.rewards.cli import app as rewards_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 miniature = typer.Typer(no_args_is_help=True, help="The embedded world: a tiny SD3 on handwritten digits.")
 app.add_typer(miniature, name="miniature")
+app.add_typer(rewards_app, name="rewards")
 
 
 @app.callback()

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, ClassVar, Protocol, TypeVar
-
-import torch
-from PIL import Image
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from opd_ds.errors import UserError
 from opd_ds.rewards.weights import Weights, WeightsMissingError
+
+if TYPE_CHECKING:  # the `opd-ds` command imports this package, and should answer before torch has been read from disk
+    import torch
+    from PIL import Image
 
 Metadata = Sequence[dict[str, Any]]
 Item = TypeVar("Item")
@@ -25,14 +26,20 @@ class Needs:
         packages: import names beyond the core install.
         extra: the extra of opd-ds that installs them.
         weights: published files; a reward may offer alternatives by its own options.
+        install: what `pip install` is given where no extra installs them and import names are not pip's names.
     """
 
     packages: tuple[str, ...] = ()
     extra: str | None = None
     weights: tuple[Weights, ...] = ()
+    install: str | None = None
 
     def absent_packages(self) -> list[str]:
         return [name for name in self.packages if find_spec(name) is None]
+
+    def requirements(self) -> str:
+        """What `pip install` is given."""
+        return f"'opd-ds[{self.extra}]'" if self.extra else self.install or " ".join(self.packages)
 
 
 class Reward(Protocol):
@@ -75,8 +82,7 @@ def require_packages(name: str, needs: Needs) -> None:
     """Raise RewardUnavailableError when a package that the reward imports is absent."""
     absent = needs.absent_packages()
     if absent:
-        line = f"pip install 'opd-ds[{needs.extra}]'" if needs.extra else f"pip install {' '.join(absent)}"
-        raise RewardUnavailableError(f"reward {name!r} needs {', '.join(absent)}: {line}")
+        raise RewardUnavailableError(f"reward {name!r} needs {', '.join(absent)}: pip install {needs.requirements()}")
 
 
 def batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from opd_ds.errors import UserError, nearest
-from opd_ds.rewards.base import Reward, require
+from opd_ds.rewards.base import Needs, Reward, require
 
 ENTRY_POINTS = "opd_ds.rewards"
 
@@ -25,6 +25,7 @@ _BUILT_IN = {
     "unifiedreward": "opd_ds.rewards.unifiedreward:UnifiedReward",
     "jpeg_compressibility": "opd_ds.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "opd_ds.rewards.jpeg:JpegIncompressibility",
+    "mix": "opd_ds.rewards.mix:Mix",
     "remote": "opd_ds.rewards.remote:RemoteReward",
     "miniature_text": "opd_ds.miniature.rewards:TextReward",
     "miniature_composition": "opd_ds.miniature.rewards:CompositionReward",
@@ -57,14 +58,19 @@ def reward_class(name: str, key: str = "reward") -> type[Reward]:
     raise UserError(f"{key} = {name!r}: unknown reward; allowed: {', '.join(allowed)}.{nearest(name, allowed)}")
 
 
-def check(name: str, key: str = "reward", options: Mapping[str, Any] | None = None) -> None:
-    """Raise UserError when the reward `name` is unknown, not installed, or lacks its weights. Loads nothing.
+def needs_of(name: str, key: str = "reward", options: Mapping[str, Any] | None = None) -> Needs:
+    """What the reward `name` needs with these options.
 
-    A reward whose weights depend on its options offers a `needs_for(options)` class method.
+    A reward whose needs depend on its options offers a `needs_for(options)` class method.
     """
     found = reward_class(name, key)
     needs_for = getattr(found, "needs_for", None)
-    require(name, needs_for(options or {}) if needs_for else found.needs)
+    return needs_for(options or {}) if needs_for else found.needs
+
+
+def check(name: str, key: str = "reward", options: Mapping[str, Any] | None = None) -> None:
+    """Raise UserError when the reward `name` is unknown, not installed, or lacks its weights. Loads nothing."""
+    require(name, needs_of(name, key, options))
 
 
 def build(name: str, device: str | None = None, **options: Any) -> Reward:
@@ -75,15 +81,20 @@ def build(name: str, device: str | None = None, **options: Any) -> Reward:
         options: the reward's own, such as `batch_size`; see its class.
 
     Raises:
-        UserError: unknown name or option, absent packages or weights.
+        UserError: unknown name or option, a required option that is not given, absent packages or weights.
     """
     check(name, options=options)
     found = reward_class(name)
-    known = set(inspect.signature(found).parameters)
+    signature = inspect.signature(found)
+    known = set(signature.parameters)
     for option in options.keys() - known:
         raise UserError(
             f"reward {name!r}: unknown option {option!r}; allowed: {', '.join(sorted(known))}.{nearest(option, known)}"
         )
     if device is not None and "device" in known:
         options["device"] = device
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        raise UserError(f"reward {name!r}: {error}; its options: {', '.join(sorted(known))}") from error
     return found(**options)

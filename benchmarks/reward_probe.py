@@ -1,0 +1,64 @@
+"""What one reward does in the environment that runs this; `reward_table.py` starts it. Prints one JSON object.
+
+python benchmarks/reward_probe.py NAME FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from opd_ds.errors import UserError
+from opd_ds.rewards import RewardUnavailableError, WrongWeightsError, build, check, reward_class
+
+PROMPT = 'a photo of the digit 3 in red on a blue ground, with the text "Hello"'
+METADATA = [{"tag": "single_object", "include": [{"class": "cat", "count": 1}]}] * 2
+
+
+def message_of_check(name: str) -> str:
+    try:
+        check(name)
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def refuses_a_wrong_file(name: str, options: Callable[[], dict[str, Any]]) -> str:
+    try:
+        build(name, **options())
+    except WrongWeightsError as error:
+        return f"yes: {error}"
+    return "NO"
+
+
+def scores(name: str, options: dict[str, Any]) -> str:
+    from tests.rewards.drawing import drawn
+
+    values = build(name, **options).score([drawn("Hello"), drawn("Help")], [PROMPT] * 2, METADATA)
+    right = values.shape == (2,) and str(values.dtype) == "torch.float32" and values.device.type == "cpu"
+    shown = ", ".join("NaN" if math.isnan(value) else f"{value:.4g}" for value in values.tolist())
+    return shown if right else f"NO: {tuple(values.shape)} {values.dtype} on {values.device}"
+
+
+def main(name: str, folder: Path) -> None:
+    # The installed package goes before the checkout, which is here for its tests' small weights only.
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    from tests.rewards.tiny_weights import WITH_WEIGHTS, make
+
+    reward_class(name)
+    said = message_of_check(name)
+    report = {"imports": "yes", "check": said}
+    if not said.startswith(RewardUnavailableError.__name__):
+        report["scores"] = scores(name, make(name, folder / "tiny"))
+        report["refuses"] = "no weights"
+        if name in WITH_WEIGHTS:
+            report["refuses"] = refuses_a_wrong_file(name, lambda: make(name, folder / "spoilt", spoilt=True))
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,148 @@
+"""A reward that is served elsewhere (`opd-ds rewards serve NAME`), used like any other."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+import requests
+import urllib3
+from PIL import Image
+from torch import Tensor
+
+from opd_ds.errors import UserError
+from opd_ds.rewards.base import Metadata, Needs, batches
+from opd_ds.rewards.gaps import Gaps, Result
+from opd_ds.rewards.wire import Info, decode_scores, encode_request, one_line
+
+_BACK_OFF_SECONDS = 0.5
+_REPLY_BYTES = 2**20  # a reply holds one number per picture
+_UNREACHABLE, _TIMEOUT, _GARBAGE = "connection failed", "timeout", "garbage from the server"
+_NULL, _UNSENDABLE = "without a score from the server", "unfit for JSON and PNG"
+
+
+class _RequestError(Exception):
+    """A request that brought no scores; the message is the kind."""
+
+
+class RemoteReward:
+    """The scores of a reward server; range and unit are those of the reward it serves, whose name this one takes.
+
+    Failures are NaN for the pictures they concern, counted by kind in `failures`, one line in the log per call, never
+    an exception: server gone, time-out, any HTTP error, garbage, a wrong number of scores. Once the server stays
+    unreachable or silent after all retries, the rest of the call is not tried.
+
+    Args:
+        url: of the server, such as http://127.0.0.1:8000.
+        timeout: seconds for a connection, and for the whole reply to one batch.
+        retries: further attempts after anything but a 4xx, with growing pauses.
+        batch_size: pictures per request, and in memory as PNG.
+
+    Raises:
+        UserError: at construction, when no such server answers.
+    """
+
+    name = "remote"
+    needs: ClassVar[Needs] = Needs()
+
+    def __init__(self, url: str, timeout: float = 60.0, retries: int = 2, batch_size: int = 8) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+            raise UserError("reward 'remote': url: expected http://host:port of an `opd-ds rewards serve`")
+        self._url = url.rstrip("/")
+        self._timeout, self._retries, self._batch_size = timeout, retries, batch_size
+        self._served = self._ask_who()
+        self.name = self._served.name
+        self._gaps = Gaps(f"{self.name} at {self._url}")
+
+    def _ask_who(self) -> Info:
+        try:
+            with requests.Session() as session:
+                self._request(session, "GET", "/health")
+                return Info.model_validate_json(self._request(session, "GET", "/info"))
+        except (_RequestError, ValueError) as error:
+            raise UserError(
+                f"reward 'remote': url = {self._url!r}: no reward server answers there ({one_line(error, 80)}); start "
+                "one with `opd-ds rewards serve NAME --port PORT`"
+            ) from error
+
+    @property
+    def failures(self) -> Counter[str]:
+        """Pictures without a score, by kind, since the reward was built."""
+        return self._gaps.failures
+
+    def identity(self) -> dict[str, Any]:
+        """That of the served reward, as it was at construction."""
+        return {"served_at": self._url, **self._served.identity}
+
+    def score(self, images: list[Image.Image], prompts: list[str], metadata: Metadata | None = None) -> Tensor:
+        """[B] float32."""
+        results: list[Result] = []
+        lost: str | None = None
+        with requests.Session() as session:  # of this call: several threads may be here
+            for rows in batches(range(len(images)), self._batch_size):
+                part = metadata and [metadata[i] for i in rows]
+                try:
+                    if lost:
+                        raise _RequestError(lost)
+                    scores = self._score(session, [images[i] for i in rows], [prompts[i] for i in rows], part)
+                    results += [_NULL if score is None else score for score in scores]
+                except _RequestError as failure:
+                    kind = str(failure)
+                    lost = kind if kind in (_UNREACHABLE, _TIMEOUT) else None
+                    results += [kind] * len(rows)
+        return self._gaps.close(results)
+
+    def _score(
+        self, session: requests.Session, images: Sequence[Image.Image], prompts: Sequence[str], part: Metadata | None
+    ) -> list[float | None]:
+        try:
+            body = encode_request(images, prompts, part)
+        except Exception as error:  # Pillow and the JSON encoder raise anything for what they cannot write
+            raise _RequestError(_UNSENDABLE) from error
+        for attempt in range(self._retries + 1):
+            try:
+                return decode_scores(self._request(session, "POST", "/score", body), len(images))
+            except ValueError:
+                failure = _RequestError(_GARBAGE)
+            except _RequestError as error:
+                failure = error
+            if attempt == self._retries or str(failure).startswith("http 4"):
+                break
+            time.sleep(_BACK_OFF_SECONDS * 2**attempt)
+        raise failure
+
+    def _request(self, session: requests.Session, method: str, path: str, body: bytes | None = None) -> bytes:
+        """The body of a 200."""
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        try:
+            with session.request(
+                method,
+                self._url + path,
+                data=body,
+                headers=headers,
+                timeout=self._timeout,
+                stream=True,
+                allow_redirects=False,
+            ) as reply:
+                if reply.status_code != 200:
+                    raise _RequestError(f"http {reply.status_code}")
+                return self._read(reply)
+        except (requests.Timeout, urllib3.exceptions.TimeoutError) as error:
+            raise _RequestError(_TIMEOUT) from error
+        except (OSError, urllib3.exceptions.HTTPError) as error:  # requests' errors are OSErrors
+            raise _RequestError(_UNREACHABLE) from error
+
+    def _read(self, reply: requests.Response) -> bytes:
+        """Bounded in size and in time: requests' own time-out starts anew with every byte."""
+        end, body = time.monotonic() + self._timeout, bytearray()
+        while part := reply.raw.read1(2**16, decode_content=False):
+            body += part
+            if len(body) > _REPLY_BYTES:
+                raise _RequestError(_GARBAGE)
+            if time.monotonic() > end:
+                raise _RequestError(_TIMEOUT)
+        return bytes(body)

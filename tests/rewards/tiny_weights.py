@@ -1,0 +1,69 @@
+"""What each reward can be built from without its published weights; for the tests and `benchmarks/reward_table.py`.
+
+Rewards with weights get small random ones of the true architecture, written the way the published files are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from tests.rewards.servers import Answer, answering
+
+Options = dict[str, Any]
+
+_servers = ExitStack()  # left running until the process ends
+
+
+def _served(answer: Answer) -> str:
+    return _servers.enter_context(answering(answer))
+
+
+def _unifiedreward(folder: Path) -> Options:
+    def answer(handler: Any, body: bytes) -> tuple[int, bytes]:
+        if handler.path == "/v1/models":
+            return 200, b'{"object": "list", "data": [{"id": "tiny", "object": "model"}]}'
+        choice = {"index": 0, "message": {"role": "assistant", "content": "Final Score: 3"}, "finish_reason": "stop"}
+        return 200, json.dumps({"id": "1", "object": "chat.completion", "choices": [choice]}).encode()
+
+    return {"base_url": f"{_served(answer)}/v1", "model": "tiny"}
+
+
+def _remote(folder: Path) -> Options:
+    def answer(handler: Any, body: bytes) -> tuple[int, bytes]:
+        if handler.path == "/score":
+            return 200, json.dumps({"scores": [0.5] * len(json.loads(body)["images"])}).encode()
+        return 200, b'{"name": "tiny", "identity": {}}'
+
+    return {"url": _served(answer)}
+
+
+def _nothing(folder: Path) -> Options:
+    return {}
+
+
+# Rewards that read no weights of their own: options by folder.
+WITHOUT_WEIGHTS: dict[str, Callable[[Path], Options]] = {
+    "ocr": _nothing,
+    "unifiedreward": _unifiedreward,
+    "jpeg_compressibility": _nothing,
+    "jpeg_incompressibility": _nothing,
+    "mix": lambda folder: {"parts": {"jpeg_compressibility": 1, "miniature_look": 100}},
+    "remote": _remote,
+    "miniature_text": _nothing,
+    "miniature_composition": _nothing,
+    "miniature_look": _nothing,
+}
+# Rewards with weights: options by folder, and whether a tensor is to be missing from the file.
+WITH_WEIGHTS: dict[str, Callable[[Path, bool], Options]] = {}
+
+
+def make(name: str, folder: Path, *, spoilt: bool = False) -> Options:
+    """Options for `build(name, ...)`, its files written below `folder`; `spoilt` leaves one tensor out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if name in WITH_WEIGHTS:
+        return WITH_WEIGHTS[name](folder, spoilt)
+    return WITHOUT_WEIGHTS[name](folder)
