@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from PIL import Image
@@ -32,7 +32,7 @@ class RapidOCREngine:
     """
 
     _MODELS = ("PP-OCRv6_det_small.onnx", "PP-OCRv6_rec_small.onnx")
-    _SETTINGS: dict[str, Any] = {  # noqa: RUF012
+    _SETTINGS: ClassVar[dict[str, Any]] = {
         "Global.use_cls": False,
         "Det.limit_side_len": 512,
         "Det.limit_type": "max",

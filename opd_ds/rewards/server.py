@@ -29,6 +29,7 @@ def make_app(reward: Reward, limits: Limits | None = None) -> FastAPI:
     limits = limits or Limits()
     app = FastAPI(title=f"opd-ds reward {reward.name}", openapi_url=None)
     slots = asyncio.Semaphore(_REQUESTS_IN_MEMORY)
+    who = Info(name=reward.name, identity=reward.identity())  # once: it may hash gigabytes of weights
     turn = threading.Lock()  # a reward is not asked to be safe for several threads
 
     @app.exception_handler(RefusedError)
@@ -41,7 +42,7 @@ def make_app(reward: Reward, limits: Limits | None = None) -> FastAPI:
 
     @app.get("/info")
     async def info() -> Info:
-        return Info(name=reward.name, identity=reward.identity())
+        return who
 
     @app.post("/score")
     async def score(request: Request) -> ScoreResponse:
