@@ -144,7 +144,7 @@ def test_detections_are_those_of_the_parts(detector: Detector) -> None:
     """Two sizes in one call; the same objects as one picture at a time through the parts tested above."""
     random = np.random.default_rng(0)
     pictures = [
-        Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((20, 60), (20, 60), (60, 20))
+        Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((8, 120), (8, 120), (120, 8))
     ]
     together = detector.detect(pictures)
     assert sum(len(objects) for objects in together) > 0
@@ -262,7 +262,7 @@ class _Truncated(Image.Image):
 def test_reward_end_to_end(checkpoint: Path, clip: Path) -> None:
     """Real networks, random weights: a prompt is scored as its rule says of what the detector found."""
     reward = GenEval(weights=checkpoint, clip_weights=clip)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 60, 3), dtype=np.uint8))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 120, 3), dtype=np.uint8))
     (objects,) = Detector(checkpoint).detect([picture])
     present = max(objects, key=lambda o: o.score).label
     absent = next(name for name in CLASSES if name not in {o.label for o in objects})

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-_CONFIG = "mask2former/mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco.py"
+CONFIG = "mask2former/mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco.py"
 _KEEP: list[Any] = []
 
 Arrays = dict[str, np.ndarray]
@@ -48,11 +48,11 @@ def load(weights: str) -> Callable[[list[Image.Image], list[str], list[dict[str,
 
 
 def _model(weights: str | None) -> Any:
-    _stand_in_for_compiled_ops()
+    stand_in_for_compiled_ops()
     import mmdet  # type: ignore[import-not-found]
     from mmdet.apis import init_detector  # type: ignore[import-not-found]
 
-    config = Path(mmdet.__file__).parent / ".mim/configs" / _CONFIG
+    config = Path(mmdet.__file__).parent / ".mim/configs" / CONFIG
     return init_detector(str(config), weights, device="cpu", cfg_options={"model.backbone.init_cfg": None})
 
 
@@ -87,7 +87,7 @@ def _detect(model: Any, image: Image.Image) -> Arrays:
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
-def _stand_in_for_compiled_ops() -> None:
+def stand_in_for_compiled_ops() -> None:
     """Let mmdet import next to a CPU torch: torchvision's wheel is linked against CUDA, mmcv-lite has no ops.
 
     Mask2Former on the CPU calls none of them; whatever would, raises.
