@@ -86,12 +86,13 @@ class Monitor:
         self._to_tensorboard(row, report)
         self._show(report, row["samples_per_s"])
 
-    def scores(self, round_index: int, scores: dict[str, float]) -> None:
-        """Held-out rewards of the student by task."""
+    def scores(self, round_index: int, scores: dict[str, dict[str, float]]) -> None:
+        """Held-out rewards of the student by task and label."""
+        flat = {f"{task}/{label}": value for task, labels in scores.items() for label, value in labels.items()}
         if self._active:
-            for task, value in scores.items():
-                self._writer.add_scalar(f"reward/{task}", value, round_index)
-        shown = ", ".join(f"{task} {value:.3f}" for task, value in scores.items())
+            for key, value in flat.items():
+                self._writer.add_scalar(f"reward/{key}", value, round_index)
+        shown = ", ".join(f"{key} {value:.3f}" for key, value in flat.items())
         self.say(f"round {round_index}: held-out rewards of the student: {shown}")
 
     def grid(self, tag: str, results: dict[str, EvaluationResult], round_index: int) -> None:

@@ -65,8 +65,8 @@ def find_files(config: RunConfig, world_size: int) -> RunFiles:
             "set student.ema.decay = 0 or offload the optimizer to cpu"
         )
     for name, task in config.tasks.items():
-        if task.reward is not None:
-            check(task.reward, f"tasks.{name}.reward")
+        for reward in task.rewards:
+            check(reward.name, f"tasks.{name}.rewards", reward.options)
     prompts = {n: PromptSet.read(resolve_path(t.prompts, f"tasks.{n}.prompts")) for n, t in config.tasks.items()}
     eval_prompts = {
         name: PromptSet.read(resolve_path(task.eval_prompts, f"tasks.{name}.eval_prompts"))
@@ -115,11 +115,7 @@ def prepare(config: RunConfig, group: Group) -> Parts:
     ema = ShardedEma(student, config.student.ema) if config.student.ema.decay > 0 else None
     teachers = TeacherPool(family, files.teachers, group.device)
     trainer = Trainer(config, group, family, student, ema, teachers, files.prompts)
-    rewards = {
-        name: build(task.reward)
-        for name, task in config.tasks.items()
-        if task.reward is not None and name in files.eval_prompts
-    }
+    rewards = {label: build(reward.name, **reward.options) for label, reward in config.rewards.items()}
     evaluator = Evaluator(config, group, family, files.eval_prompts, rewards)
     return Parts(family, student, ema, teachers, trainer, evaluator, group.gather(identity)[0])
 

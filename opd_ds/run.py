@@ -187,7 +187,7 @@ def _finish(
         monitor.scores(config.run.rounds, results["student"].scores)
     if not group.world.is_main:
         return
-    data: dict[str, Any] = summary(results, list(config.tasks))
+    data: dict[str, Any] = summary(results, {name: task.headline for name, task in config.tasks.items()})
     (folder / "summary.json").write_text(json.dumps(data, indent=1) + "\n")
     monitor.say("")
     if results:

@@ -15,16 +15,16 @@ from opd_ds.config import RunConfig
 from opd_ds.diffusion import kernel
 from opd_ds.engine import Group
 from opd_ds.models import ModelFamily, guided_velocity
-from opd_ds.prompts import PromptSet, SampleNoise, sample_seed, shard
+from opd_ds.prompts import PromptSet, SampleNoise, Shard, sample_seed, shard
 from opd_ds.rewards import Reward
 from opd_ds.rollout import rollout
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Mean reward per task over all ranks (tasks without a reward are absent), and the first pictures per task."""
+    """Mean rewards over all ranks by task and label, and the first pictures per task."""
 
-    scores: dict[str, float]
+    scores: dict[str, dict[str, float]]
     pictures: dict[str, Tensor]
     prompts: dict[str, list[str]]
 
@@ -34,7 +34,7 @@ class Evaluator:
 
     Args:
         prompts: held-out prompts by task; tasks without are not evaluated.
-        rewards: by task; may lack tasks.
+        rewards: by label, as the tasks' settings name them.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Evaluator:
         Args:
             pictures_only: render only the prompts of the grid and score nothing.
         """
-        scores: dict[str, float] = {}
+        scores: dict[str, dict[str, float]] = {}
         shown: dict[str, Tensor] = {}
         count = self._config.evaluation.grid_prompts
         for task, value in guidance.items():
@@ -81,8 +81,12 @@ class Evaluator:
             first = [(i, pictures[k]) for k, i in enumerate(part.indices) if i < count and part.weights[k] > 0]
             gathered = dict(pair for pairs in self._group.gather(first) for pair in pairs)
             shown[task] = torch.stack([gathered[i] for i in sorted(gathered)]) if gathered else torch.empty(0)
-            if task in self._rewards and not pictures_only:
-                scores[task] = self._score(task, pictures, part.indices, part.weights)
+            if not pictures_only:
+                images = [to_image(picture) for picture in pictures]
+                scores[task] = {
+                    reward.label: self._score(task, reward.label, images, part)
+                    for reward in self._config.tasks[task].rewards
+                }
         return EvaluationResult(scores, shown, {task: list(self._prompts[task].prompts[:count]) for task in guidance})
 
     @torch.no_grad()
@@ -100,17 +104,16 @@ class Evaluator:
         final = rollout(predict, noise, kernel("euler"), self._sigmas, micro_batch=settings.micro_batch, device=device)
         return torch.cat([self._family.decode(part).cpu() for part in final.final.split(settings.micro_batch)])
 
-    def _score(self, task: str, pictures: Tensor, indices: list[int], weights: Tensor) -> float:
+    def _score(self, task: str, label: str, images: list[Image.Image], part: Shard) -> float:
         prompts = self._prompts[task]
-        rows = [i % len(prompts) for i in indices]
-        images = [to_image(picture) for picture in pictures]
+        rows = [i % len(prompts) for i in part.indices]
         texts, metadata = [prompts.prompts[i] for i in rows], [prompts.metadata[i] for i in rows]
         try:
-            rewards = self._rewards[task].score(images, texts, metadata).double()
+            rewards = self._rewards[label].score(images, texts, metadata).double()
         except Exception:  # a reward only monitors: its failure, of whatever kind, is a gap in the log, not the end
-            logging.getLogger("opd_ds").exception("the reward of task %s failed; its score is missing", task)
+            logging.getLogger("opd_ds").exception("reward %s failed on task %s; its score is missing", label, task)
             rewards = torch.full((len(images),), math.nan, dtype=torch.float64)
-        judged = weights.double() * torch.isfinite(rewards)
+        judged = part.weights.double() * torch.isfinite(rewards)
         total, count = self._group.sum(torch.stack([(rewards.nan_to_num() * judged).sum(), judged.sum()])).tolist()
         return total / count if count else math.nan
 

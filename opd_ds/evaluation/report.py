@@ -14,14 +14,19 @@ from opd_ds.evaluation.evaluator import EvaluationResult, to_image
 _TILE, _LABEL_WIDTH, _LABEL_HEIGHT, _GAP = 96, 150, 16, 6
 
 
-def summary(results: dict[str, EvaluationResult], tasks: list[str]) -> dict[str, Any]:
-    """`tasks`: base, teacher and student of each task; `models`: every model's reward on every task; absent is None.
+def summary(results: dict[str, EvaluationResult], headlines: dict[str, str | None]) -> dict[str, Any]:
+    """`tasks`: base, teacher and student of each task by its headline reward; `models`: every model on every task.
 
-    `results` is keyed `base`, `teacher:<task>` and `student`.
+    What is absent is None.
+
+    Args:
+        results: keyed `base`, `teacher:<task>` and `student`.
+        headlines: by task, the label of the reward that stands for it.
     """
 
     def score(model: str, task: str) -> float | None:
-        value = results[model].scores.get(task, math.nan) if model in results else math.nan
+        by_task = results[model].scores if model in results else {}
+        value = by_task.get(task, {}).get(headlines[task] or "", math.nan)
         return value if math.isfinite(value) else None
 
     by_task = {
@@ -30,9 +35,9 @@ def summary(results: dict[str, EvaluationResult], tasks: list[str]) -> dict[str,
             "teacher": score(f"teacher:{task}", task),
             "student": score("student", task),
         }
-        for task in tasks
+        for task in headlines
     }
-    return {"tasks": by_task, "models": {model: {task: score(model, task) for task in tasks} for model in results}}
+    return {"tasks": by_task, "models": {model: {task: score(model, task) for task in headlines} for model in results}}
 
 
 def print_table(console: Console, data: dict[str, Any]) -> None:
