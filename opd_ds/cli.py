@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from opd_ds.errors import Interrupted
+from opd_ds.evaluation.cli import evaluate
 from opd_ds.failures import leave
 from opd_ds.launch import prepare_environment, who_am_i
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 miniature = typer.Typer(no_args_is_help=True, help="The embedded world: a tiny SD3 on handwritten digits.")
 app.add_typer(miniature, name="miniature")
+app.command("eval")(evaluate)
 
 
 @app.callback()
@@ -43,6 +45,7 @@ def train(
             typer.echo(describe(settings, world.size))
         return
     from opd_ds.engine import init_group
+    from opd_ds.quiet import quiet_libraries
     from opd_ds.run import train as run_training
 
     quiet_libraries()
@@ -67,16 +70,6 @@ def build_miniature(
     from opd_ds.miniature.build import build
 
     build(output_dir, seed=seed)
-
-
-def quiet_libraries() -> None:
-    """Leave the terminal to our own progress: no loading bars, no notes about optional image backends."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
 
 
 def main() -> None:

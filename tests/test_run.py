@@ -17,7 +17,7 @@ from opd_ds.cli import app
 from opd_ds.config import RunConfig
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
-from opd_ds.evaluation.report import gain_kept
+from opd_ds.evaluation.tables import gain_kept
 from opd_ds.loading import load_config
 from opd_ds.run import train
 from tests.test_multirank import metrics
