@@ -95,9 +95,11 @@ def _prompts(config: RunConfig, requested: list[str]) -> dict[str, PromptSet]:
 
 
 def _set(config: RunConfig, name: str, prompts: PromptSet, labels: list[str], choice: Choice) -> EvaluationSet:
-    """Every reward is asked about every prompt. A task's own are those it names; a free set's are all of them."""
+    """Every reward is asked about every prompt. A task's own are those it names, the headline first, and those that
+    only the command line names; a free set's are all of them.
+    """
     own = list(labels)
     if name in config.tasks:
-        named = [reward.label for reward in config.tasks[name].rewards]
-        own = [label for label in labels if label in named or (label in choice.rewards and label not in config.rewards)]
+        named = [reward.label for reward in config.tasks[name].rewards if reward.label in labels]
+        own = named + [label for label in labels if label not in config.rewards]
     return EvaluationSet.of(prompts, tuple(labels), tuple(own), config.evaluation.samples_per_prompt, choice.limit)

@@ -33,7 +33,7 @@ def consolidated_weights(checkpoint: Path, zero_stage: int) -> dict[str, Tensor]
     ]
     if zero_stage == 0:
         return _without_zero(checkpoint / CHECKPOINT_TAG / _WHOLE, averages)
-    return _from_shards(checkpoint / CHECKPOINT_TAG, averages)
+    return _from_shards(checkpoint / CHECKPOINT_TAG, zero_stage, averages)
 
 
 def _without_zero(file: Path, averages: list[list[Tensor]]) -> dict[str, Tensor]:
@@ -46,21 +46,30 @@ def _without_zero(file: Path, averages: list[list[Tensor]]) -> dict[str, Tensor]
     return {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
 
 
-def _from_shards(folder: Path, averages: list[list[Tensor]]) -> dict[str, Tensor]:
+def _from_shards(folder: Path, zero_stage: int, averages: list[list[Tensor]]) -> dict[str, Tensor]:
+    from deepspeed.checkpoint import constants
     from deepspeed.utils import zero_to_fp32 as deepspeed_files
 
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints as it goes
+    key = constants.FP32_FLAT_GROUPS if zero_stage == 3 else constants.SINGLE_PARTITION_OF_FP32_GROUPS
+    # Not DeepSpeed's own reader of these files, which refuses those of bf16 at stage 1.
+    stored = [
+        torch.load(file, weights_only=False, map_location="cpu", mmap=True)[constants.OPTIMIZER_STATE_DICT]
+        for file in deepspeed_files.get_optim_files(str(folder))
+    ]
+    shards = [part[key] for part in stored]
+    if averages:
+        # Saved masters may lack the padding that the last rank's shard has in memory.
+        shards = [
+            [mean.flatten()[: master.numel()] for mean, master in zip(means, masters, strict=True)]
+            for means, masters in zip(averages, shards, strict=True)
+        ]
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
         states = deepspeed_files.parse_model_states(deepspeed_files.get_model_state_files(str(folder)))
-        optimizer_files = deepspeed_files.get_optim_files(str(folder))
-        stage, world, shards, paddings = deepspeed_files.parse_optim_states(optimizer_files, str(folder))
-        if averages:
-            # Saved masters lack the padding that the last rank's shard has in memory.
-            shards = [
-                [mean.flatten()[: master.numel()] for mean, master in zip(means, masters, strict=True)]
-                for means, masters in zip(averages, shards, strict=True)
-            ]
-        if stage == 3:
-            merged = deepspeed_files._get_fp32_state_dict_from_zero3_checkpoint(world, shards, states, True)
+        if zero_stage == 3:
+            merged = deepspeed_files._get_fp32_state_dict_from_zero3_checkpoint(len(shards), shards, states, True)
         else:
-            merged = deepspeed_files._get_fp32_state_dict_from_zero2_checkpoint(world, shards, states, True, paddings)
+            paddings = stored[0].get(constants.PARAM_ALIGNMENT_PADDINGS)
+            merged = deepspeed_files._get_fp32_state_dict_from_zero2_checkpoint(
+                len(shards), shards, states, True, paddings
+            )
         return deepspeed_files.to_torch_tensor(merged)

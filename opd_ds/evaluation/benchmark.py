@@ -160,9 +160,9 @@ class Benchmark:
             for label in chosen.asked
         }
         known = self._group.gather(self._scores.read() if self._group.world.is_main else None)[0]
-        # By label first: a batch goes to one reward.
-        open_jobs = [job for part in jobs.values() for job in part if _key(job) not in known]
-        open_jobs.sort(key=lambda job: job.label)
+        # One of each: two sets may share a prompt. By label first: a batch goes to one reward.
+        found = {_key(job): job for part in jobs.values() for job in part}
+        open_jobs = sorted((job for key, job in found.items() if key not in known), key=lambda job: job.label)
         share = -(-len(open_jobs) // self._group.world.size)
         self._score(open_jobs[share * self._group.world.rank :][:share])
         self._group.barrier()

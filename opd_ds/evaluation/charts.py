@@ -34,7 +34,7 @@ class Curve:
 
 def bars(title: str, entries: list[Bar]) -> Markup:
     """Horizontal bars with intervals as whiskers. Bars start at 0 unless that would hide the differences."""
-    width, row, left, right, top = 420, 26, 132, 58, 6
+    width, row, left, right, top = 460, 26, 150, 58, 6
     known = [entry for entry in entries if entry.value is not None and entry.low is not None and entry.high is not None]
     ends = [end for entry in known for end in (entry.low, entry.high, entry.value) if end is not None]
     ends += [entry.value for entry in entries if entry.value is not None]
@@ -53,7 +53,7 @@ def bars(title: str, entries: list[Bar]) -> Markup:
         parts.append(_text(x(tick), height - 6, _short(tick), "tick", "middle"))
     for place, entry in enumerate(entries):
         middle = top + row * (place + 0.5)
-        parts.append(_text(left - 8, middle + 4, _cut(entry.name, 18), "name", "end"))
+        parts.append(_text(left - 8, middle + 4, _cut(entry.name, 22), "name", "end"))
         if entry.value is None:
             parts.append(_text(left + 4, middle + 4, "not measured", "tick"))
             continue
@@ -74,8 +74,8 @@ def bars(title: str, entries: list[Bar]) -> Markup:
 
 def radar(axes: list[str], entries: list[Bar], values: dict[str, list[float]]) -> Markup:
     """One polygon per model; `values` are in [0, 1], one per axis. Needs three axes."""
-    width, height, radius = 420, 300, 105
-    cx, cy = width / 2, height / 2
+    width, height, radius = 460, 270, 105
+    cx, cy = width / 2, height / 2 + (20 if len(axes) == 3 else 0)
 
     def point(axis: int, value: float) -> tuple[float, float]:
         angle = 2 * math.pi * axis / len(axes) - math.pi / 2
@@ -99,7 +99,7 @@ def radar(axes: list[str], entries: list[Bar], values: dict[str, list[float]]) -
 
 def curves(title: str, entries: list[Curve]) -> Markup:
     """Lines over rounds; the y axis is logarithmic when positive values span more than a factor of 20."""
-    width, height, left, right, top, bottom = 420, 190, 52, 10, 8, 24
+    width, height, left, right, top, bottom = 460, 200, 52, 10, 8, 24
     kept = [_thinned(entry) for entry in entries]
     kept = [entry for entry in kept if entry.x]
     ys = [value for entry in kept for value in entry.y]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -60,14 +61,12 @@ def compare(a: Results, b: Results, pairs: list[tuple[str, str]]) -> tuple[list[
         for key in sorted(a["settings"].keys() | b["settings"].keys())
         if a["settings"].get(key) != b["settings"].get(key)
     ]
-    found = []
-    for model_a, model_b in pairs:
-        if a["models"][model_a]["identity"] == b["models"][model_b]["identity"] and not notes:
+    same_settings = not notes
+    rows = []
+    for (model_a, model_b), (name, label) in product(pairs, _shared_metrics(a, b)):
+        if same_settings and a["models"][model_a]["identity"] == b["models"][model_b]["identity"]:
             notes.append(f"{model_a} and {model_b} are the same weights: not compared")
             continue
-        found += [(model_a, model_b, *metric) for metric in _shared_metrics(a, b)]
-    rows = []
-    for model_a, model_b, name, label in found:
         if a["rewards"][label] != b["rewards"][label]:
             notes.append(f"{name} / {label}: measured by two different rewards: not compared")
             continue

@@ -112,7 +112,7 @@ class _Album:
         self.pixelated = self.pixelated or tiny
         small.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
         stream = io.BytesIO()
-        small.save(stream, format="webp", quality=80, lossless=tiny)
+        small.save(stream, format="webp", quality=80, lossless=tiny, method=2)  # 4 is twice as slow, 5 % smaller
         self.pictures.append(f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}")
         return len(self.pictures) - 1
 

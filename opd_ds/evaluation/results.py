@@ -123,7 +123,7 @@ def read_results(file: Path) -> Results:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not JSON ({error}); give a results.json of `opd-ds eval`") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise UserError(f"{file}: not a results.json of `opd-ds eval` in format {FORMAT}")
+        raise UserError(f"{file}: not a results file of `opd-ds eval` in format {FORMAT}")
     return data
 
 
