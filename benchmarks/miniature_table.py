@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from opd_ds.evaluation.report import gain_kept
+from opd_ds.evaluation.tables import gain_kept
 
 KINDS: dict[str, list[str]] = {
     "full": [],

@@ -14,6 +14,7 @@ from opd_ds.engine import Group
 from opd_ds.errors import UserError
 
 STATE_FILE = "state.json"
+CHECKPOINTS_FOLDER = "checkpoints"
 _NAME = re.compile(r"^round-(\d{6})$")
 
 
@@ -41,20 +42,26 @@ class CheckpointStore:
                 shutil.rmtree(target)
             draft.rename(target)
             _sync(self._folder)
-            for old in self._published()[: -self._keep]:
+            for old in _published(self._folder)[: -self._keep]:
                 shutil.rmtree(old)
         self._group.barrier()
         return target
 
     def latest(self) -> Path | None:
         """The newest published checkpoint."""
-        published = self._published()
-        return published[-1] if published else None
+        return latest_checkpoint(self._folder)
 
-    def _published(self) -> list[Path]:
-        if not self._folder.is_dir():
-            return []
-        return sorted(p for p in self._folder.iterdir() if _NAME.match(p.name) and (p / STATE_FILE).is_file())
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest published checkpoint in `folder`."""
+    published = _published(folder)
+    return published[-1] if published else None
+
+
+def _published(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if _NAME.match(p.name) and (p / STATE_FILE).is_file())
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from opd_ds.errors import Interrupted
+from opd_ds.evaluation.cli import evaluate
 from opd_ds.failures import leave
 from opd_ds.launch import prepare_environment, who_am_i
 from opd_ds.rewards.cli import app as rewards_app
@@ -16,6 +17,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 miniature = typer.Typer(no_args_is_help=True, help="The embedded world: a tiny SD3 on handwritten digits.")
 app.add_typer(miniature, name="miniature")
 app.add_typer(rewards_app, name="rewards")
+app.command("eval")(evaluate)
 
 
 @app.callback()
@@ -45,6 +47,7 @@ def train(
             typer.echo(describe(settings, world.size))
         return
     from opd_ds.engine import init_group
+    from opd_ds.quiet import quiet_libraries
     from opd_ds.run import train as run_training
 
     quiet_libraries()
@@ -60,6 +63,16 @@ def recipes() -> None:
         typer.echo(f"{name:26} {line}")
 
 
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
+    """Say what this machine offers a run; exit code 1 when something would stop one."""
+    from opd_ds.doctor import as_text, examine, problems
+
+    findings = examine()
+    typer.echo(as_text(findings, as_json=as_json))
+    raise typer.Exit(1 if problems(findings) else 0)
+
+
 @miniature.command("build")
 def build_miniature(
     output_dir: Annotated[Path, typer.Option(help="where base, teachers and prompts are written")],
@@ -69,16 +82,6 @@ def build_miniature(
     from opd_ds.miniature.build import build
 
     build(output_dir, seed=seed)
-
-
-def quiet_libraries() -> None:
-    """Leave the terminal to our own progress: no loading bars, no notes about optional image backends."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
 
 
 def main() -> None:

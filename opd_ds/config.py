@@ -162,13 +162,35 @@ class TeacherSection(Section):
         return self
 
 
+class RewardSection(Section):
+    """One reward; a bare name stands for a mapping with that name."""
+
+    name: str = Field(description="as in opd_ds.rewards")
+    label: str = Field(description="what results call it; default: its name")
+    options: dict[str, Any] = Field(default_factory=dict, description="the reward's own, see its class")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        return {"label": value["name"], **value} if isinstance(value, dict) and "name" in value else value
+
+
 class TaskSection(Section):
     teacher: TeacherSection
     prompts: str = Field(description="training prompts, .txt or .jsonl")
     eval_prompts: str | None = Field(None, description="held-out prompts")
     weight: PositiveFloat = Field(1.0, description="factor on this task's loss")
     guidance: float | None = Field(None, ge=0, description="the student's on this task; default rollout.guidance")
-    reward: str | None = Field(None, description="monitors only; never decides a gradient")
+    rewards: tuple[RewardSection, ...] = Field(
+        (), description="they monitor and never decide a gradient; the first is the task's headline"
+    )
+
+    @property
+    def headline(self) -> str | None:
+        """The label of the reward that stands for the task in summaries."""
+        return self.rewards[0].label if self.rewards else None
 
 
 class EvaluationSection(Section):
@@ -207,12 +229,33 @@ class RunConfig(Section):
                     f"{task.teacher.placement!r} is brought in once a round; set it to 'resident' or rollout.mode to "
                     "'buffered'"
                 )
+        self._check_reward_labels()
         if self.rollout.mode == "fused" and self.train.inner_epochs > 1:
             raise ValueError(
                 f"rollout.mode = 'fused' trains while it rolls out, so train.inner_epochs = {self.train.inner_epochs} "
                 "is not possible; set it to 1 or rollout.mode to 'buffered'"
             )
         return self
+
+    def _check_reward_labels(self) -> None:
+        seen: dict[str, RewardSection] = {}
+        for name, task in self.tasks.items():
+            labels = [reward.label for reward in task.rewards]
+            for reward in task.rewards:
+                if not re.fullmatch(r"[A-Za-z0-9_.-]+", reward.label):
+                    raise ValueError(
+                        f"tasks.{name}.rewards: the label {reward.label!r} may hold letters, digits, '_', '.', '-' only"
+                    )
+                if labels.count(reward.label) > 1 or seen.setdefault(reward.label, reward) != reward:
+                    raise ValueError(
+                        f"tasks.{name}.rewards: the label {reward.label!r} stands for two rewards; give one of them "
+                        "another `label`"
+                    )
+
+    @property
+    def rewards(self) -> dict[str, RewardSection]:
+        """All tasks' rewards by label."""
+        return {reward.label: reward for task in self.tasks.values() for reward in task.rewards}
 
     @property
     def scoring_micro_batch(self) -> int:

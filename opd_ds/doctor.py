@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 from opd_ds import TORCHVISION_PROBLEM, __version__
 
@@ -30,9 +30,17 @@ def examine() -> list[Finding]:
     return [*findings, _torchvision(), _accelerator(), _compiler(), _home()]
 
 
-def as_data(findings: list[Finding]) -> dict[str, Any]:
-    """For `--json`: `ok` and the findings."""
-    return {"ok": all(finding.problem is None for finding in findings), "findings": [asdict(f) for f in findings]}
+def problems(findings: list[Finding]) -> list[Finding]:
+    return [finding for finding in findings if finding.problem is not None]
+
+
+def as_text(findings: list[Finding], *, as_json: bool) -> str:
+    """A line per finding, its problem below it; or JSON with `ok` and `findings`."""
+    if as_json:
+        return json.dumps({"ok": not problems(findings), "findings": [asdict(f) for f in findings]}, indent=1)
+    lines = [f"{finding.what:16} {finding.found}" for finding in findings]
+    lines += [f"{finding.what}: {finding.problem}" for finding in problems(findings)]
+    return "\n".join(lines)
 
 
 def _package(name: str) -> Finding:

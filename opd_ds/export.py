@@ -8,6 +8,7 @@ from opd_ds.engine import Group, StudentEngine
 from opd_ds.models import ModelFamily, lora
 
 STUDENT_ADAPTER = "student"
+EXPORT_FOLDER = "export"
 
 
 def export_student(student: StudentEngine, family: ModelFamily, kind: str, folder: Path, group: Group) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from opd_ds.config import RunConfig
-from opd_ds.evaluation import EvaluationResult, comparison_grid
+from opd_ds.evaluation.evaluator import Means
 from opd_ds.launch import World
 from opd_ds.trainer import RoundReport
 
@@ -86,18 +87,19 @@ class Monitor:
         self._to_tensorboard(row, report)
         self._show(report, row["samples_per_s"])
 
-    def scores(self, round_index: int, scores: dict[str, float]) -> None:
-        """Held-out rewards of the student by task."""
+    def scores(self, round_index: int, scores: Means) -> None:
+        """Held-out rewards of the student by task and label."""
+        flat = {f"{task}/{label}": value for task, labels in scores.items() for label, value in labels.items()}
         if self._active:
-            for task, value in scores.items():
-                self._writer.add_scalar(f"reward/{task}", value, round_index)
-        shown = ", ".join(f"{task} {value:.3f}" for task, value in scores.items())
+            for key, value in flat.items():
+                self._writer.add_scalar(f"reward/{key}", value, round_index)
+        shown = ", ".join(f"{key} {value:.3f}" for key, value in flat.items())
         self.say(f"round {round_index}: held-out rewards of the student: {shown}")
 
-    def grid(self, tag: str, results: dict[str, EvaluationResult], round_index: int) -> None:
-        """Pictures of one or more models on the same prompts and noise."""
-        if self._active and any(result.pictures for result in results.values()):
-            self._writer.add_image(tag, np.asarray(comparison_grid(results)), round_index, dataformats="HWC")
+    def picture(self, tag: str, picture: Image.Image | None, round_index: int) -> None:
+        """Show a picture, if there is one."""
+        if self._active and picture is not None:
+            self._writer.add_image(tag, np.asarray(picture), round_index, dataformats="HWC")
 
     def _to_tensorboard(self, row: dict[str, Any], report: RoundReport) -> None:
         for key, value in row.items():
@@ -133,7 +135,9 @@ def _metrics_row(report: RoundReport, rate: float) -> dict[str, Any]:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """All rows of a metrics.jsonl; a last line cut off by a kill is left out."""
+    """All rows of a metrics.jsonl, none if there is no such file; a last line cut off by a kill is left out."""
+    if not file.is_file():
+        return []
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:

@@ -10,10 +10,12 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from opd_ds.config import RunConfig
+from opd_ds.config import RunConfig, StudentSection
 from opd_ds.engine import Group, ShardedEma, StudentEngine, frozen_ds_config, read_ds_config, student_ds_config
 from opd_ds.errors import UserError
-from opd_ds.evaluation import Evaluator
+from opd_ds.evaluation.benchmark import Benchmark, EvaluationSet
+from opd_ds.evaluation.evaluator import Evaluator
+from opd_ds.evaluation.pictures import Painter
 from opd_ds.export import STUDENT_ADAPTER
 from opd_ds.hashing import file_sha256
 from opd_ds.loading import resolve_ds_config, resolve_path
@@ -23,6 +25,7 @@ from opd_ds.rewards import build, check
 from opd_ds.teachers import TeacherPool, TeacherSpec, check_teacher
 from opd_ds.trainer import Trainer
 
+EVALUATION_FOLDER = "eval"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -47,6 +50,7 @@ class Parts:
     teachers: TeacherPool
     trainer: Trainer
     evaluator: Evaluator
+    benchmark: Benchmark
     identity: dict[str, Any]
 
 
@@ -65,8 +69,8 @@ def find_files(config: RunConfig, world_size: int) -> RunFiles:
             "set student.ema.decay = 0 or offload the optimizer to cpu"
         )
     for name, task in config.tasks.items():
-        if task.reward is not None:
-            check(task.reward, f"tasks.{name}.reward")
+        for reward in task.rewards:
+            check(reward.name, f"tasks.{name}.rewards", reward.options)
     prompts = {n: PromptSet.read(resolve_path(t.prompts, f"tasks.{n}.prompts")) for n, t in config.tasks.items()}
     eval_prompts = {
         name: PromptSet.read(resolve_path(task.eval_prompts, f"tasks.{name}.eval_prompts"))
@@ -94,43 +98,54 @@ def prepare(config: RunConfig, group: Group) -> Parts:
     """
     with group.agreed():
         files = find_files(config, group.world.size)
-        family = build_family(
-            config.model.family,
-            files.model,
-            dtype=DTYPES[config.precision],
-            device=group.device,
-            height=config.model.height,
-            width=config.model.width,
-            max_text_length=config.model.max_text_length,
-            text_encoders=config.model.text_encoders,
-        )
+        family = load_family(config, files.model, group.device)
         for name, spec in files.teachers.items():
             check_teacher(family, name, spec, config.model.path)
         identity = run_identity(config, files) if group.world.is_main else None
     with group.agreed():
-        module = _student_module(config, family)
+        module = student_module(config.student, config.run.seed, family)
         if group.device.type == "cuda":
             module.to(group.device)
     student = StudentEngine(module, files.student_ds_config, group)
     ema = ShardedEma(student, config.student.ema) if config.student.ema.decay > 0 else None
     teachers = TeacherPool(family, files.teachers, group.device)
     trainer = Trainer(config, group, family, student, ema, teachers, files.prompts)
-    rewards = {
-        name: build(task.reward)
-        for name, task in config.tasks.items()
-        if task.reward is not None and name in files.eval_prompts
+    rewards = {label: build(reward.name, **reward.options) for label, reward in config.rewards.items()}
+    painter = Painter(config, family, group)
+    evaluator = Evaluator(config, group, painter, files.eval_prompts, rewards)
+    identity = group.gather(identity)[0]
+    sets = {
+        name: EvaluationSet.of(prompts, own, own, config.evaluation.samples_per_prompt)
+        for name, prompts in files.eval_prompts.items()
+        for own in [tuple(reward.label for reward in config.tasks[name].rewards)]
     }
-    evaluator = Evaluator(config, group, family, files.eval_prompts, rewards)
-    return Parts(family, student, ema, teachers, trainer, evaluator, group.gather(identity)[0])
+    folder = config.run.output_dir / EVALUATION_FOLDER
+    benchmark = Benchmark(folder, group, painter, identity["base"]["sha256"], sets, rewards)
+    return Parts(family, student, ema, teachers, trainer, evaluator, benchmark, identity)
 
 
-def _student_module(config: RunConfig, family: ModelFamily) -> nn.Module:
+def load_family(config: RunConfig, path: Path, device: torch.device) -> ModelFamily:
+    """The run's model family around the folder at `path`; raises UserError when it is none."""
+    settings = config.model
+    return build_family(
+        settings.family,
+        path,
+        dtype=DTYPES[config.precision],
+        device=device,
+        height=settings.height,
+        width=settings.width,
+        max_text_length=settings.max_text_length,
+        text_encoders=settings.text_encoders,
+    )
+
+
+def student_module(settings: StudentSection, seed: int, family: ModelFamily) -> nn.Module:
+    """The student's network as it is before the first round, on the CPU."""
     module = family.load_transformer()
-    settings = config.student
     if settings.gradient_checkpointing:
         module.enable_gradient_checkpointing()  # type: ignore[operator]
     if settings.kind == "lora":
-        torch.manual_seed(config.run.seed)  # the same start on every rank
+        torch.manual_seed(seed)  # the same start on every rank
         lora_config = LoraConfig(
             r=settings.lora.rank,
             lora_alpha=settings.lora.alpha,

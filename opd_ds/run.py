@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
-from opd_ds.checkpoint import CheckpointStore, read_state, refuse_other_run
+from opd_ds.checkpoint import CHECKPOINTS_FOLDER, CheckpointStore, read_state, refuse_other_run
 from opd_ds.config import RunConfig
-from opd_ds.engine import Group
+from opd_ds.engine import Group, StudentEngine, ema_file
 from opd_ds.errors import Interrupted, UserError
-from opd_ds.evaluation import EvaluationResult, comparison_grid, print_table, summary
-from opd_ds.export import export_student
-from opd_ds.monitor import Monitor
+from opd_ds.evaluation.benchmark import Benchmark, Contestant
+from opd_ds.evaluation.evaluator import Means, student_guidance
+from opd_ds.evaluation.publish import publish
+from opd_ds.evaluation.report import REPORT_FILE
+from opd_ds.evaluation.results import means
+from opd_ds.evaluation.tables import comparison_grid, print_table, summary
+from opd_ds.export import EXPORT_FOLDER, export_student
+from opd_ds.hashing import file_sha256
+from opd_ds.monitor import METRICS_FILE, Monitor, read_metrics
 from opd_ds.preparation import Parts, prepare
-
-BASELINES_FILE = "baselines.pt"
 
 
 def train(config: RunConfig, group: Group, resume: str = "never") -> None:
@@ -35,7 +42,7 @@ def train(config: RunConfig, group: Group, resume: str = "never") -> None:
         NonFiniteError: loss or gradient norm is not finite; the last checkpoint is intact.
     """
     stop = _StopSignal()
-    store = CheckpointStore(config.run.output_dir / "checkpoints", config.run.keep_checkpoints, group)
+    store = CheckpointStore(config.run.output_dir / CHECKPOINTS_FOLDER, config.run.keep_checkpoints, group)
     with group.agreed():
         checkpoint = _find_checkpoint(store, resume)
     parts = prepare(config, group)
@@ -43,7 +50,7 @@ def train(config: RunConfig, group: Group, resume: str = "never") -> None:
     with Monitor(config, group.world, start) as monitor:
         if checkpoint:
             monitor.say(f"resumed from {checkpoint}, {start} rounds done")
-        baselines = _baselines(config, parts, group, monitor, fresh=checkpoint is None)
+        baselines = _baselines(config, parts, monitor, fresh=checkpoint is None)
         for index in range(start, config.run.rounds):
             monitor.round(parts.trainer.run_round(index))
             done = index + 1
@@ -101,7 +108,7 @@ def _save(parts: Parts, store: CheckpointStore, done: int, group: Group) -> Path
     def write(folder: Path) -> None:
         parts.student.save(folder)
         if parts.ema is not None:
-            parts.ema.save(folder / f"ema-rank{group.world.rank}.pt")
+            parts.ema.save(folder / ema_file(group.world.rank))
 
     return store.save(done, state, write)
 
@@ -118,44 +125,45 @@ def _restore(parts: Parts, checkpoint: Path, group: Group) -> int:
                 )
     parts.student.load(checkpoint)
     if parts.ema is not None:
-        parts.ema.load(checkpoint / f"ema-rank{group.world.rank}.pt")
+        parts.ema.load(checkpoint / ema_file(group.world.rank))
     return int(state["round"])
 
 
 # ---- evaluation ----
 
 
-def _baselines(
-    config: RunConfig, parts: Parts, group: Group, monitor: Monitor, *, fresh: bool
-) -> dict[str, EvaluationResult]:
-    """Base and teachers on the held-out prompts, measured once at the start: the student still is the base then."""
-    evaluator, file = parts.evaluator, config.run.output_dir / BASELINES_FILE
-    if not config.evaluation.baselines or not evaluator.tasks:
-        return {}
-    if not fresh:
-        if not file.is_file():
-            monitor.say(f"no {file.name} from the first start: the final table will lack base and teachers")
-            return {}
-        stored = torch.load(file, weights_only=True)
-        return {model: EvaluationResult(**fields) for model, fields in stored.items()}
-    monitor.say("scoring base and teachers on the held-out prompts")
-    results = {"base": evaluator.run(parts.student, evaluator.student_guidance())}
-    for task in config.tasks:
-        guidance = dict.fromkeys(evaluator.tasks, parts.teachers.guidance(task))
-        with parts.teachers.active(task) as network:
-            results[f"teacher:{task}"] = evaluator.run(network, guidance)
-    if group.world.is_main:
-        torch.save({model: vars(result) for model, result in results.items()}, file)
-    return results
+def _baselines(config: RunConfig, parts: Parts, monitor: Monitor, *, fresh: bool) -> list[Contestant]:
+    """Base and teachers, their pictures drawn. At the start of a run the student still is the base."""
+    benchmark, tasks = parts.benchmark, parts.identity["tasks"]
+    if not config.evaluation.baselines or not benchmark.sets:
+        return []
+    guidance = student_guidance(config, list(benchmark.sets))
+    base = Contestant("base", parts.identity["base"]["sha256"], guidance, partial(nullcontext, parts.student))
+    teachers = [
+        Contestant(
+            f"teacher:{task}",
+            tasks[task]["teacher_sha256"],
+            dict.fromkeys(benchmark.sets, parts.teachers.guidance(task)),
+            partial(parts.teachers.active, task),
+        )
+        for task in config.tasks
+    ]
+    monitor.say("drawing base and teachers on the held-out prompts")
+    if not fresh and benchmark.missing(base):
+        monitor.say("the base's pictures of the first start are not there: the final table will lack it")
+        models = teachers
+    else:
+        models = [base, *teachers]
+    for model in models:
+        benchmark.draw(model)
+    return models
 
 
-def _evaluate_student(parts: Parts, *, pictures_only: bool = False) -> EvaluationResult:
+@contextmanager
+def _final_student(parts: Parts) -> Iterator[StudentEngine]:
     """The averaged student where an EMA is kept."""
-    guidance = parts.evaluator.student_guidance()
-    if parts.ema is None:
-        return parts.evaluator.run(parts.student, guidance, pictures_only=pictures_only)
-    with parts.ema.swapped_in():
-        return parts.evaluator.run(parts.student, guidance, pictures_only=pictures_only)
+    with parts.ema.swapped_in() if parts.ema is not None else nullcontext():
+        yield parts.student
 
 
 def _show_student(config: RunConfig, parts: Parts, done: int, monitor: Monitor) -> None:
@@ -165,36 +173,52 @@ def _show_student(config: RunConfig, parts: Parts, done: int, monitor: Monitor) 
     show_now = config.run.image_every and done % config.run.image_every == 0 and not last
     if not parts.evaluator.tasks or not (score_now or show_now):
         return
-    result = _evaluate_student(parts, pictures_only=not score_now)
+    guidance = student_guidance(config, parts.evaluator.tasks)
+    with _final_student(parts) as network:
+        result = parts.evaluator.run(network, guidance, pictures_only=not score_now)
     if score_now:
         monitor.scores(done, result.scores)
-    monitor.grid("student", {"student": result}, done)
+    monitor.picture("student", comparison_grid({"student": result.pictures}, result.prompts), done)
 
 
-def _finish(
-    config: RunConfig, parts: Parts, baselines: dict[str, EvaluationResult], group: Group, monitor: Monitor
-) -> None:
-    """Export, final scores, table and picture."""
-    folder = config.run.output_dir
-    if parts.ema is not None:
-        with parts.ema.swapped_in():
-            export_student(parts.student, parts.family, config.student.kind, folder / "export", group)
-    else:
-        export_student(parts.student, parts.family, config.student.kind, folder / "export", group)
-    results = dict(baselines)
-    if parts.evaluator.tasks:
-        results["student"] = _evaluate_student(parts)
-        monitor.scores(config.run.rounds, results["student"].scores)
-    if not group.world.is_main:
-        return
-    data: dict[str, Any] = summary(results, list(config.tasks))
-    (folder / "summary.json").write_text(json.dumps(data, indent=1) + "\n")
-    monitor.say("")
-    if results:
-        print_table(monitor.console, data)
-        monitor.grid("models", results, config.run.rounds)
-        comparison_grid(results).save(folder / "grid.png")
+def _finish(config: RunConfig, parts: Parts, baselines: list[Contestant], group: Group, monitor: Monitor) -> None:
+    """Export, final scores, table, picture and report."""
+    folder, benchmark = config.run.output_dir, parts.benchmark
+    with _final_student(parts) as student:
+        export_student(student, parts.family, config.student.kind, folder / EXPORT_FOLDER, group)
+    scores: dict[str, Means] = {}
+    if benchmark.sets:
+        identity = group.gather(file_sha256(folder / EXPORT_FOLDER) if group.world.is_main else None)[0]
+        guidance = student_guidance(config, list(benchmark.sets))
+        models = [*baselines, Contestant("student", identity, guidance, partial(_final_student, parts))]
+        scores = _evaluate(config, benchmark, models, group, monitor)
+    if group.world.is_main:
+        data: dict[str, Any] = summary(scores, {name: task.headline for name, task in config.tasks.items()})
+        (folder / "summary.json").write_text(json.dumps(data, indent=1) + "\n")
+        monitor.say("")
+        if scores:
+            print_table(monitor.console, data)
+    if benchmark.sets:
         monitor.say(f"pictures:     {folder / 'grid.png'}")
+        monitor.say(f"report:       {benchmark.folder / REPORT_FILE}")
     monitor.say(f"TensorBoard:  tensorboard --logdir {folder / 'tensorboard'}")
     monitor.say(f"scores:       {folder / 'summary.json'}")
-    monitor.say(f"model:        {folder / 'export'}")
+    monitor.say(f"model:        {folder / EXPORT_FOLDER}")
+
+
+def _evaluate(
+    config: RunConfig, benchmark: Benchmark, models: list[Contestant], group: Group, monitor: Monitor
+) -> dict[str, Means]:
+    """The final evaluation, as `opd-ds eval` makes it; mean rewards by model."""
+    results = publish(benchmark, models, group, read_metrics(config.run.output_dir / METRICS_FILE))
+    scores = means(results)
+    monitor.scores(config.run.rounds, scores["student"])
+    if group.world.is_main:
+        count = config.evaluation.grid_prompts
+        pictures = {model.name: benchmark.first_pictures(model, count) for model in models}
+        prompts = {name: chosen["prompts"] for name, chosen in results["sets"].items()}
+        grid = comparison_grid(pictures, prompts)
+        if grid is not None:
+            monitor.picture("models", grid, config.run.rounds)
+            grid.save(config.run.output_dir / "grid.png")
+    return scores

@@ -15,11 +15,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # One build of DeepSpeed's small CPU op for all tests of a machine; a killed build elsewhere cannot hang us.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(tempfile.gettempdir()) / f"opd_ds_test_ops_{os.getuid()}"))
 
-from opd_ds.cli import quiet_libraries
 from opd_ds.config import RunConfig
 from opd_ds.engine import Group, init_group
 from opd_ds.launch import World, prepare_environment
 from opd_ds.preparation import Parts, prepare
+from opd_ds.quiet import quiet_libraries
 from tests.tiny import run_settings, write_world
 
 

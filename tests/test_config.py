@@ -39,6 +39,10 @@ def config_file(tiny_world: Path, tmp_path: Path) -> Path:
         ("objective.target=velocity", r"^objective: weighting = 'kl' belongs to target = 'transition'"),
         ("tasks={}", r"^tasks"),
         ("tasks.a b={teacher: x, prompts: y}", r"'a b' may hold letters, digits"),
+        ("tasks.one.reward=ocr", r"^tasks\.one\.reward = 'ocr': unknown key; .* Did you mean 'rewards'\?$"),
+        ("tasks.one.rewards=[{name: ocr, labl: x}]", r"^tasks\.one\.rewards\.0\.labl = 'x': unknown key; .*'label'\?$"),
+        ("tasks.one.rewards=[ocr, ocr]", r"tasks\.one\.rewards: the label 'ocr' stands for two rewards"),
+        ("tasks.one.rewards=[{name: ocr, label: a/b}]", r"the label 'a/b' may hold letters"),
     ],
 )
 def test_one_line_per_problem(config_file: Path, override: str, message: str) -> None:
@@ -197,3 +201,16 @@ def test_config_is_plain_data(config_file: Path) -> None:
     """What `config.yaml` in the output folder holds is a config again."""
     config = load_config(None, config_file, [])
     assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_a_reward_is_a_name_or_a_mapping(config_file: Path) -> None:
+    entries = "[ocr, {name: remote, label: judge, options: {url: http://localhost:1}}]"
+    config = load_config(None, config_file, [f"tasks.one.rewards={entries}", "tasks.two.rewards=[ocr]"])
+    assert [(reward.name, reward.label, reward.options) for reward in config.tasks["one"].rewards] == [
+        ("ocr", "ocr", {}),
+        ("remote", "judge", {"url": "http://localhost:1"}),
+    ]
+    assert [task.headline for task in config.tasks.values()] == ["ocr", "ocr"]
+    assert list(config.rewards) == ["ocr", "judge"]
+    with pytest.raises(UserError, match="the label 'ocr' stands for two rewards"):
+        load_config(None, config_file, ["tasks.one.rewards=[ocr]", "tasks.two.rewards=[{name: ocr, options: {n: 1}}]"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from opd_ds.evaluation.evaluator import to_image
+from opd_ds.evaluation.pictures import to_image
 from opd_ds.loading import load_config, resolve_path
 from opd_ds.miniature import assets, reader, verify, world
 from opd_ds.miniature.build import BASE, BuildSettings, build

@@ -176,7 +176,7 @@ def _picture(pipeline: StableDiffusion3Pipeline) -> torch.Tensor:
         "a red 3 on blue",
         num_inference_steps=4,
         guidance_scale=2.0,
-        latents=SampleNoise([sample_seed(1234, 0, "evaluation/one", 0)], (4, 8, 8)).draw(slice(None)),
+        latents=SampleNoise([sample_seed(1234, 0, "evaluation/a red 3 on blue", 0)], (4, 8, 8)).draw(slice(None)),
         max_sequence_length=10,
         height=16,
         width=16,

@@ -13,12 +13,11 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from opd_ds import rewards
 from opd_ds.cli import app
 from opd_ds.config import RunConfig
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
-from opd_ds.evaluation.report import gain_kept
+from opd_ds.evaluation.tables import gain_kept
 from opd_ds.loading import load_config
 from opd_ds.run import train
 from tests.test_multirank import metrics
@@ -39,7 +38,7 @@ def run(tiny_world: Path, tmp_path: Path, group: Group) -> Run:
 
 def with_reward(world: Path, reward: str) -> dict[str, Any]:
     prompts = str(world / "prompts.txt")
-    return {"teacher": str(world / "other"), "prompts": prompts, "eval_prompts": prompts, "reward": reward}
+    return {"teacher": str(world / "other"), "prompts": prompts, "eval_prompts": prompts, "rewards": [reward]}
 
 
 def test_a_run_leaves_what_it_promises(run: Run, tiny_world: Path) -> None:
@@ -64,8 +63,8 @@ def test_a_run_leaves_what_it_promises(run: Run, tiny_world: Path) -> None:
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     tags = events.Tags()
-    expected = {"loss", "grad_norm", "task/one/kl", "step_kl/one/00", "learning_rate", "seconds/rollout", "reward/one"}
-    assert expected <= set(tags["scalars"])
+    expected = {"loss", "grad_norm", "task/one/kl", "step_kl/one/00", "learning_rate", "seconds/rollout"}
+    assert {*expected, "reward/one/miniature_look"} <= set(tags["scalars"])
     assert "memory/host_peak_gib" in tags["scalars"]
     assert {"student", "models"} <= set(tags["images"])
     assert any("config" in tag for tag in tags["tensors"])
@@ -83,9 +82,8 @@ def test_rewards_decide_nothing(run: Run, tiny_world: Path, monkeypatch: pytest.
 
     task = with_reward(tiny_world, "miniature_look")
     watched = run("watched", tasks={"one": task}, run__eval_every=1, evaluation__baselines=True)
-    silent = run("silent", tasks={"one": task | {"reward": None}})
-    monkeypatch.setattr(rewards, "build", lambda name: Broken())
-    monkeypatch.setattr("opd_ds.preparation.build", lambda name: Broken())
+    silent = run("silent", tasks={"one": task | {"rewards": []}})
+    monkeypatch.setattr("opd_ds.preparation.build", lambda name, **_: Broken())
     broken = run("broken", tasks={"one": task}, run__eval_every=1)
     assert metrics(watched) == metrics(silent) == metrics(broken)
     assert "the server is gone" in caplog.text

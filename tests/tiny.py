@@ -98,23 +98,28 @@ def write_config(file: Path, data: dict[str, Any]) -> Path:
     return file
 
 
-def command(ranks: int, *arguments: str, script: str | None = None) -> list[str]:
-    """`opd-ds train` (or `script`) on `ranks` processes: by itself, or under the real deepspeed launcher."""
+def command_line(ranks: int, *arguments: str, script: str | None = None, command: str = "train") -> list[str]:
+    """`opd-ds <command>` (or `script`) on `ranks` processes: by itself, or under the real deepspeed launcher."""
     if ranks == 1:
-        return [sys.executable, "-m", "opd_ds.cli", "train", *arguments]
+        return [sys.executable, "-m", "opd_ds.cli", command, *arguments]
     launcher = str(Path(sys.executable).parent / "deepspeed")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     start = [launcher, "--num_accelerators", str(ranks), "--master_port", port]
-    return [*start, script] if script else [*start, "--module", "opd_ds.cli", "train", *arguments]
+    return [*start, script] if script else [*start, "--module", "opd_ds.cli", command, *arguments]
 
 
 def launch(
-    ranks: int, *arguments: str, script: str | None = None, timeout: float = 300, check: bool = True
+    ranks: int,
+    *arguments: str,
+    script: str | None = None,
+    command: str = "train",
+    timeout: float = 300,
+    check: bool = True,
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; with `check` a failure shows the run's output."""
-    process = start(ranks, *arguments, script=script)
+    process = start(ranks, *arguments, script=script, command=command)
     try:
         out, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -126,13 +131,13 @@ def launch(
     return subprocess.CompletedProcess(process.args, process.returncode, out)
 
 
-def start(ranks: int, *arguments: str, script: str | None = None) -> subprocess.Popen[str]:
+def start(ranks: int, *arguments: str, script: str | None = None, command: str = "train") -> subprocess.Popen[str]:
     """Start in a process group of its own."""
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     return subprocess.Popen(
-        command(ranks, *arguments, script=script),
+        command_line(ranks, *arguments, script=script, command=command),
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,8 +1,9 @@
 """The only room that speaks DeepSpeed. Written for 0.19.6 to 0.19.x; what is private there is named where used."""
 
 from opd_ds.engine.comm import Group, init_group
+from opd_ds.engine.consolidate import consolidated_weights
 from opd_ds.engine.ds_config import frozen_ds_config, read_ds_config, student_ds_config, zero_stage
-from opd_ds.engine.ema import ShardedEma
+from opd_ds.engine.ema import ShardedEma, ema_file
 from opd_ds.engine.frozen import FrozenEngine
 from opd_ds.engine.student import StudentEngine
 
@@ -11,6 +12,8 @@ __all__ = [
     "Group",
     "ShardedEma",
     "StudentEngine",
+    "consolidated_weights",
+    "ema_file",
     "frozen_ds_config",
     "init_group",
     "read_ds_config",

@@ -12,6 +12,11 @@ from opd_ds.config import EmaSection
 from opd_ds.engine.student import StudentEngine
 
 
+def ema_file(rank: int | str) -> str:
+    """The name of a rank's part in a checkpoint folder."""
+    return f"ema-rank{rank}.pt"
+
+
 class ShardedEma:
     """EMA over `StudentEngine.masters()`: an update is local and costs no gather, whatever the ZeRO stage."""
 

@@ -1,4 +1,4 @@
-"""Render held-out prompts with a model and let the tasks' rewards judge the pictures."""
+"""Held-out scores and pictures in memory, for a look at the student while a run goes on."""
 
 from __future__ import annotations
 
@@ -12,53 +12,46 @@ from PIL import Image
 from torch import Tensor
 
 from opd_ds.config import RunConfig
-from opd_ds.diffusion import kernel
 from opd_ds.engine import Group
-from opd_ds.models import ModelFamily, guided_velocity
-from opd_ds.prompts import PromptSet, SampleNoise, sample_seed, shard
+from opd_ds.evaluation.pictures import Item, Painter, items
+from opd_ds.prompts import PromptSet, shard
 from opd_ds.rewards import Reward
-from opd_ds.rollout import rollout
+
+# By task (or prompt set) and label.
+Means = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Mean reward per task over all ranks (tasks without a reward are absent), and the first pictures per task."""
+    """Mean rewards over all ranks, and the first pictures of each task with their prompts."""
 
-    scores: dict[str, float]
-    pictures: dict[str, Tensor]
+    scores: Means
+    pictures: dict[str, list[Image.Image]]
     prompts: dict[str, list[str]]
 
 
 class Evaluator:
-    """Every picture is seeded by (evaluation seed, task, index): models are compared on the same noise.
+    """Scores a network on the tasks' held-out prompts; see `Painter` for the noise.
 
     Args:
         prompts: held-out prompts by task; tasks without are not evaluated.
-        rewards: by task; may lack tasks.
+        rewards: by label, as the tasks' settings name them.
     """
 
     def __init__(
         self,
         config: RunConfig,
         group: Group,
-        family: ModelFamily,
+        painter: Painter,
         prompts: dict[str, PromptSet],
         rewards: dict[str, Reward],
     ) -> None:
-        self._config, self._group, self._family = config, group, family
+        self._config, self._group, self._painter = config, group, painter
         self._prompts, self._rewards = prompts, rewards
-        self._uncond = family.encode([config.model.negative_prompt])
-        self._sigmas = family.sigmas(config.evaluation.steps)
 
     @property
     def tasks(self) -> list[str]:
         return list(self._prompts)
-
-    def student_guidance(self) -> dict[str, float]:
-        """The student's guidance on each evaluated task."""
-        rollout_guidance = self._config.rollout.guidance
-        own = {task: self._config.tasks[task].guidance for task in self._prompts}
-        return {task: rollout_guidance if value is None else value for task, value in own.items()}
 
     def run(self, network: Any, guidance: dict[str, float], *, pictures_only: bool = False) -> EvaluationResult:
         """Evaluate `network` on every task that `guidance` names. Collective: every rank makes the same forwards.
@@ -66,56 +59,52 @@ class Evaluator:
         Args:
             pictures_only: render only the prompts of the grid and score nothing.
         """
-        scores: dict[str, float] = {}
-        shown: dict[str, Tensor] = {}
-        count = self._config.evaluation.grid_prompts
+        settings = self._config.evaluation
+        scores: Means = {}
+        shown: dict[str, list[Image.Image]] = {}
         for task, value in guidance.items():
-            prompts = self._prompts[task]
-            total = (
-                min(count, len(prompts)) if pictures_only else len(prompts) * self._config.evaluation.samples_per_prompt
-            )
-            if total == 0:
+            samples, limit = (1, settings.grid_prompts) if pictures_only else (settings.samples_per_prompt, None)
+            wanted = items(self._prompts[task], samples, limit)
+            if not wanted:
                 continue
-            part = shard(total, self._group.world.rank, self._group.world.size)
-            pictures = self._render(network, task, part.indices, value)
-            first = [(i, pictures[k]) for k, i in enumerate(part.indices) if i < count and part.weights[k] > 0]
-            gathered = dict(pair for pairs in self._group.gather(first) for pair in pairs)
-            shown[task] = torch.stack([gathered[i] for i in sorted(gathered)]) if gathered else torch.empty(0)
-            if task in self._rewards and not pictures_only:
-                scores[task] = self._score(task, pictures, part.indices, part.weights)
-        return EvaluationResult(scores, shown, {task: list(self._prompts[task].prompts[:count]) for task in guidance})
+            part = shard(len(wanted), self._group.world.rank, self._group.world.size)
+            mine = [wanted[i] for i in part.indices]
+            images = [image for _, image in self._painter.draw(network, mine, value)]
+            shown[task] = self._first(mine, images)
+            if not pictures_only:
+                labels = [reward.label for reward in self._config.tasks[task].rewards]
+                judged = {label: judge(self._rewards[label], label, images, mine) for label in labels}
+                scores[task] = {label: self._mean(values, part.weights) for label, values in judged.items()}
+        prompts = {task: list(self._prompts[task].prompts[: settings.grid_prompts]) for task in guidance}
+        return EvaluationResult(scores, shown, prompts)
 
-    @torch.no_grad()
-    def _render(self, network: Any, task: str, indices: list[int], guidance: float) -> Tensor:
-        """Pictures [B, 3, H, W]; index i is prompt i modulo the number of prompts."""
-        settings, prompts = self._config.evaluation, self._prompts[task].prompts
-        cond = self._family.encode([prompts[i % len(prompts)] for i in indices])
-        seeds = [sample_seed(settings.seed, 0, f"evaluation/{task}", i) for i in indices]
+    def _first(self, mine: list[Item], images: list[Image.Image]) -> list[Image.Image]:
+        count = self._config.evaluation.grid_prompts
+        first = {item.number: image for item, image in zip(mine, images, strict=True)
+                 if item.sample == 0 and item.number < count}  # fmt: skip
+        gathered = {number: image for part in self._group.gather(first) for number, image in part.items()}
+        return [gathered[number] for number in sorted(gathered)]
 
-        def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
-            return guided_velocity(self._family, network, x, sigma, cond[rows], self._uncond, guidance)
-
-        noise = SampleNoise(seeds, self._family.latent_shape)
-        device = self._group.device
-        final = rollout(predict, noise, kernel("euler"), self._sigmas, micro_batch=settings.micro_batch, device=device)
-        return torch.cat([self._family.decode(part).cpu() for part in final.final.split(settings.micro_batch)])
-
-    def _score(self, task: str, pictures: Tensor, indices: list[int], weights: Tensor) -> float:
-        prompts = self._prompts[task]
-        rows = [i % len(prompts) for i in indices]
-        images = [to_image(picture) for picture in pictures]
-        texts, metadata = [prompts.prompts[i] for i in rows], [prompts.metadata[i] for i in rows]
-        try:
-            rewards = self._rewards[task].score(images, texts, metadata).double()
-        except Exception:  # a reward only monitors: its failure, of whatever kind, is a gap in the log, not the end
-            logging.getLogger("opd_ds").exception("the reward of task %s failed; its score is missing", task)
-            rewards = torch.full((len(images),), math.nan, dtype=torch.float64)
-        judged = weights.double() * torch.isfinite(rewards)
-        total, count = self._group.sum(torch.stack([(rewards.nan_to_num() * judged).sum(), judged.sum()])).tolist()
+    def _mean(self, scores: Tensor, weights: Tensor) -> float:
+        """Over the pictures that could be judged; filling samples have weight 0."""
+        judged = weights.double() * torch.isfinite(scores)
+        total, count = self._group.sum(torch.stack([(scores.nan_to_num() * judged).sum(), judged.sum()])).tolist()
         return total / count if count else math.nan
 
 
-def to_image(picture: Tensor) -> Image.Image:
-    """[3, H, W] in [0, 1] to an 8-bit RGB picture."""
-    array = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
-    return Image.fromarray(array)
+def student_guidance(config: RunConfig, tasks: list[str]) -> dict[str, float]:
+    """The student's guidance on each of `tasks`; a name that is no task gets the rollout's."""
+    own = {task: config.tasks[task].guidance if task in config.tasks else None for task in tasks}
+    return {task: config.rollout.guidance if value is None else value for task, value in own.items()}
+
+
+def judge(reward: Reward, label: str, images: list[Image.Image], asked: list[Item]) -> Tensor:
+    """Scores [B], float64. A reward that fails, in whatever way, is a gap in the log: its items are NaN."""
+    try:
+        scores = reward.score(images, [item.prompt for item in asked], [item.metadata for item in asked])
+        if scores.shape != (len(images),):
+            raise ValueError(f"{len(images)} pictures got scores of shape {tuple(scores.shape)}")
+        return scores.double()
+    except Exception:  # a reward only monitors: it must not end the run or the evaluation it watches
+        logging.getLogger("opd_ds").exception("reward %s failed on %d pictures; they have no score", label, len(images))
+        return torch.full((len(images),), math.nan, dtype=torch.float64)

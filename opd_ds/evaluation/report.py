@@ -1,98 +1,259 @@
-"""The table and the picture at the end of a run."""
+"""report.html: one file that opens anywhere, from results.json, the pictures, and metrics.jsonl where there is one.
+
+Pictures are embedded as WebP thumbnails in one block of data; the page hands a picture to the browser only while its
+row is near the window, so a thousand of them cost neither decoding time nor memory.
+"""
 
 from __future__ import annotations
 
-import math
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
-from rich.table import Table
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
 
-from opd_ds.evaluation.evaluator import EvaluationResult, to_image
+from opd_ds.evaluation.charts import Bar, Curve, bars, curves, radar
+from opd_ds.evaluation.results import Results, metric_title, own_metrics
+from opd_ds.evaluation.statistics import normalised_columns
 
-_TILE, _LABEL_WIDTH, _LABEL_HEIGHT, _GAP = 96, 150, 16, 6
+REPORT_FILE = "report.html"
+PICTURES = 1000  # embedded at most; more prompts are in the tables, not in the grid
+_SIDE = 256  # of a thumbnail, in pixels
+_EXTREMES = 3  # best and worst prompts shown per model and metric
+# Told apart without colour vision, too (after Okabe and Ito); base is grey, the student blue.
+_GREY, _BLUE = "#8b929c", "#1b62b5"
+_PALETTE = ("#d9822b", "#2e9e7c", "#b15aa6", "#c2a01e", "#57a6cf", "#a3542f", "#5d6bb0", "#7d8f2f")
 
 
-def summary(results: dict[str, EvaluationResult], tasks: list[str]) -> dict[str, Any]:
-    """`tasks`: base, teacher and student of each task; `models`: every model's reward on every task; absent is None.
+@dataclass(frozen=True)
+class Cell:
+    """One model's picture of a prompt: its place among the embedded pictures, and its score (mean over samples)."""
 
-    `results` is keyed `base`, `teacher:<task>` and `student`.
+    model: str
+    picture: int
+    score: float | None
+    gain: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt of the grid."""
+
+    number: int
+    prompt: str
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class Extreme:
+    """A prompt on which a model gained or lost most against the reference."""
+
+    prompt_set: str
+    number: int
+    prompt: str
+    gain: float
+
+
+def write_report(folder: Path, results: Results, metrics: list[dict[str, Any]], limit: int = PICTURES) -> Path:
+    """Write `folder`/report.html.
+
+    Args:
+        folder: the evaluation's, with `images/` beside.
+        metrics: the rows of the run's metrics.jsonl, for the training curves.
+        limit: pictures to embed; the best and worst prompts come first, then prompts in order.
     """
+    reference = "base" if "base" in results["models"] else next(iter(results["models"]))
+    extremes = {model: _extremes(results, model, reference) for model in results["models"] if model != reference}
+    album = _Album(folder / "images", results)
+    sets = [_grid(results, name, _chosen(results, name, extremes, limit), reference, album) for name in results["sets"]]
+    environment = Environment(
+        loader=PackageLoader("opd_ds.evaluation", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    text = environment.get_template("report.html.j2").render(
+        title=folder.resolve().parent.name,
+        results=results,
+        colours=_colours(results),
+        reference=reference,
+        metrics=[
+            {"set": name, "title": metric_title(name, label), "chart": _bar_chart(results, name, label)}
+            for name, label in own_metrics(results)
+        ],
+        rows=_table(results),
+        radar=_radar_chart(results),
+        training=_training_charts(metrics),
+        extremes=_shown_extremes(extremes),
+        sets=sets,
+        pictures=album.pictures,
+        pixelated=album.pixelated,
+    )
+    draft = folder / f".{REPORT_FILE}.writing"
+    draft.write_text(text, encoding="utf-8")
+    return draft.replace(folder / REPORT_FILE)
 
-    def score(model: str, task: str) -> float | None:
-        value = results[model].scores.get(task, math.nan) if model in results else math.nan
-        return value if math.isfinite(value) else None
 
-    by_task = {
-        task: {
-            "base": score("base", task),
-            "teacher": score(f"teacher:{task}", task),
-            "student": score("student", task),
+class _Album:
+    """Thumbnails as data URIs, each embedded once."""
+
+    def __init__(self, folder: Path, results: Results) -> None:
+        self._folder, self._results = folder, results
+        self.pictures: list[str] = []
+        self.pixelated = False
+
+    def add(self, model: str, name: str, number: int) -> int:
+        """The place of the first picture of prompt `number`."""
+        file = self._folder / self._results["models"][model]["folder"] / name / f"{number:05d}-0.png"
+        with Image.open(file) as picture:
+            small = picture.convert("RGB")
+        tiny = max(small.size) <= 64  # shown enlarged: neither scaled nor compressed with loss
+        self.pixelated = self.pixelated or tiny
+        small.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+        stream = io.BytesIO()
+        small.save(stream, format="webp", quality=80, lossless=tiny, method=2)  # 4 is twice as slow, 5 % smaller
+        self.pictures.append(f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}")
+        return len(self.pictures) - 1
+
+
+# ---- what is shown ----
+
+
+def _headline(results: Results, name: str) -> str | None:
+    chosen = results["sets"][name]
+    return next(iter(chosen["own"] or chosen["rewards"]), None)
+
+
+def _extremes(results: Results, model: str, reference: str) -> list[Extreme]:
+    """The largest losses and gains on each set's headline, worst first."""
+    found = []
+    for name, chosen in results["sets"].items():
+        label = _headline(results, name)
+        if label is None:
+            continue
+        ours, theirs = (results["scores"][which][name][label]["per_prompt"] for which in (model, reference))
+        gains = [
+            Extreme(name, number, prompt, a - b)
+            for number, (prompt, a, b) in enumerate(zip(chosen["prompts"], ours, theirs, strict=True))
+            if a is not None and b is not None
+        ]
+        gains.sort(key=lambda extreme: extreme.gain)
+        found += [extreme for extreme in gains[:_EXTREMES] if extreme.gain < 0]
+        found += [extreme for extreme in gains[-_EXTREMES:] if extreme.gain > 0]
+    return found
+
+
+def _shown_extremes(extremes: dict[str, list[Extreme]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "model": model,
+            "best": sorted((e for e in found if e.gain > 0), key=lambda e: -e.gain)[: 2 * _EXTREMES],
+            "worst": sorted((e for e in found if e.gain < 0), key=lambda e: e.gain)[: 2 * _EXTREMES],
         }
-        for task in tasks
+        for model, found in extremes.items()
+    ]
+
+
+def _chosen(results: Results, name: str, extremes: dict[str, list[Extreme]], limit: int) -> list[int]:
+    """Numbers of the prompts that fit: extremes first, then in order; sorted."""
+    room = max(1, limit // (len(results["models"]) * len(results["sets"])))
+    first = [e.number for found in extremes.values() for e in found if e.prompt_set == name]
+    return sorted(list(dict.fromkeys([*first, *range(len(results["sets"][name]["prompts"]))]))[:room])
+
+
+def _grid(results: Results, name: str, numbers: list[int], reference: str, album: _Album) -> dict[str, Any]:
+    chosen, label = results["sets"][name], _headline(results, name)
+
+    def score(model: str, number: int) -> float | None:
+        return None if label is None else results["scores"][model][name][label]["per_prompt"][number]
+
+    rows = []
+    for number in numbers:
+        before = score(reference, number)
+        cells = []
+        for model in results["models"]:
+            now = score(model, number)
+            gain = None if model == reference or now is None or before is None else now - before
+            cells.append(Cell(model, album.add(model, name, number), now, gain))
+        rows.append(Row(number, chosen["prompts"][number], cells))
+    return {"name": name, "label": label, "total": len(chosen["prompts"]), "rows": rows}
+
+
+def _table(results: Results) -> list[dict[str, Any]]:
+    """One row per model; the best of each column is marked."""
+    columns = own_metrics(results)
+    means = {
+        model: [by_set[name][label]["mean"] for name, label in columns] for model, by_set in results["scores"].items()
     }
-    return {"tasks": by_task, "models": {model: {task: score(model, task) for task in tasks} for model in results}}
+    best = [max((m for m in column if m is not None), default=None) for column in zip(*means.values(), strict=True)]
+    averages = results["normalised_average"]
+    best_average = max((value for value in averages.values() if value is not None), default=None)
+    return [
+        {
+            "model": model,
+            "cells": [
+                (results["scores"][model][name][label], top is not None and value == top)
+                for (name, label), value, top in zip(columns, means[model], best, strict=True)
+            ],
+            "average": averages[model],
+            "best_average": averages[model] is not None and averages[model] == best_average,
+        }
+        for model in results["models"]
+    ]
 
 
-def print_table(console: Console, data: dict[str, Any]) -> None:
-    """Models by tasks; a task's own teacher is marked, the last row is the share of each teacher's gain kept."""
-    tasks = list(data["tasks"])
-    table = Table(title="mean reward on held-out prompts")
-    table.add_column("model")
-    for task in tasks:
-        table.add_column(task, justify="right")
-    for model, scores in data["models"].items():
-        cells = [_cell(scores[task]) + ("*" if model == f"teacher:{task}" else " ") for task in tasks]
-        table.add_row(model, *cells)
-    kept = [gain_kept(data["tasks"][task]) for task in tasks]
-    if any(value is not None for value in kept):
-        table.add_section()
-        table.add_row("gain kept", *["-" if value is None else f"{100 * value:.0f} % " for value in kept])
-    console.print(table)
+# ---- charts ----
 
 
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _colours(results: Results) -> dict[str, str]:
+    fixed = {"base": _GREY, "student": _BLUE}
+    others = [model for model in results["models"] if model not in fixed]
+    given = {model: _PALETTE[place % len(_PALETTE)] for place, model in enumerate(others)}
+    return {model: fixed.get(model) or given[model] for model in results["models"]}
 
 
-def gain_kept(scores: dict[str, float | None]) -> float | None:
-    """(student - base) / (teacher - base), or None when a score is missing or the teacher gained nothing."""
-    base, teacher, student = scores["base"], scores["teacher"], scores["student"]
-    if base is None or teacher is None or student is None or teacher <= base:
+def _entries(results: Results, name: str, label: str) -> list[Bar]:
+    colours = _colours(results)
+    return [
+        Bar(model, colours[model], entry["mean"], *entry["ci95"])
+        for model, by_set in results["scores"].items()
+        for entry in [by_set[name][label]]
+    ]
+
+
+def _bar_chart(results: Results, name: str, label: str) -> Markup:
+    return bars(metric_title(name, label), _entries(results, name, label))
+
+
+def _radar_chart(results: Results) -> Markup | None:
+    """None with fewer than three metrics that tell the models apart."""
+    metrics = own_metrics(results)
+    table = {model: [by_set[n][label]["mean"] for n, label in metrics] for model, by_set in results["scores"].items()}
+    kept, normalised = normalised_columns(table)
+    if len(kept) < 3:
         return None
-    return (student - base) / (teacher - base)
+    colours = _colours(results)
+    entries = [Bar(model, colours[model], None, None, None) for model in results["models"]]
+    return radar([metric_title(*metrics[place]) for place in kept], entries, normalised)
 
 
-def comparison_grid(results: dict[str, EvaluationResult]) -> Image.Image:
-    """One row per model, one column per prompt, tasks side by side; the same noise in each column."""
-    reference = next(iter(results.values()))
-    columns = [(task, k) for task, pictures in reference.pictures.items() for k in range(len(pictures))]
-    height, width = next(iter(reference.pictures.values())).shape[-2:]
-    tile = max(_TILE, int(height)), max(_TILE, int(width))
-    step_y, step_x = tile[0] + _GAP, tile[1] + _GAP
-    header = 3 * _LABEL_HEIGHT
-    size = (_LABEL_WIDTH + step_x * len(columns), header + step_y * len(results))
-    sheet = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
-    for column, (task, k) in enumerate(columns):
-        lines = [task if k == 0 else "", *_wrapped(reference.prompts[task][k], tile[1] // 6)[:2]]
-        for number, line in enumerate(lines):
-            draw.text((_LABEL_WIDTH + column * step_x, number * _LABEL_HEIGHT + 2), line, "black", font)
-    for row, (model, result) in enumerate(results.items()):
-        top = header + row * step_y
-        draw.text((_GAP, top + tile[0] // 2 - 6), model, "black", font)
-        for column, (task, k) in enumerate(columns):
-            if task in result.pictures and k < len(result.pictures[task]):
-                picture = to_image(result.pictures[task][k]).resize((tile[1], tile[0]), Image.Resampling.NEAREST)
-                sheet.paste(picture, (_LABEL_WIDTH + column * step_x, top))
-    return sheet
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines
+def _training_charts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Loss, per-task KL and gradient norm over rounds."""
+    if not rows:
+        return []
+    tasks = [key for key in rows[0] if key.startswith("task/") and key.endswith("/kl")]
+    groups = {"loss": ["loss"], "KL per task": tasks, "gradient norm": ["grad_norm"]}
+    charts = []
+    for title, keys in groups.items():
+        lines = [
+            Curve(
+                key.removeprefix("task/").removesuffix("/kl"),
+                _PALETTE[place % len(_PALETTE)] if len(keys) > 1 else _BLUE,
+                [row["round"] for row in rows if key in row],
+                [row[key] for row in rows if key in row],
+            )
+            for place, key in enumerate(keys)
+        ]
+        charts.append({"title": title, "lines": lines if len(lines) > 1 else [], "chart": curves(title, lines)})
+    return charts

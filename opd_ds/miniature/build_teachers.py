@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from opd_ds.diffusion import kernel
-from opd_ds.evaluation.evaluator import to_image
+from opd_ds.evaluation.pictures import to_image
 from opd_ds.miniature import world
 from opd_ds.miniature.build_base import BaseSettings, Log, flow_loss, noisy_captions
 from opd_ds.models import Conditioning, guided_velocity

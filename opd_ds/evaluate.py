@@ -1,0 +1,105 @@
+"""`opd-ds eval` from start to end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rich.console import Console
+
+from opd_ds.compared_models import Requests, contestants
+from opd_ds.config import RewardSection, RunConfig
+from opd_ds.engine import Group
+from opd_ds.errors import UserError
+from opd_ds.evaluation.benchmark import Benchmark, EvaluationSet
+from opd_ds.evaluation.pictures import Painter
+from opd_ds.evaluation.publish import publish
+from opd_ds.evaluation.report import REPORT_FILE
+from opd_ds.evaluation.results import RESULTS_FILE, Results, print_results
+from opd_ds.hashing import file_sha256
+from opd_ds.loading import resolve_path
+from opd_ds.monitor import METRICS_FILE, read_metrics
+from opd_ds.preparation import EVALUATION_FOLDER, load_family
+from opd_ds.prompts import PromptSet
+from opd_ds.rewards import build, check
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to evaluate beyond what the config says.
+
+    Attributes:
+        prompts: further sets, `name=file`.
+        rewards: labels of the config or names of rewards; these instead of the tasks'.
+        limit: only the first prompts of each set.
+    """
+
+    models: Requests = field(default_factory=Requests)
+    prompts: list[str] = field(default_factory=list)
+    rewards: list[str] = field(default_factory=list)
+    limit: int | None = None
+
+
+def evaluate(config: RunConfig, choice: Choice, group: Group) -> Results:
+    """Draw, judge, write `<run.output_dir>/eval/`. Collective.
+
+    Raises:
+        UserError: on every rank, before any network loads.
+    """
+    with group.agreed():
+        chosen = _rewards(config, choice.rewards)
+        for label, section in chosen.items():
+            check(section.name, f"reward {label}", section.options)
+        prompts = _prompts(config, choice.prompts)
+        base = resolve_path(config.model.path, "model.path")
+        family = load_family(config, base, group.device)
+        models = contestants(config, family, choice.models, list(prompts), group.device)
+        base_sha256 = file_sha256(base)
+        rewards = {label: build(r.name, **{"device": str(group.device)} | r.options) for label, r in chosen.items()}
+    sets = {name: _set(config, name, found, list(chosen), choice) for name, found in prompts.items()}
+    folder = config.run.output_dir / EVALUATION_FOLDER
+    benchmark = Benchmark(folder, group, Painter(config, family, group), base_sha256, sets, rewards)
+    results = publish(benchmark, models, group, read_metrics(config.run.output_dir / METRICS_FILE))
+    if group.world.is_main:
+        console = Console(soft_wrap=True)
+        print_results(console, results)
+        console.print(f"scores:  {folder / RESULTS_FILE}\nreport:  {folder / REPORT_FILE}", highlight=False)
+    return results
+
+
+def _rewards(config: RunConfig, requested: list[str]) -> dict[str, RewardSection]:
+    """By label: the tasks' rewards, or those requested."""
+    known = config.rewards
+    if not requested:
+        return known
+    return {name: known.get(name) or RewardSection.model_validate(name) for name in requested}
+
+
+def _prompts(config: RunConfig, requested: list[str]) -> dict[str, PromptSet]:
+    """The tasks' held-out prompts, then the requested sets."""
+    files = {
+        name: resolve_path(task.eval_prompts, f"tasks.{name}.eval_prompts")
+        for name, task in config.tasks.items()
+        if task.eval_prompts is not None
+    }
+    for request in requested:
+        name, separator, value = request.partition("=")
+        if not separator or not name.replace("-", "").replace("_", "").isalnum() or name in files:
+            raise UserError(
+                f"--prompts {request}: expected NAME=FILE with a new name of letters, digits, '_' and '-'; "
+                f"taken are {', '.join(files) or 'none'}"
+            )
+        files[name] = resolve_path(value, f"--prompts {name}")
+    if not files:
+        raise UserError("no prompts to evaluate on: no task has eval_prompts; give --prompts NAME=FILE")
+    return {name: PromptSet.read(file) for name, file in files.items()}
+
+
+def _set(config: RunConfig, name: str, prompts: PromptSet, labels: list[str], choice: Choice) -> EvaluationSet:
+    """Every reward is asked about every prompt. A task's own are those it names, the headline first, and those that
+    only the command line names; a free set's are all of them.
+    """
+    own = list(labels)
+    if name in config.tasks:
+        named = [reward.label for reward in config.tasks[name].rewards if reward.label in labels]
+        own = named + [label for label in labels if label not in config.rewards]
+    return EvaluationSet.of(prompts, tuple(labels), tuple(own), config.evaluation.samples_per_prompt, choice.limit)

@@ -1,0 +1,195 @@
+"""Any models on any prompt sets by any rewards: what is missing on disk is drawn and scored, over all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from opd_ds.engine import Group
+from opd_ds.evaluation.evaluator import judge
+from opd_ds.evaluation.pictures import Item, Painter, items
+from opd_ds.evaluation.store import PictureStore, ScoreStore, digest
+from opd_ds.prompts import PromptSet, shard
+from opd_ds.rewards import Reward, batches
+
+_SCORED_AT_ONCE = 64
+
+# Model, prompt set, label -> one score per item, NaN where there is none.
+Scores = dict[tuple[str, str, str], list[float]]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model to compare.
+
+    Attributes:
+        identity: hash of its files; another one means other pictures.
+        guidance: by prompt set.
+        open: brings its network up. It may be collective and is called only when pictures are missing, on all ranks.
+    """
+
+    name: str
+    identity: str
+    guidance: dict[str, float]
+    open: Callable[[], AbstractContextManager[Any]]
+
+    @property
+    def folder(self) -> str:
+        return self.name.replace(":", "-")
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Prompts, the labels of the rewards asked about them, and which of these are the set's own."""
+
+    prompts: PromptSet
+    asked: tuple[str, ...]
+    own: tuple[str, ...]
+    items: tuple[Item, ...]
+
+    @classmethod
+    def of(
+        cls, prompts: PromptSet, asked: tuple[str, ...], own: tuple[str, ...], samples: int, limit: int | None = None
+    ) -> EvaluationSet:
+        return cls(prompts, asked, own, tuple(items(prompts, samples, limit)))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One picture that a reward has yet to judge."""
+
+    label: str
+    by: str
+    file: Path
+    picture: str
+    item: Item
+
+
+class Benchmark:
+    """Draws, judges, remembers. The folder must be one that all ranks see.
+
+    Args:
+        base_sha256: of the base folder, which gives all models text encoders, VAE and scheduler.
+        rewards: by label.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        group: Group,
+        painter: Painter,
+        base_sha256: str,
+        sets: dict[str, EvaluationSet],
+        rewards: dict[str, Reward],
+    ) -> None:
+        self.folder, self.sets = folder, sets
+        self._group, self._painter, self._rewards = group, painter, rewards
+        # What all pictures share.
+        self.settings = painter.settings | {"base_sha256": base_sha256}
+        self._pictures = PictureStore(folder / "images")
+        self._scores = ScoreStore(folder / "scores", group.world.rank)
+        self.identities = {label: reward.identity() for label, reward in rewards.items()}
+
+    # ---- drawing ----
+
+    def missing(self, model: Contestant) -> dict[str, list[Item]]:
+        """Unfinished pictures by prompt set, as rank 0 sees the folder. Collective."""
+        found = None
+        if self._group.world.is_main:
+            found = {
+                name: [
+                    place
+                    for place, item in enumerate(chosen.items)
+                    if not self._pictures.finished(picture_file(model, name, item), self._recipe(model, name, item))
+                ]
+                for name, chosen in self.sets.items()
+            }
+        found = self._group.gather(found)[0]
+        return {name: [self.sets[name].items[place] for place in places] for name, places in found.items() if places}
+
+    def draw(self, model: Contestant) -> int:
+        """Draw what is missing; every rank makes equally many forwards, so `model` may be sharded. Collective.
+
+        Returns:
+            How many pictures were drawn.
+        """
+        missing = self.missing(model)
+        if not missing:
+            return 0
+        with model.open() as network:
+            for name, wanted in missing.items():
+                part = shard(len(wanted), self._group.world.rank, self._group.world.size)
+                mine = [wanted[i] for i in part.indices]
+                drawn = self._painter.draw(network, mine, model.guidance[name])
+                for (item, picture), weight in zip(drawn, part.weights.tolist(), strict=True):
+                    if weight > 0:
+                        recipe = self._recipe(model, name, item)
+                        self._pictures.write(picture_file(model, name, item), picture, recipe)
+        self._group.barrier()
+        return sum(map(len, missing.values()))
+
+    def first_pictures(self, model: Contestant, count: int) -> dict[str, list[Image.Image]]:
+        """The first picture of each of the first `count` prompts, by prompt set; they must be finished."""
+        return {
+            name: [
+                self._pictures.read(picture_file(model, name, item))
+                for item in chosen.items
+                if item.sample == 0 and item.number < count
+            ]
+            for name, chosen in self.sets.items()
+        }
+
+    def _recipe(self, model: Contestant, name: str, item: Item) -> dict[str, Any]:
+        named = {"model": model.identity, "guidance": model.guidance[name], "prompt": item.prompt, "index": item.index}
+        return self.settings | named
+
+    # ---- judging ----
+
+    def judge(self, models: list[Contestant]) -> Scores:
+        """Score what has no score yet, each rank its share; everything that is known, on every rank. Collective."""
+        jobs = {
+            (model.name, name, label): list(self._jobs(model, name, label))
+            for model in models
+            for name, chosen in self.sets.items()
+            for label in chosen.asked
+        }
+        known = self._group.gather(self._scores.read() if self._group.world.is_main else None)[0]
+        # One of each: two sets may share a prompt. By label first: a batch goes to one reward.
+        found = {_key(job): job for part in jobs.values() for job in part}
+        open_jobs = sorted((job for key, job in found.items() if key not in known), key=lambda job: job.label)
+        share = -(-len(open_jobs) // self._group.world.size)
+        self._score(open_jobs[share * self._group.world.rank :][:share])
+        self._group.barrier()
+        known = self._group.gather(self._scores.read() if self._group.world.is_main else None)[0]
+        return {where: [known.get(_key(job), math.nan) for job in part] for where, part in jobs.items()}
+
+    def _jobs(self, model: Contestant, name: str, label: str) -> Iterator[_Job]:
+        by = digest(self.identities[label])
+        for item in self.sets[name].items:
+            asked = {"drawn": self._recipe(model, name, item), "metadata": item.metadata}
+            yield _Job(label, by, picture_file(model, name, item), digest(asked), item)
+
+    def _score(self, jobs: list[_Job]) -> None:
+        for label in dict.fromkeys(job.label for job in jobs):
+            for part in batches([job for job in jobs if job.label == label], _SCORED_AT_ONCE):
+                pictures = [self._pictures.read(job.file) for job in part]
+                scores = judge(self._rewards[label], label, pictures, [job.item for job in part])
+                self._scores.append(
+                    {"picture": job.picture, "reward": label, "by": job.by, "score": score, "file": str(job.file)}
+                    for job, score in zip(part, scores.tolist(), strict=True)
+                )
+
+
+def picture_file(model: Contestant, name: str, item: Item) -> Path:
+    """`<model>/<set>/NNNNN-K.png`, below the folder of images."""
+    return Path(model.folder, name, f"{item.number:05d}-{item.sample}.png")
+
+
+def _key(job: _Job) -> tuple[str, str, str]:
+    return job.picture, job.label, job.by

@@ -1,0 +1,106 @@
+"""Which pictures an evaluation draws, and how. The one place where their noise is named."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from opd_ds.config import RunConfig
+from opd_ds.diffusion import kernel
+from opd_ds.engine import Group
+from opd_ds.models import Conditioning, ModelFamily, guided_velocity
+from opd_ds.prompts import PromptSet, SampleNoise, sample_seed
+from opd_ds.rollout import chunks, rollout
+
+_ENCODED_AT_ONCE = 256  # prompts per trip of offloaded text encoders; SD3's embeddings are some 3 MB each
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture to draw.
+
+    Attributes:
+        number: the prompt's place in its set.
+        sample: which of the prompt's pictures.
+        index: which of all pictures of this text: a set may hold a text twice, and both want noise of their own.
+    """
+
+    number: int
+    sample: int
+    prompt: str
+    metadata: dict[str, Any]
+    index: int
+
+    def seed(self, seed: int) -> int:
+        """Names the noise by (prompt, index) alone: the same for every model, set, rank and number of samples."""
+        return sample_seed(seed, 0, f"evaluation/{self.prompt}", self.index)
+
+
+def items(prompts: PromptSet, samples: int, limit: int | None = None) -> list[Item]:
+    """All first pictures in prompt order, then all second ones, and so on; `limit` keeps the first prompts.
+
+    More samples or another limit add or remove pictures and change none.
+    """
+    multiplicity, seen, occurrence = Counter(prompts.prompts), Counter[str](), []
+    for prompt in prompts.prompts:
+        occurrence.append(seen[prompt])
+        seen[prompt] += 1
+    count = len(prompts) if limit is None else min(limit, len(prompts))
+    return [
+        Item(number, sample, prompt, prompts.metadata[number], occurrence[number] + sample * multiplicity[prompt])
+        for sample in range(samples)
+        for number, prompt in enumerate(prompts.prompts[:count])
+    ]
+
+
+class Painter:
+    """Draws items with any network of the family. It loads nothing before the first picture."""
+
+    def __init__(self, config: RunConfig, family: ModelFamily, group: Group) -> None:
+        self._settings, self._negative = config.evaluation, config.model.negative_prompt
+        self._family, self._device = family, group.device
+        self._sigmas = family.sigmas(self._settings.steps)
+        self.settings: dict[str, Any] = {
+            "steps": self._settings.steps,
+            "seed": self._settings.seed,
+            "negative_prompt": self._negative,
+            "latent_shape": list(family.latent_shape),
+            "max_text_length": config.model.max_text_length,
+            "precision": config.precision,
+        }
+
+    @cached_property
+    def _uncond(self) -> Conditioning:
+        return self._family.encode([self._negative])
+
+    def draw(self, network: Any, wanted: list[Item], guidance: float) -> Iterator[tuple[Item, Image.Image]]:
+        """The pictures in order, by micro-batches. The number of forwards depends on `len(wanted)` alone."""
+        for block in chunks(len(wanted), _ENCODED_AT_ONCE):
+            cond = self._family.encode([item.prompt for item in wanted[block]])
+            for rows in chunks(len(cond), self._settings.micro_batch):
+                part = wanted[block][rows]
+                yield from zip(part, self._micro_batch(network, part, cond[rows], guidance), strict=True)
+
+    @torch.no_grad()
+    def _micro_batch(
+        self, network: Any, part: list[Item], cond: Conditioning, guidance: float
+    ) -> Iterator[Image.Image]:
+        def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
+            return guided_velocity(self._family, network, x, sigma, cond[rows], self._uncond, guidance)
+
+        noise = SampleNoise([item.seed(self._settings.seed) for item in part], self._family.latent_shape)
+        drawn = rollout(predict, noise, kernel("euler"), self._sigmas, micro_batch=len(part), device=self._device)
+        return map(to_image, self._family.decode(drawn.final).cpu())
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """[3, H, W] in [0, 1] to an 8-bit RGB picture."""
+    array = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(array)

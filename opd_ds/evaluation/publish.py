@@ -1,0 +1,26 @@
+"""The end of every evaluation, a run's own as well as `opd-ds eval`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opd_ds.engine import Group
+from opd_ds.evaluation.benchmark import Benchmark, Contestant
+from opd_ds.evaluation.report import write_report
+from opd_ds.evaluation.results import Results, collect, write_results
+
+
+def publish(benchmark: Benchmark, models: list[Contestant], group: Group, metrics: list[dict[str, Any]]) -> Results:
+    """Draw and judge what is missing; write results.json, its tables and report.html. Collective.
+
+    Args:
+        metrics: the rows of the run's metrics.jsonl, for the training curves.
+    """
+    for model in models:
+        benchmark.draw(model)
+    results = collect(benchmark, models, benchmark.judge(models))
+    if group.world.is_main:
+        write_results(benchmark.folder, results)
+        write_report(benchmark.folder, results, metrics)
+    group.barrier()
+    return results

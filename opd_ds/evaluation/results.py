@@ -1,0 +1,185 @@
+"""results.json: what an evaluation found, as plain data, and the tables made of it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from opd_ds.errors import UserError
+from opd_ds.evaluation.benchmark import Benchmark, Contestant, Scores
+from opd_ds.evaluation.evaluator import Means
+from opd_ds.evaluation.statistics import bootstrap_interval, normalised_average
+
+RESULTS_FILE = "results.json"
+FORMAT = 1
+
+Results = dict[str, Any]
+
+
+def collect(benchmark: Benchmark, models: list[Contestant], scores: Scores) -> Results:
+    """All that results.json holds; see docs/evaluation.md for its keys. What does not exist is None."""
+    sets: dict[str, dict[str, Any]] = {
+        name: {
+            "sha256": chosen.prompts.sha256,
+            "prompts": [item.prompt for item in chosen.items if item.sample == 0],
+            "samples": 1 + max((item.sample for item in chosen.items), default=0),
+            "rewards": list(chosen.asked),
+            "own": list(chosen.own),
+        }
+        for name, chosen in benchmark.sets.items()
+    }
+    table = {
+        model.name: {
+            name: {label: _entry(scores[model.name, name, label], len(sets[name]["prompts"])) for label in chosen.asked}
+            for name, chosen in benchmark.sets.items()
+        }
+        for model in models
+    }
+    results: Results = {
+        "format": FORMAT,
+        "settings": benchmark.settings,
+        "models": {
+            model.name: {"identity": model.identity, "guidance": model.guidance, "folder": model.folder}
+            for model in models
+        },
+        "rewards": benchmark.identities,
+        "sets": sets,
+        "scores": table,
+    }
+    metrics = own_metrics(results)
+    results["metrics"] = [list(metric) for metric in metrics]
+    results["normalised_average"] = normalised_average(
+        {model: [by_set[name][label]["mean"] for name, label in metrics] for model, by_set in table.items()}
+    )
+    return results
+
+
+def own_metrics(results: Results) -> list[tuple[str, str]]:
+    """(prompt set, label) for each set's own rewards: the columns of tables and of the normalised average."""
+    return [(name, label) for name, chosen in results["sets"].items() for label in chosen["own"]]
+
+
+def _entry(scores: list[float], prompts: int) -> dict[str, Any]:
+    """Statistics of one model, set and reward; `scores` holds all first pictures, then all second ones, and so on."""
+    pictures = np.asarray(scores, dtype=np.float64).reshape(-1, prompts).T
+    judged = np.isfinite(pictures)
+    counts = judged.sum(1)
+    means = np.where(counts > 0, np.where(judged, pictures, 0.0).sum(1) / np.maximum(counts, 1), math.nan)
+    present = means[counts > 0]
+    low, high = bootstrap_interval(present)
+    return {
+        "n": int(judged.sum()),
+        "nan": int((~judged).sum()),
+        "mean": _plain(present.mean() if len(present) else math.nan),
+        "ci95": [_plain(low), _plain(high)],
+        "per_prompt": [_plain(value) for value in means],
+        "per_picture": [[_plain(value) for value in row] for row in pictures],
+    }
+
+
+def _plain(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def means(results: Results) -> dict[str, Means]:
+    """By model, prompt set and label; absent is NaN."""
+    return {
+        model: {
+            name: {label: math.nan if entry["mean"] is None else entry["mean"] for label, entry in labels.items()}
+            for name, labels in by_set.items()
+        }
+        for model, by_set in results["scores"].items()
+    }
+
+
+def write_results(folder: Path, results: Results) -> None:
+    """results.json, results.md and results.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        RESULTS_FILE: json.dumps(results, indent=1, allow_nan=False) + "\n",
+        "results.md": as_markdown(results),
+        "results.csv": as_csv(results),
+    }
+    for name, text in texts.items():
+        draft = folder / f".{name}.writing"
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(folder / name)
+
+
+def read_results(file: Path) -> Results:
+    """Raises UserError when there is none or it is not one of ours."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist; `opd-ds eval` writes <run.output_dir>/eval/{RESULTS_FILE}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not JSON ({error}); give a results.json of `opd-ds eval`") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise UserError(f"{file}: not a results file of `opd-ds eval` in format {FORMAT}")
+    return data
+
+
+# ---- tables ----
+
+
+def _rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Models by own metrics, with half the width of the interval, and the normalised average."""
+    metrics = own_metrics(results)
+    rows = []
+    for model, by_set in results["scores"].items():
+        cells = [_cell(by_set[name][label]) for name, label in metrics]
+        average = results["normalised_average"][model]
+        rows.append([model, *cells, "-" if average is None else f"{average:.3f}"])
+    return ["model", *(metric_title(*metric) for metric in metrics), "average"], rows
+
+
+def metric_title(name: str, label: str) -> str:
+    """`set / label`, or one of them when it holds the other."""
+    return label if name in label else f"{name} / {label}"
+
+
+def _cell(entry: dict[str, Any]) -> str:
+    if entry["mean"] is None:
+        return "-"
+    low, high = entry["ci95"]
+    return f"{entry['mean']:.3f}" + (f" ±{(high - low) / 2:.3f}" if low is not None else "")
+
+
+def print_results(console: Console, results: Results) -> None:
+    """The terminal's table."""
+    head, rows = _rows(results)
+    table = Table(title="mean reward ± half the 95 % bootstrap interval; average: min-max normalised over the models")
+    for column, name in enumerate(head):
+        table.add_column(name, justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def as_markdown(results: Results) -> str:
+    """The same, for a README."""
+    head, rows = _rows(results)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def as_csv(results: Results) -> str:
+    """One line per model, prompt set and reward, own or not."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["model", "set", "reward", "own", "n", "nan", "mean", "ci95_low", "ci95_high"])
+    own = set(own_metrics(results))
+    for model, by_set in results["scores"].items():
+        for name, labels in by_set.items():
+            for label, entry in labels.items():
+                numbers = [entry["n"], entry["nan"], entry["mean"], *entry["ci95"]]
+                writer.writerow([model, name, label, int((name, label) in own), *numbers])
+    return text.getvalue()

@@ -1,0 +1,92 @@
+"""Confidence intervals, the normalised average, and paired tests. Plain numpy; every draw is seeded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+Values = NDArray[np.float64]
+
+RESAMPLES = 2000
+FLIPS = 10_000
+_BLOCK = 1_000_000  # random numbers held at once
+
+
+def bootstrap_interval(values: Values, *, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values` [n] (Efron 1979), one value per prompt.
+
+    Prompts are what is resampled: several pictures of one prompt are not independent. One prompt has no interval.
+    """
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    generator = np.random.default_rng(seed)
+    means = [
+        values[generator.integers(0, len(values), (rows, len(values)))].mean(1)
+        for rows in _blocks(RESAMPLES, len(values))
+    ]
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_p_value(differences: Values, *, seed: int = 0) -> float:
+    """Two-sided paired permutation test (Fisher's sign flips) that the mean of `differences` [n] is 0.
+
+    Under the null a prompt's difference is as likely as its negative. The p value counts the observed arrangement, so
+    it is never 0: at least 1 / (FLIPS + 1).
+    """
+    generator = np.random.default_rng(seed)
+    observed = abs(differences.sum())
+    tolerance = 1e-9 * max(1.0, float(np.abs(differences).sum()))
+    extreme = 0
+    for rows in _blocks(FLIPS, len(differences)):
+        signs = generator.integers(0, 2, (rows, len(differences))) * 2.0 - 1.0
+        extreme += int((np.abs(signs @ differences) >= observed - tolerance).sum())
+    return (1 + extreme) / (1 + FLIPS)
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """p values adjusted for testing them all (Holm 1979): below alpha means significant at family-wise level alpha."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def normalised_columns(table: dict[str, list[float | None]]) -> tuple[list[int], dict[str, list[float]]]:
+    """(value - min) / (max - min) per metric, min and max over the compared models.
+
+    A metric that some model lacks, or on which all models are equal, tells nothing about their order and is left out.
+
+    Args:
+        table: by model, one value per metric.
+
+    Returns:
+        The metrics that were kept, and each model's values on them, in [0, 1].
+    """
+    kept: list[int] = []
+    normalised: dict[str, list[float]] = {model: [] for model in table}
+    for place, column in enumerate(zip(*table.values(), strict=True)):
+        present = [value for value in column if value is not None]
+        low, high = min(present, default=0.0), max(present, default=0.0)
+        if len(present) < len(column) or high <= low:
+            continue
+        kept.append(place)
+        for model, value in zip(table, present, strict=True):
+            normalised[model].append((value - low) / (high - low))
+    return kept, normalised
+
+
+def normalised_average(table: dict[str, list[float | None]]) -> dict[str, float | None]:
+    """The mean of `normalised_columns` (as in DiffusionOPD's tables); None when no metric is kept."""
+    _, normalised = normalised_columns(table)
+    return {model: float(np.mean(values)) if values else None for model, values in normalised.items()}
+
+
+def _blocks(total: int, width: int) -> Iterator[int]:
+    size = max(1, _BLOCK // max(1, width))
+    for start in range(0, total, size):
+        yield min(size, total - start)

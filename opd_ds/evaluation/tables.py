@@ -1,0 +1,111 @@
+"""The tasks' headline table of a run, and its grid of pictures."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.table import Table
+
+from opd_ds.evaluation.evaluator import Means
+
+_TILE, _LABEL_WIDTH, _LABEL_HEIGHT, _GAP = 96, 150, 16, 6
+
+
+def summary(results: dict[str, Means], headlines: dict[str, str | None]) -> dict[str, Any]:
+    """`tasks`: base, teacher and student of each task by its headline reward; `models`: every model on every task.
+
+    What is absent is None.
+
+    Args:
+        results: mean rewards, keyed `base`, `teacher:<task>` and `student`.
+        headlines: by task, the label of the reward that stands for it.
+    """
+
+    def score(model: str, task: str) -> float | None:
+        value = results.get(model, {}).get(task, {}).get(headlines[task] or "", math.nan)
+        return value if math.isfinite(value) else None
+
+    by_task = {
+        task: {
+            "base": score("base", task),
+            "teacher": score(f"teacher:{task}", task),
+            "student": score("student", task),
+        }
+        for task in headlines
+    }
+    return {"tasks": by_task, "models": {model: {task: score(model, task) for task in headlines} for model in results}}
+
+
+def print_table(console: Console, data: dict[str, Any]) -> None:
+    """Models by tasks; a task's own teacher is marked, the last row is the share of each teacher's gain kept."""
+    tasks = list(data["tasks"])
+    table = Table(title="mean reward on held-out prompts")
+    table.add_column("model")
+    for task in tasks:
+        table.add_column(task, justify="right")
+    for model, scores in data["models"].items():
+        cells = [_cell(scores[task]) + ("*" if model == f"teacher:{task}" else " ") for task in tasks]
+        table.add_row(model, *cells)
+    kept = [gain_kept(data["tasks"][task]) for task in tasks]
+    if any(value is not None for value in kept):
+        table.add_section()
+        table.add_row("gain kept", *["-" if value is None else f"{100 * value:.0f} % " for value in kept])
+    console.print(table)
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def gain_kept(scores: dict[str, float | None]) -> float | None:
+    """(student - base) / (teacher - base), or None when a score is missing or the teacher gained nothing."""
+    base, teacher, student = scores["base"], scores["teacher"], scores["student"]
+    if base is None or teacher is None or student is None or teacher <= base:
+        return None
+    return (student - base) / (teacher - base)
+
+
+def comparison_grid(
+    models: dict[str, dict[str, list[Image.Image]]], prompts: dict[str, list[str]]
+) -> Image.Image | None:
+    """One row per model, one column per prompt, tasks side by side; None when there are no pictures.
+
+    Args:
+        models: the same pictures of each model, by task.
+        prompts: by task, in the pictures' order.
+    """
+    reference = next(iter(models.values()), {})
+    columns = [(task, k) for task, pictures in reference.items() for k in range(len(pictures))]
+    if not columns:
+        return None
+    width, height = next(pictures[0].size for pictures in reference.values() if pictures)
+    tile = max(_TILE, height), max(_TILE, width)
+    step_y, step_x = tile[0] + _GAP, tile[1] + _GAP
+    header = 3 * _LABEL_HEIGHT
+    size = (_LABEL_WIDTH + step_x * len(columns), header + step_y * len(models))
+    sheet = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    for column, (task, k) in enumerate(columns):
+        lines = [task if k == 0 else "", *_wrapped(prompts[task][k], tile[1] // 6)[:2]]
+        for number, line in enumerate(lines):
+            draw.text((_LABEL_WIDTH + column * step_x, number * _LABEL_HEIGHT + 2), line, "black", font)
+    for row, (model, by_task) in enumerate(models.items()):
+        top = header + row * step_y
+        draw.text((_GAP, top + tile[0] // 2 - 6), model, "black", font)
+        for column, (task, k) in enumerate(columns):
+            if k < len(by_task.get(task, [])):
+                picture = by_task[task][k].resize((tile[1], tile[0]), Image.Resampling.NEAREST)
+                sheet.paste(picture, (_LABEL_WIDTH + column * step_x, top))
+    return sheet
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines

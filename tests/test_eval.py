@@ -1,0 +1,444 @@
+"""`opd-ds eval`: the same noise for all, nothing done twice, checkpoints, files, the run's own evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+from typer.testing import CliRunner
+
+from opd_ds import evaluate as evaluation
+from opd_ds.cli import app
+from opd_ds.compared_models import Requests
+from opd_ds.config import RunConfig
+from opd_ds.engine import Group
+from opd_ds.errors import UserError
+from opd_ds.evaluate import Choice, evaluate
+from opd_ds.evaluation.pictures import Painter, items
+from opd_ds.evaluation.results import Results, read_results
+from opd_ds.evaluation.store import PictureStore
+from opd_ds.models.sd3 import SD3
+from opd_ds.prompts import PromptSet, SampleNoise
+from opd_ds.run import train
+from tests.tiny import PROMPTS, launch, run_settings, write_config
+
+Evaluate = Callable[..., Results]
+
+
+def settings(world: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+    """Two tasks with held-out prompts and two rewards, the second task's first."""
+    data = run_settings(world, folder, **changes)
+    for task, rewards in (("one", ["miniature_look"]), ("two", ["miniature_composition", "miniature_look"])):
+        data["tasks"][task] |= {"eval_prompts": str(world / "prompts.txt"), "rewards": rewards}
+    return data
+
+
+@pytest.fixture
+def eval_run(tiny_world: Path, tmp_path: Path, group: Group) -> Evaluate:
+    """Evaluate in this process; keyword arguments as for `run_settings`."""
+
+    def start(choice: Choice | None = None, folder: str = "out", **changes: Any) -> Results:
+        config = RunConfig.model_validate(settings(tiny_world, tmp_path / folder, **changes))
+        return evaluate(config, choice or Choice(), group)
+
+    return start
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Pictures decoded, one number per micro-batch."""
+    counts: list[int] = []
+    decode = SD3.decode
+
+    def counting(self: SD3, latents: torch.Tensor) -> torch.Tensor:
+        counts.append(len(latents))
+        return decode(self, latents)
+
+    monkeypatch.setattr(SD3, "decode", counting)
+    return counts
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Pictures given to a reward, one number per call."""
+    counts: list[int] = []
+    build = evaluation.build
+
+    def watched(name: str, **options: Any) -> Any:
+        reward = build(name, **options)
+        score = reward.score
+
+        def counting(images: Any, prompts: Any, metadata: Any = None) -> torch.Tensor:
+            counts.append(len(images))
+            return score(images, prompts, metadata)
+
+        reward.score = counting  # type: ignore[method-assign]
+        return reward
+
+    monkeypatch.setattr(evaluation, "build", watched)
+    return counts
+
+
+def means(results: Results) -> dict[str, float]:
+    return {
+        f"{model}/{name}/{label}": entry["mean"]
+        for model, by_set in results["scores"].items()
+        for name, labels in by_set.items()
+        for label, entry in labels.items()
+    }
+
+
+# ---- what comes out ----
+
+
+def test_the_promised_files_and_numbers(eval_run: Evaluate, tmp_path: Path) -> None:
+    results = eval_run(evaluation__samples_per_prompt=2)
+    folder = tmp_path / "out" / "eval"
+    assert read_results(folder / "results.json") == results
+    assert list(results["models"]) == ["base", "teacher:one", "teacher:two"]
+    assert results["metrics"] == [
+        ["one", "miniature_look"],
+        ["two", "miniature_composition"],
+        ["two", "miniature_look"],
+    ]
+    entry = results["scores"]["teacher:two"]["two"]["miniature_look"]
+    pictures = np.array(entry["per_picture"], dtype=float)
+    assert pictures.shape == (len(PROMPTS), 2)
+    assert entry["n"] == pictures.size
+    assert entry["nan"] == 0
+    np.testing.assert_allclose(entry["per_prompt"], pictures.mean(1))
+    assert entry["mean"] == pytest.approx(pictures.mean())
+    assert entry["ci95"][0] <= entry["mean"] <= entry["ci95"][1]
+    # Two prompts name no colours: the composition reward cannot judge them, and that is counted, not averaged.
+    lacking = results["scores"]["base"]["two"]["miniature_composition"]
+    assert (lacking["n"], lacking["nan"]) == (6, 4)
+    assert [score is None for score in lacking["per_prompt"]] == [False, False, False, True, True]
+    assert len(list((folder / "images" / "teacher-one" / "two").glob("*.png"))) == 2 * len(PROMPTS)
+    lines = (folder / "results.csv").read_text().splitlines()
+    assert len(lines) == 1 + 3 * 2 * 2
+    markdown = (folder / "results.md").read_text()
+    assert "| base |" in markdown
+    assert "teacher:two" in markdown
+    assert (folder / "report.html").stat().st_size > 10_000
+
+
+def test_pictures_are_those_that_diffusers_draws_for_prompt_and_index(
+    eval_run: Evaluate, tiny_world: Path, tmp_path: Path
+) -> None:
+    """The picture of (prompt, index), by an independent pipeline, with guidance; in both sets it is the same."""
+    eval_run(evaluation__samples_per_prompt=2)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_world / "base")
+    pipeline.set_progress_bar_config(disable=True)
+    item = next(i for i in items(PromptSet.read(tiny_world / "prompts.txt"), 2) if (i.number, i.sample) == (3, 1))
+    picture = pipeline(
+        item.prompt,
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        latents=SampleNoise([item.seed(1234)], (4, 8, 8)).draw(slice(None)),
+        max_sequence_length=10,
+        height=16,
+        width=16,
+        output_type="np",
+    ).images[0]
+    images = tmp_path / "out" / "eval" / "images" / "base"
+    for name in ("one", "two"):
+        ours = np.asarray(Image.open(images / name / "00003-1.png"), dtype=np.float64) / 255
+        np.testing.assert_allclose(ours, picture, atol=1.01 / 255)
+
+
+def test_all_models_get_the_same_noise(eval_run: Evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds asked for per model are the same list, and no two pictures of a set share one."""
+    asked: list[list[int]] = []
+    init = SampleNoise.__init__
+
+    def watched(self: SampleNoise, seeds: list[int], shape: tuple[int, ...]) -> None:
+        asked.append(seeds)
+        init(self, seeds, shape)
+
+    monkeypatch.setattr(SampleNoise, "__init__", watched)
+    eval_run(evaluation__samples_per_prompt=2)
+    per_model = [sorted(seed for part in asked[2 * k : 2 * k + 2] for seed in part) for k in range(3)]
+    assert per_model[0] == per_model[1] == per_model[2]
+    assert len(set(asked[0])) == 2 * len(PROMPTS)
+
+
+def test_a_text_that_comes_twice_has_noise_of_its_own_and_more_samples_change_nothing() -> None:
+    prompts = PromptSet(("a", "b", "a"), ({},) * 3, "")
+    few, many = items(prompts, 1), items(prompts, 3)
+    seeds = {(item.number, item.sample): item.seed(7) for item in many}
+    assert len(set(seeds.values())) == 9
+    assert {(item.number, item.sample): item.seed(7) for item in few}.items() <= seeds.items()
+    assert [item.seed(7) for item in items(prompts, 1, limit=2)] == [seeds[0, 0], seeds[1, 0]]
+
+
+# ---- resuming ----
+
+
+def test_what_is_finished_is_not_done_again(
+    eval_run: Evaluate, drawn: list[int], scored: list[int], tmp_path: Path
+) -> None:
+    first = eval_run()
+    total = 3 * 2 * len(PROMPTS)
+    # Both tasks have the same prompts, and a model one guidance: what is the same picture is judged once.
+    assert (sum(drawn), sum(scored)) == (total, total)
+    drawn.clear()
+    scored.clear()
+    second = eval_run()
+    unjudged = sum(e["nan"] for s in first["scores"].values() for labels in s.values() for e in labels.values())
+    assert second == first
+    assert drawn == []
+    assert sum(scored) == unjudged / 2  # what could not be judged is asked again, nothing else
+
+    (tmp_path / "out" / "eval" / "images" / "base" / "one" / "00002-0.png").unlink()
+    eval_run()
+    assert drawn == [1]
+    drawn.clear()
+    eval_run(evaluation__samples_per_prompt=2)
+    assert sum(drawn) == total
+
+
+@pytest.mark.parametrize(
+    ("changes", "redrawn"),
+    [
+        ({"evaluation__steps": 5}, 30),
+        ({"evaluation__seed": 5}, 30),
+        ({"model__negative_prompt": "ugly"}, 30),
+        ({"rollout__guidance": 3.0}, 10),  # the student's and the base's; teachers have their own
+        ({"tasks__one__teacher__guidance": 1.5}, 10),
+        ({"evaluation__micro_batch": 3}, 0),
+        ({"run__seed": 5}, 0),
+    ],
+)
+def test_a_changed_setting_redraws_what_it_decides(
+    eval_run: Evaluate, drawn: list[int], changes: dict[str, Any], redrawn: int
+) -> None:
+    eval_run()
+    drawn.clear()
+    eval_run(**changes)
+    assert sum(drawn) == redrawn
+
+
+def test_another_model_under_the_same_name_is_drawn_and_scored_anew(
+    eval_run: Evaluate, drawn: list[int], scored: list[int], tiny_world: Path
+) -> None:
+    def choice(path: str) -> Choice:
+        return Choice(Requests(defaults=False, models=[f"mine={tiny_world / path}"]), rewards=["miniature_look"])
+
+    first = eval_run(choice("adapter"))
+    drawn.clear()
+    scored.clear()
+    second = eval_run(choice("adapter2"))
+    assert (sum(drawn), sum(scored)) == (10, 5)
+    assert means(first) != means(second)
+
+
+def test_another_reward_under_the_same_label_scores_anew(
+    eval_run: Evaluate, drawn: list[int], scored: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eval_run()
+    drawn.clear()
+    scored.clear()
+    monkeypatch.setattr("opd_ds.miniature.rewards.LookReward.identity", lambda self: {"engine": "a later one"})
+    eval_run()
+    assert drawn == []
+    assert sum(scored) == 3 * len(PROMPTS) + 3 * 2  # and the two prompts that composition cannot judge
+
+
+def test_scores_survive_a_line_cut_off_by_a_kill(eval_run: Evaluate, scored: list[int], tmp_path: Path) -> None:
+    choice = Choice(rewards=["miniature_look"])
+    first = eval_run(choice)
+    file = tmp_path / "out" / "eval" / "scores" / "rank-000.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:-1]) + lines[-1][:-20])
+    for _ in range(2):
+        scored.clear()
+        assert eval_run(choice) == first
+    assert scored == []  # the line after the cut-off one was written whole
+
+
+def test_a_picture_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, file = PictureStore(tmp_path), Path("m/s/00000-0.png")
+    picture = Image.new("RGB", (4, 4), "red")
+    store.write(file, picture, {"prompt": "ä"})
+    assert store.finished(file, {"prompt": "ä"})
+    assert not store.finished(file, {"prompt": "b"})
+    monkeypatch.setattr(Image.Image, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        store.write(Path("m/s/00001-0.png"), picture, {})
+    assert not store.finished(Path("m/s/00001-0.png"), {})
+    assert store.read(file).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_reward_that_breaks_leaves_a_gap(eval_run: Evaluate, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    def broken(*_: Any) -> torch.Tensor:
+        raise RuntimeError("the server is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("opd_ds.miniature.rewards.LookReward.score", broken)
+        results = eval_run()
+    entry = results["scores"]["base"]["one"]["miniature_look"]
+    assert (entry["n"], entry["nan"], entry["mean"], entry["ci95"]) == (0, len(PROMPTS), None, [None, None])
+    assert "the server is gone" in caplog.text
+    assert eval_run()["scores"]["base"]["one"]["miniature_look"]["n"] == len(PROMPTS)
+
+
+# ---- models ----
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("stage", "precision"), [("zero0", "fp32"), ("zero1", "bf16"), ("zero2", "fp32"), ("zero3", "bf16")]
+)
+def test_a_checkpoint_is_its_export(
+    tiny_world: Path, tmp_path: Path, group: Group, kind: str, stage: str, precision: str
+) -> None:
+    """After the last round the averaged weights of checkpoint and export draw the same pictures."""
+    data = settings(
+        tiny_world,
+        tmp_path / "out",
+        student__kind=kind,
+        deepspeed=stage,
+        precision=precision,
+        optimizer__lr=3e-2,
+        student__ema={"decay": 0.5},
+    )
+    config = RunConfig.model_validate(data)
+    train(config, group)
+    models = Requests(defaults=False, models=["student", "last=checkpoint:latest", "base"])
+    evaluate(config, Choice(models, limit=3), group)
+    images = tmp_path / "out" / "eval" / "images"
+
+    def pictures(model: str) -> np.ndarray[Any, Any]:
+        files = [images / model / task / f"0000{number}-0.png" for task in ("one", "two") for number in range(3)]
+        return np.stack([np.asarray(Image.open(file), dtype=np.int64) for file in files])
+
+    assert np.abs(pictures("student") - pictures("last")).max() <= (1 if precision == "fp32" else 3)
+    assert np.abs(pictures("student") - pictures("base")).max() > 12
+
+
+def test_the_runs_own_evaluation_is_this_one(
+    tiny_world: Path, tmp_path: Path, group: Group, drawn: list[int], scored: list[int]
+) -> None:
+    """A run ends with results.json and report; `opd-ds eval` afterwards draws nothing and finds the same scores."""
+    config = RunConfig.model_validate(settings(tiny_world, tmp_path / "out", evaluation__baselines=True))
+    train(config, group)
+    own = read_results(tmp_path / "out" / "eval" / "results.json")
+    assert (tmp_path / "out" / "eval" / "report.html").is_file()
+    assert (tmp_path / "out" / "grid.png").is_file()
+    drawn.clear()
+    again = evaluate(config, Choice(), group)
+    assert drawn == []
+    assert means(own).items() <= means(again).items()
+    data = json.loads((tmp_path / "out" / "summary.json").read_text())["tasks"]["two"]
+    assert data["teacher"] == means(own)["teacher:two/two/miniature_composition"]
+    assert data["student"] == means(own)["student/two/miniature_composition"]
+
+
+def test_a_resumed_run_keeps_its_baselines(
+    tiny_world: Path, tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"evaluation__baselines": True, "run__checkpoint_every": 1}
+    config = RunConfig.model_validate(settings(tiny_world, tmp_path / "out", **changes, run__rounds=1))
+    train(config, group)
+    before = means(read_results(tmp_path / "out" / "eval" / "results.json"))
+    config = RunConfig.model_validate(settings(tiny_world, tmp_path / "out", **changes, run__rounds=2))
+    train(config, group, "auto")
+    after = means(read_results(tmp_path / "out" / "eval" / "results.json"))
+    same = [key for key in before if not key.startswith("student")]
+    assert [before[key] for key in same] == [after[key] for key in same]
+    assert before.keys() == after.keys()
+
+
+def test_models_prompts_and_guidance_by_option(eval_run: Evaluate, tiny_world: Path, tmp_path: Path) -> None:
+    (tmp_path / "more.jsonl").write_text(json.dumps({"prompt": "a red 3 on blue", "tag": "x"}) + "\n")
+    requests = Requests(
+        models=[f"full={tiny_world / 'other'}", f"file={tiny_world / 'adapter' / 'adapter_model.safetensors'}"],
+        guidance=["full=1.0"],
+    )
+    results = eval_run(Choice(requests, [f"more={tmp_path / 'more.jsonl'}"], ["jpeg", "miniature_look"][1:], limit=2))
+    assert list(results["models"]) == ["base", "teacher:one", "teacher:two", "full", "file"]
+    assert list(results["sets"]) == ["one", "two", "more"]
+    found = means(results)
+    # The same weights at the same guidance, under another name.
+    assert found["full/one/miniature_look"] == pytest.approx(found["teacher:one/one/miniature_look"])
+    assert found["file/one/miniature_look"] != pytest.approx(found["base/one/miniature_look"])
+    assert results["scores"]["base"]["one"]["miniature_look"]["n"] == 2
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (Choice(Requests(models=["x=./gone"])), r"--model x = './gone': no such file.*or one of base, student"),
+        (Choice(Requests(models=["student"])), r"--model student=student: .*export does not exist"),
+        (Choice(Requests(models=["base=./gone"])), r"there is a model 'base' already"),
+        (Choice(Requests(models=["x=teacher:three"])), r"no such task; there are one, two"),
+        (Choice(Requests(models=["checkpoint:latest"])), r"there are no checkpoints"),
+        (Choice(Requests(models=["teacher-one=base"])), r"would share a folder"),
+        (Choice(Requests(models=["a/b=base"])), r"a name may hold letters"),
+        (Choice(Requests(defaults=False)), r"no models to evaluate"),
+        (Choice(Requests(guidance=["nobody=1"])), r"--guidance nobody=1: no such model"),
+        (Choice(Requests(guidance=["base=high"])), r"expected NAME=NUMBER"),
+        (Choice(prompts=["one=x.txt"]), r"--prompts one=x.txt: expected NAME=FILE with a new name"),
+        (Choice(rewards=["beauty"]), r"unknown reward"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_drawn(
+    eval_run: Evaluate, drawn: list[int], choice: Choice, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        eval_run(choice)
+    assert "\n" not in str(caught.value)
+    assert drawn == []
+
+
+def test_a_model_of_another_architecture_is_refused(eval_run: Evaluate, tiny_world: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_world / "other" / "transformer" / "config.json").read_text())
+    folder = tmp_path / "odd" / "transformer"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config | {"patch_size": 1}))
+    with pytest.raises(UserError, match="patch_size"):
+        eval_run(Choice(Requests(models=[f"odd={folder.parent}"])))
+
+
+# ---- the command ----
+
+
+@pytest.mark.multirank
+def test_two_ranks_give_the_results_of_one(tiny_world: Path, tmp_path: Path, group: Group) -> None:
+    """The command under the real launcher; five prompts do not divide by two."""
+    file = write_config(tmp_path / "run.yaml", settings(tiny_world, tmp_path / "two"))
+    launch(2, "--config", str(file), command="eval")
+    two = read_results(tmp_path / "two" / "eval" / "results.json")
+    one = evaluate(RunConfig.model_validate(settings(tiny_world, tmp_path / "one")), Choice(), group)
+    assert means(two) == pytest.approx(means(one), rel=1e-3, nan_ok=True)
+    # Each rank judged a part.
+    ranks = sorted(path.name for path in (tmp_path / "two" / "eval" / "scores").iterdir())
+    assert ranks == ["rank-000.jsonl", "rank-001.jsonl"]
+    assert {k: v for k, v in two.items() if k not in ("scores", "normalised_average")} == {
+        k: v for k, v in one.items() if k not in ("scores", "normalised_average")
+    }
+
+
+def test_the_command_in_one_process(tiny_world: Path, tmp_path: Path, group: Group) -> None:
+    file = write_config(tmp_path / "run.yaml", settings(tiny_world, tmp_path / "out"))
+    launch(1, "--config", str(file), "--limit", "2", "--no-defaults", "--model", "base", command="eval")
+    results = tmp_path / "out" / "eval" / "results.json"
+    assert read_results(results)["scores"]["base"]["one"]["miniature_look"]["n"] == 2
+    compared = CliRunner().invoke(app, ["eval", "--compare", str(results), str(results)])
+    assert compared.exit_code == 0
+    assert "same weights" in compared.output
+
+
+def test_an_evaluation_that_is_done_loads_no_network(eval_run: Evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
+    eval_run()
+    monkeypatch.setattr(SD3, "load_transformer", lambda *_: pytest.fail("a network was loaded"))
+    monkeypatch.setattr(SD3, "encode", lambda *_: pytest.fail("a prompt was encoded"))
+    monkeypatch.setattr(Painter, "draw", lambda *_: pytest.fail("a picture was drawn"))
+    eval_run()
