@@ -202,6 +202,14 @@ class EvaluationSection(Section):
     baselines: bool = Field(True, description="also score base and teachers, at the end of the run")
 
 
+class WatchSection(Section):
+    """A look at the rewards while a run goes on, judged beside the training. Needs tasks with rewards."""
+
+    every: NonNegativeInt = Field(0, description="rounds between looks; 0: never")
+    held_out: NonNegativeInt = Field(8, description="pictures per task of the first held-out prompts, on fixed noise")
+    rollouts: NonNegativeInt = Field(8, description="pictures per task of the round's own rollouts on rank 0")
+
+
 class RunConfig(Section):
     """One run. Batch sizes named `samples` are global; those named `micro_batch` are per rank and change no result."""
 
@@ -217,6 +225,7 @@ class RunConfig(Section):
     scoring: ScoringSection = ScoringSection()
     tasks: dict[str, TaskSection] = Field(min_length=1)
     evaluation: EvaluationSection = EvaluationSection()
+    watch: WatchSection = WatchSection()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

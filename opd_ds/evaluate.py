@@ -18,9 +18,9 @@ from opd_ds.evaluation.results import RESULTS_FILE, Results, print_results
 from opd_ds.hashing import file_sha256
 from opd_ds.loading import resolve_path
 from opd_ds.monitor import METRICS_FILE, read_metrics
-from opd_ds.preparation import EVALUATION_FOLDER, load_family
+from opd_ds.preparation import EVALUATION_FOLDER, build_rewards, load_family
 from opd_ds.prompts import PromptSet
-from opd_ds.rewards import build, check
+from opd_ds.rewards import check
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def evaluate(config: RunConfig, choice: Choice, group: Group) -> Results:
         family = load_family(config, base, group.device)
         models = contestants(config, family, choice.models, list(prompts), group.device)
         base_sha256 = file_sha256(base)
-        rewards = {label: build(r.name, **{"device": str(group.device)} | r.options) for label, r in chosen.items()}
+        rewards = build_rewards(chosen, group.device)
     sets = {name: _set(config, name, found, list(chosen), choice) for name, found in prompts.items()}
     folder = config.run.output_dir / EVALUATION_FOLDER
     benchmark = Benchmark(folder, group, Painter(config, family, group), base_sha256, sets, rewards)

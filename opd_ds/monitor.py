@@ -6,6 +6,7 @@ import json
 import resource
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,8 +23,10 @@ from opd_ds.config import RunConfig
 from opd_ds.evaluation.evaluator import Means
 from opd_ds.launch import World
 from opd_ds.trainer import RoundReport
+from opd_ds.watch import Look
 
 METRICS_FILE = "metrics.jsonl"
+LOOKS_FILE = "rewards.jsonl"
 
 
 class Monitor:
@@ -44,8 +47,10 @@ class Monitor:
         folder.mkdir(parents=True, exist_ok=True)
         resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         (folder / "config.yaml").write_text(resolved)
-        _drop_rounds_after(folder / METRICS_FILE, start_round)
+        for name in (METRICS_FILE, LOOKS_FILE):
+            _drop_rounds_after(folder / name, start_round)
         self._metrics = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._looks = folder / LOOKS_FILE
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_round + 1)
         self._writer.add_text("config", f"```yaml\n{resolved}\n```", start_round)
         self._progress = Progress(
@@ -86,6 +91,21 @@ class Monitor:
         self._metrics.flush()
         self._to_tensorboard(row, report)
         self._show(report, row["samples_per_s"])
+
+    def identities(self, rewards: dict[str, dict[str, Any]]) -> None:
+        """Engine, weights and preprocessing of the run's rewards, by label."""
+        if self._active and rewards:
+            self._writer.add_text("rewards", f"```yaml\n{yaml.safe_dump(rewards)}\n```")
+
+    def looks(self, looks: list[Look]) -> None:
+        """Scores of the watch, each with the round whose pictures were judged, however late it arrives."""
+        if not self._active or not looks:
+            return
+        with self._looks.open("a", encoding="utf-8") as stream:
+            for look in looks:
+                stream.write(json.dumps(asdict(look)) + "\n")
+                if look.mean is not None:
+                    self._writer.add_scalar(f"watch/{look.source}/{look.task}/{look.label}", look.mean, look.round)
 
     def scores(self, round_index: int, scores: Means) -> None:
         """Held-out rewards of the student by task and label."""

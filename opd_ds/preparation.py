@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from opd_ds.config import RunConfig, StudentSection
+from opd_ds.config import RewardSection, RunConfig, StudentSection
 from opd_ds.engine import Group, ShardedEma, StudentEngine, frozen_ds_config, read_ds_config, student_ds_config
 from opd_ds.errors import UserError
 from opd_ds.evaluation.benchmark import Benchmark, EvaluationSet
@@ -21,7 +21,7 @@ from opd_ds.hashing import file_sha256
 from opd_ds.loading import resolve_ds_config, resolve_path
 from opd_ds.models import ModelFamily, build_family, lora
 from opd_ds.prompts import PromptSet
-from opd_ds.rewards import build, check
+from opd_ds.rewards import Reward, build, check
 from opd_ds.teachers import TeacherPool, TeacherSpec, check_teacher
 from opd_ds.trainer import Trainer
 
@@ -51,6 +51,7 @@ class Parts:
     trainer: Trainer
     evaluator: Evaluator
     benchmark: Benchmark
+    rewards: dict[str, Reward]
     identity: dict[str, Any]
 
 
@@ -110,7 +111,7 @@ def prepare(config: RunConfig, group: Group) -> Parts:
     ema = ShardedEma(student, config.student.ema) if config.student.ema.decay > 0 else None
     teachers = TeacherPool(family, files.teachers, group.device)
     trainer = Trainer(config, group, family, student, ema, teachers, files.prompts)
-    rewards = {label: build(reward.name, **reward.options) for label, reward in config.rewards.items()}
+    rewards = build_rewards(config.rewards, group.device)
     painter = Painter(config, family, group)
     evaluator = Evaluator(config, group, painter, files.eval_prompts, rewards)
     identity = group.gather(identity)[0]
@@ -121,7 +122,12 @@ def prepare(config: RunConfig, group: Group) -> Parts:
     }
     folder = config.run.output_dir / EVALUATION_FOLDER
     benchmark = Benchmark(folder, group, painter, identity["base"]["sha256"], sets, rewards)
-    return Parts(family, student, ema, teachers, trainer, evaluator, benchmark, identity)
+    return Parts(family, student, ema, teachers, trainer, evaluator, benchmark, rewards, identity)
+
+
+def build_rewards(chosen: dict[str, RewardSection], device: torch.device) -> dict[str, Reward]:
+    """By label, on the run's device where their options name no other."""
+    return {label: build(reward.name, **{"device": str(device)} | reward.options) for label, reward in chosen.items()}
 
 
 def load_family(config: RunConfig, path: Path, device: torch.device) -> ModelFamily:

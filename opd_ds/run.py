@@ -18,7 +18,7 @@ from opd_ds.config import RunConfig
 from opd_ds.engine import Group, StudentEngine, ema_file
 from opd_ds.errors import Interrupted, UserError
 from opd_ds.evaluation.benchmark import Benchmark, Contestant
-from opd_ds.evaluation.evaluator import Means, student_guidance
+from opd_ds.evaluation.evaluator import Means, Shown, student_guidance
 from opd_ds.evaluation.publish import publish
 from opd_ds.evaluation.report import REPORT_FILE
 from opd_ds.evaluation.results import means
@@ -27,6 +27,8 @@ from opd_ds.export import EXPORT_FOLDER, export_student
 from opd_ds.hashing import file_sha256
 from opd_ds.monitor import METRICS_FILE, Monitor, read_metrics
 from opd_ds.preparation import Parts, prepare
+from opd_ds.trainer import RoundReport
+from opd_ds.watch import Watch
 
 
 def train(config: RunConfig, group: Group, resume: str = "never") -> None:
@@ -50,9 +52,14 @@ def train(config: RunConfig, group: Group, resume: str = "never") -> None:
     with Monitor(config, group.world, start) as monitor:
         if checkpoint:
             monitor.say(f"resumed from {checkpoint}, {start} rounds done")
+        monitor.identities(parts.benchmark.identities)
         baselines = _baselines(config, parts, monitor, fresh=checkpoint is None)
+        watch = (
+            Watch(config, parts.rewards, parts.family.decode) if config.watch.every and group.world.is_main else None
+        )
         for index in range(start, config.run.rounds):
-            monitor.round(parts.trainer.run_round(index))
+            report = parts.trainer.run_round(index)
+            monitor.round(report)
             done = index + 1
             stopping = stop.agreed(group)
             if stopping or done % config.run.checkpoint_every == 0 or done == config.run.rounds:
@@ -60,7 +67,9 @@ def train(config: RunConfig, group: Group, resume: str = "never") -> None:
                 if stopping and done < config.run.rounds:
                     monitor.say(f"interrupted after round {done}; state saved in {saved}; go on with --resume auto")
                     raise Interrupted(0)
-            _show_student(config, parts, done, monitor)
+            _show_student(config, parts, report, watch, monitor)
+        if watch is not None:
+            monitor.looks(watch.close())
         _finish(config, parts, baselines, group, monitor)
 
 
@@ -166,19 +175,33 @@ def _final_student(parts: Parts) -> Iterator[StudentEngine]:
         yield parts.student
 
 
-def _show_student(config: RunConfig, parts: Parts, done: int, monitor: Monitor) -> None:
-    """Scores and image grids while the run goes on."""
-    last = done == config.run.rounds
-    score_now = config.run.eval_every and done % config.run.eval_every == 0 and not last
-    show_now = config.run.image_every and done % config.run.image_every == 0 and not last
-    if not parts.evaluator.tasks or not (score_now or show_now):
-        return
-    guidance = student_guidance(config, parts.evaluator.tasks)
-    with _final_student(parts) as network:
-        result = parts.evaluator.run(network, guidance, pictures_only=not score_now)
-    if score_now:
-        monitor.scores(done, result.scores)
-    monitor.picture("student", comparison_grid({"student": result.pictures}, result.prompts), done)
+def _show_student(config: RunConfig, parts: Parts, report: RoundReport, watch: Watch | None, monitor: Monitor) -> None:
+    """Scores, looks and image grids while the run goes on. Collective: `watch` lives on rank 0, the drawing on all."""
+    done, evaluator = report.round, parts.evaluator
+
+    def due(every: int) -> bool:
+        return every > 0 and done % every == 0
+
+    if watch is not None:
+        monitor.looks(watch.finished())
+    score_now = due(config.run.eval_every) and done < config.run.rounds
+    show_now = due(config.run.image_every) and done < config.run.rounds
+    held_out: dict[str, list[Shown]] = {}
+    guidance = student_guidance(config, evaluator.tasks)
+    if score_now or show_now or (due(config.watch.every) and config.watch.held_out):
+        with _final_student(parts) as network:
+            if due(config.watch.every) and config.watch.held_out:
+                held_out = evaluator.look(network, guidance, config.watch.held_out)
+            if score_now:
+                result = evaluator.run(network, guidance)
+                monitor.scores(done, result.scores)
+            if score_now or show_now:
+                shown = result.shown if score_now else evaluator.look(network, guidance, config.evaluation.grid_prompts)
+                pictures = {task: [image for _, image in pairs] for task, pairs in shown.items()}
+                prompts = {task: [item.prompt for item, _ in pairs] for task, pairs in shown.items()}
+                monitor.picture("student", comparison_grid({"student": pictures}, prompts), done)
+    if watch is not None and due(config.watch.every):
+        watch.submit(done, report.rolled, held_out)
 
 
 def _finish(config: RunConfig, parts: Parts, baselines: list[Contestant], group: Group, monitor: Monitor) -> None:

@@ -20,13 +20,22 @@ from opd_ds.engine import Group, ShardedEma, StudentEngine
 from opd_ds.errors import NonFiniteError
 from opd_ds.models import Conditioning, ModelFamily, guided_velocity
 from opd_ds.prompts import PromptSet, SampleNoise, Shard, draw_prompts, sample_seed, shard
-from opd_ds.rollout import chunks, rollout
+from opd_ds.rollout import Trajectory, chunks, rollout
 from opd_ds.teachers import TeacherPool
 
 
 @dataclass(frozen=True)
+class Rolled:
+    """Where one task's trajectories of a round ended on this rank: `final` [B, C, h, w] float32, on the device."""
+
+    prompts: list[str]
+    metadata: list[dict[str, Any]]
+    final: Tensor
+
+
+@dataclass(frozen=True)
 class RoundReport:
-    """What a round measured, equal on all ranks but for `seconds` (this rank's, per phase)."""
+    """What a round measured, equal on all ranks but for `seconds` (this rank's, per phase) and `rolled`."""
 
     round: int
     losses: RoundLosses
@@ -34,6 +43,7 @@ class RoundReport:
     learning_rate: float
     samples: int
     seconds: dict[str, float]
+    rolled: dict[str, Rolled]
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class Draw:
 
     part: Shard
     prompts: list[str]
+    metadata: list[dict[str, Any]]
     noise: SampleNoise
     chosen: Tensor
 
@@ -72,6 +83,7 @@ class Trainer:
         self._objective = StepObjective(config, coefficients, self._sigmas, group.device)
         self._uncond = family.encode([config.model.negative_prompt])
         self._seconds: dict[str, float] = {}
+        self._final: dict[str, Tensor] = {}
 
     def run_round(self, index: int) -> RoundReport:
         """Round `index`, counted from 0. Collective.
@@ -93,18 +105,21 @@ class Trainer:
             for _ in range(self._config.train.inner_epochs):
                 losses, grad_norm = self._optimize(index, lambda: self._train_buffered(draws, buffers))
         samples = self._config.rollout.samples * len(draws)
-        return RoundReport(index + 1, losses, grad_norm, self._student.learning_rate, samples, dict(self._seconds))
+        rolled = {task: Rolled(draw.prompts, draw.metadata, self._final[task]) for task, draw in draws.items()}
+        learning_rate = self._student.learning_rate
+        return RoundReport(index + 1, losses, grad_norm, learning_rate, samples, dict(self._seconds), rolled)
 
     # ---- the stages, in order ----
 
     def _draw(self, index: int, task: str) -> Draw:
         settings, seed = self._config.rollout, self._config.run.seed
         part = shard(settings.samples, self._group.world.rank, self._group.world.size)
-        prompts = self._prompts[task].prompts
-        drawn = draw_prompts(len(prompts), settings.samples, seed, index, task)
+        known = self._prompts[task]
+        drawn = draw_prompts(len(known), settings.samples, seed, index, task)
+        rows = [drawn[i] for i in part.indices]
         noise = SampleNoise([sample_seed(seed, index, task, i) for i in part.indices], self._family.latent_shape)
         chosen = choose_steps(settings.trained_steps, settings.steps, seed, index, task, part.indices)
-        return Draw(part, [prompts[drawn[i]] for i in part.indices], noise, chosen)
+        return Draw(part, [known.prompts[i] for i in rows], [known.metadata[i] for i in rows], noise, chosen)
 
     def _encode(self, draws: dict[str, Draw]) -> dict[str, Conditioning]:
         """All tasks' prompts in one pass, so that encoders which are offloaded travel once a round."""
@@ -122,19 +137,20 @@ class Trainer:
             cond = Conditioning.cat([conds[task] for task in tasks])
             noise = SampleNoise.cat([draws[task].noise for task in tasks])
             rolled = self._roll_out(cond, noise, guidance)
-            states |= dict(zip(tasks, rolled.split([len(draws[task].part) for task in tasks]), strict=True))
+            assert rolled.states is not None
+            sizes = [len(draws[task].part) for task in tasks]
+            states |= dict(zip(tasks, rolled.states.split(sizes), strict=True))
+            self._final |= dict(zip(tasks, rolled.final.split(sizes), strict=True))
         return {t: TrajectoryBuffer(states[t], draw.chosen, draw.part.weights, conds[t]) for t, draw in draws.items()}
 
     @torch.no_grad()
-    def _roll_out(self, cond: Conditioning, noise: SampleNoise, guidance: float) -> Tensor:
-        """The student's states [B, T, C, h, w]."""
+    def _roll_out(self, cond: Conditioning, noise: SampleNoise, guidance: float) -> Trajectory:
+        """The student's trajectories, states kept."""
 
         def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
             return self._velocity(self._student, x, sigma, cond[rows], guidance)
 
-        states = self._rollout(predict, noise, states_dtype=self._family.dtype).states
-        assert states is not None
-        return states
+        return self._rollout(predict, noise, states_dtype=self._family.dtype)
 
     def _score(self, buffers: dict[str, TrajectoryBuffer]) -> None:
         """One pass per teacher over all steps and samples of the round."""
@@ -167,7 +183,7 @@ class Trainer:
             chosen = torch.zeros(len(draw.part), settings.steps).scatter_(1, draw.chosen, 1.0)
             with self._teachers.active(task) as teacher:
                 predict = self._fused_step(task, draw, conds[task], teacher, chosen, set(trained), accumulator)
-                self._rollout(predict, draw.noise)
+                self._final[task] = self._rollout(predict, draw.noise).final
         return accumulator
 
     def _fused_step(
@@ -217,7 +233,7 @@ class Trainer:
     def _velocity(self, network: Any, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float) -> Tensor:
         return guided_velocity(self._family, network, x, sigma, cond, self._uncond, guidance)
 
-    def _rollout(self, predict: Any, noise: SampleNoise, states_dtype: torch.dtype | None = None) -> Any:
+    def _rollout(self, predict: Any, noise: SampleNoise, states_dtype: torch.dtype | None = None) -> Trajectory:
         size, device = self._config.rollout.micro_batch, self._group.device
         return rollout(
             predict, noise, self._kernel, self._sigmas, micro_batch=size, device=device, states_dtype=states_dtype

@@ -77,6 +77,9 @@ def test_rewards_decide_nothing(run: Run, tiny_world: Path, monkeypatch: pytest.
     class Broken:
         name = "broken"
 
+        def identity(self) -> dict[str, Any]:
+            return {"engine": "none"}
+
         def score(self, *_: Any) -> torch.Tensor:
             raise RuntimeError("the server is gone")
 

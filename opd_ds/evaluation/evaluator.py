@@ -14,20 +14,22 @@ from torch import Tensor
 from opd_ds.config import RunConfig
 from opd_ds.engine import Group
 from opd_ds.evaluation.pictures import Item, Painter, items
-from opd_ds.prompts import PromptSet, shard
+from opd_ds.prompts import PromptSet, Shard, shard
 from opd_ds.rewards import Reward
 
 # By task (or prompt set) and label.
 Means = dict[str, dict[str, float]]
 
 
+Shown = tuple[Item, Image.Image]
+
+
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Mean rewards over all ranks, and the first pictures of each task with their prompts."""
+    """Mean rewards over all ranks, and the first pictures of each task."""
 
     scores: Means
-    pictures: dict[str, list[Image.Image]]
-    prompts: dict[str, list[str]]
+    shown: dict[str, list[Shown]]
 
 
 class Evaluator:
@@ -53,36 +55,39 @@ class Evaluator:
     def tasks(self) -> list[str]:
         return list(self._prompts)
 
-    def run(self, network: Any, guidance: dict[str, float], *, pictures_only: bool = False) -> EvaluationResult:
-        """Evaluate `network` on every task that `guidance` names. Collective: every rank makes the same forwards.
-
-        Args:
-            pictures_only: render only the prompts of the grid and score nothing.
-        """
+    def run(self, network: Any, guidance: dict[str, float]) -> EvaluationResult:
+        """Score `network` on every task that `guidance` names. Collective: every rank makes the same forwards."""
         settings = self._config.evaluation
         scores: Means = {}
-        shown: dict[str, list[Image.Image]] = {}
+        shown: dict[str, list[Shown]] = {}
         for task, value in guidance.items():
-            samples, limit = (1, settings.grid_prompts) if pictures_only else (settings.samples_per_prompt, None)
-            wanted = items(self._prompts[task], samples, limit)
-            if not wanted:
-                continue
-            part = shard(len(wanted), self._group.world.rank, self._group.world.size)
-            mine = [wanted[i] for i in part.indices]
-            images = [image for _, image in self._painter.draw(network, mine, value)]
-            shown[task] = self._first(mine, images)
-            if not pictures_only:
-                labels = [reward.label for reward in self._config.tasks[task].rewards]
-                judged = {label: judge(self._rewards[label], label, images, mine) for label in labels}
-                scores[task] = {label: self._mean(values, part.weights) for label, values in judged.items()}
-        prompts = {task: list(self._prompts[task].prompts[: settings.grid_prompts]) for task in guidance}
-        return EvaluationResult(scores, shown, prompts)
+            wanted = items(self._prompts[task], settings.samples_per_prompt)
+            part, mine, images = self._draw(network, wanted, value)
+            shown[task] = self._gather(mine, images, settings.grid_prompts)
+            labels = [reward.label for reward in self._config.tasks[task].rewards]
+            judged = {label: judge(self._rewards[label], label, images, mine) for label in labels}
+            scores[task] = {label: self._mean(values, part.weights) for label, values in judged.items()}
+        return EvaluationResult(scores, shown)
 
-    def _first(self, mine: list[Item], images: list[Image.Image]) -> list[Image.Image]:
-        count = self._config.evaluation.grid_prompts
-        first = {item.number: image for item, image in zip(mine, images, strict=True)
+    def look(self, network: Any, guidance: dict[str, float], count: int) -> dict[str, list[Shown]]:
+        """The pictures of the first `count` held-out prompts of each task, on every rank, not judged. Collective."""
+        shown = {}
+        for task, value in guidance.items():
+            wanted = items(self._prompts[task], 1, count)
+            if wanted:
+                _, mine, images = self._draw(network, wanted, value)
+                shown[task] = self._gather(mine, images, count)
+        return shown
+
+    def _draw(self, network: Any, wanted: list[Item], guidance: float) -> tuple[Shard, list[Item], list[Image.Image]]:
+        part = shard(len(wanted), self._group.world.rank, self._group.world.size)
+        mine = [wanted[i] for i in part.indices]
+        return part, mine, [image for _, image in self._painter.draw(network, mine, guidance)]
+
+    def _gather(self, mine: list[Item], images: list[Image.Image], count: int) -> list[Shown]:
+        first = {item.number: (item, image) for item, image in zip(mine, images, strict=True)
                  if item.sample == 0 and item.number < count}  # fmt: skip
-        gathered = {number: image for part in self._group.gather(first) for number, image in part.items()}
+        gathered = {number: shown for part in self._group.gather(first) for number, shown in part.items()}
         return [gathered[number] for number in sorted(gathered)]
 
     def _mean(self, scores: Tensor, weights: Tensor) -> float:

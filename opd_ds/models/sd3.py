@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -64,6 +65,7 @@ class SD3:
             )
         self._encoders: StableDiffusion3Pipeline | None = None
         self._vae: AutoencoderKL | None = None
+        self._vae_lock = Lock()  # pictures are also decoded beside the training
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -135,9 +137,10 @@ class SD3:
         )[0]
 
     def decode(self, latents: Tensor) -> Tensor:
-        if self._vae is None:
-            self._vae = AutoencoderKL.from_pretrained(self.path, subfolder="vae", dtype=self.dtype)
-            self._vae.requires_grad_(False).eval().to(self.device)
+        with self._vae_lock:
+            if self._vae is None:
+                vae = AutoencoderKL.from_pretrained(self.path, subfolder="vae", dtype=self.dtype)
+                self._vae = vae.requires_grad_(False).eval().to(self.device)
         config = self._vae.config
         with torch.no_grad():
             pictures = self._vae.decode(

@@ -1,0 +1,127 @@
+"""Rewards beside the training: scores land with their round, however late, and a round never waits for them."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from opd_ds.config import RunConfig
+from opd_ds.engine import Group
+from opd_ds.rewards import Needs
+from opd_ds.run import train
+from opd_ds.trainer import Rolled
+from opd_ds.watch import Look, Watch
+from tests.test_multirank import metrics
+from tests.tiny import run_settings
+
+
+class Brightness:
+    """Mean of all pixels; waits for `gate`, raises when `broken`, cannot judge the prompt `unknown`."""
+
+    name = "brightness"
+    needs: ClassVar[Needs] = Needs()
+
+    def __init__(self) -> None:
+        self.gate, self.broken = threading.Event(), False
+        self.gate.set()
+
+    def identity(self) -> dict[str, Any]:
+        return {"engine": "mean of all pixels"}
+
+    def score(self, images: list[Any], prompts: list[str], metadata: Any = None) -> torch.Tensor:
+        self.gate.wait(60)
+        if self.broken:
+            raise RuntimeError("the server is gone")
+        means = [sum(sum(p) / 3 for p in image.getdata()) / 255 / (image.width * image.height) for image in images]
+        return torch.tensor([torch.nan if p == "unknown" else m for p, m in zip(prompts, means, strict=True)])
+
+
+def grey(levels: list[float], prompts: list[str]) -> Rolled:
+    """Latents that `decode` below turns into plain grey pictures."""
+    return Rolled(prompts, [{} for _ in prompts], torch.tensor(levels)[:, None, None, None].expand(-1, 4, 2, 2))
+
+
+def decode(latents: torch.Tensor) -> torch.Tensor:
+    return latents[:, :3]
+
+
+@pytest.fixture
+def reward() -> Brightness:
+    return Brightness()
+
+
+@pytest.fixture
+def watch(tiny_world: Path, tmp_path: Path, reward: Brightness) -> Watch:
+    task = {"teacher": "x", "prompts": "y", "rewards": [{"name": "anything", "label": "light"}]}
+    settings = run_settings(tiny_world, tmp_path, tasks={"one": task}, watch={"every": 1, "rollouts": 2})
+    return Watch(RunConfig.model_validate(settings), {"light": reward}, decode)
+
+
+def test_scores_come_later_with_the_round_they_belong_to(watch: Watch, reward: Brightness) -> None:
+    reward.gate.clear()
+    watch.submit(7, {"one": grey([0.2, 0.4, 1.0], ["a", "b", "c"])}, {})
+    assert watch.finished() == []  # nothing waits for the reward
+    reward.gate.set()
+    (look,) = watch.close()
+    # Two of three pictures, as watch.rollouts says; 8-bit pictures round.
+    assert look == Look(7, "rollout", "one", "light", pytest.approx(0.3, abs=0.003), 2, 0)
+
+
+def test_what_cannot_be_judged_is_counted_and_not_averaged(watch: Watch, reward: Brightness) -> None:
+    watch.submit(1, {"one": grey([0.2, 0.6], ["unknown", "b"])}, {})
+    (look,) = watch.close()
+    assert (look.mean, look.judged, look.failed) == (pytest.approx(0.6, abs=0.003), 1, 1)
+
+
+def test_a_reward_that_breaks_is_a_gap(watch: Watch, reward: Brightness, caplog: pytest.LogCaptureFixture) -> None:
+    reward.broken = True
+    watch.submit(1, {"one": grey([0.2, 0.6], ["a", "b"])}, {})
+    assert watch.close() == [Look(1, "rollout", "one", "light", None, 0, 2)]
+    assert "the server is gone" in caplog.text
+
+
+def test_a_slow_reward_drops_looks_instead_of_piling_up_pictures(
+    watch: Watch, reward: Brightness, caplog: pytest.LogCaptureFixture
+) -> None:
+    reward.gate.clear()
+    for done in range(1, 6):
+        watch.submit(done, {"one": grey([0.5], ["a"])}, {})
+    reward.gate.set()
+    assert [look.round for look in watch.close()] == [1, 2]
+    assert caplog.text.count("this look is left out") == 3
+
+
+@pytest.mark.parametrize("mode", ["buffered", "fused"])
+def test_a_watched_run_trains_what_an_unwatched_one_trains(
+    tiny_world: Path, tmp_path: Path, group: Group, mode: str
+) -> None:
+    prompts = str(tiny_world / "prompts.txt")
+    task = {"teacher": str(tiny_world / "other"), "prompts": prompts, "eval_prompts": prompts}
+    task["rewards"] = ["miniature_look", "jpeg_compressibility"]  # type: ignore[assignment]
+
+    def run(name: str, **changes: Any) -> Path:
+        settings = run_settings(tiny_world, tmp_path / name, tasks={"one": task}, rollout__mode=mode, **changes)
+        train(RunConfig.model_validate(settings), group)
+        return tmp_path / name
+
+    watched, plain = run("watched", watch={"every": 1, "held_out": 3, "rollouts": 2}), run("plain")
+    assert metrics(watched) == metrics(plain)
+    looks = [json.loads(line) for line in (watched / "rewards.jsonl").read_text().splitlines()]
+    expected = {
+        (done, source, "one", label, count)
+        for done in (1, 2, 3)
+        for source, count in (("held_out", 3), ("rollout", 2))
+        for label in task["rewards"]
+    }
+    assert {(k["round"], k["source"], k["task"], k["label"], k["judged"]) for k in looks} == expected
+    assert not (plain / "rewards.jsonl").exists()
+    events = EventAccumulator(str(watched / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("watch/rollout/one/miniature_look")] == [1, 2, 3]
+    assert any(tag.startswith("rewards") for tag in events.Tags()["tensors"])
