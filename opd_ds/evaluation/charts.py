@@ -33,13 +33,13 @@ class Curve:
 
 
 def bars(title: str, entries: list[Bar]) -> Markup:
-    """Horizontal bars with intervals as whiskers. Bars start at 0 unless that would hide the differences."""
+    """Horizontal bars with intervals as whiskers. They start at 0 unless that would hide the differences."""
     width, row, left, right, top = 460, 26, 150, 58, 6
     known = [entry for entry in entries if entry.value is not None and entry.low is not None and entry.high is not None]
     ends = [end for entry in known for end in (entry.low, entry.high, entry.value) if end is not None]
     ends += [entry.value for entry in entries if entry.value is not None]
     low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
-    start = 0.0 if low >= 0 and low <= 0.6 * high else low - 0.15 * (high - low or 1.0)
+    start = 0.0 if low >= 0 and low <= 0.8 * high else low - 0.15 * (high - low or 1.0)
     ticks = _ticks(start, high)
     stop = max(high, ticks[-1]) if high > start else start + 1.0
 
@@ -51,6 +51,8 @@ def bars(title: str, entries: list[Bar]) -> Markup:
     for tick in ticks:
         parts.append(_line(x(tick), top, x(tick), height - 20, "grid"))
         parts.append(_text(x(tick), height - 6, _short(tick), "tick", "middle"))
+    if start > 0:
+        parts.append(_text(4, height - 6, "axis not from 0", "tick"))
     for place, entry in enumerate(entries):
         middle = top + row * (place + 0.5)
         parts.append(_text(left - 8, middle + 4, _cut(entry.name, 22), "name", "end"))
