@@ -1,0 +1,40 @@
+"""Pictures that a reward could not judge: NaN, counted by kind, and said in one line per call."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+# What became of one picture: its score, or in a few words why there is none.
+Result = float | str
+
+
+class Gaps:
+    """The failures of one reward since it was built.
+
+    Attributes:
+        failures: number of pictures by kind of failure.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = Lock()  # monitors score from worker threads
+        self.failures: Counter[str] = Counter()
+
+    def close(self, results: Sequence[Result]) -> Tensor:
+        """float32 scores [B], NaN where the result is a failure; failures are counted and logged."""
+        found = Counter(result for result in results if isinstance(result, str))
+        if found:
+            with self._lock:
+                self.failures.update(found)
+            kinds = ", ".join(f"{count} {kind}" for kind, count in found.most_common())
+            logging.getLogger("opd_ds").warning(
+                "reward %s: %d of %d pictures have no score (%s)", self._name, found.total(), len(results), kinds
+            )
+        scores = [torch.nan if isinstance(result, str) else result for result in results]
+        return torch.tensor(scores, dtype=torch.float32)
