@@ -1,0 +1,84 @@
+"""From a picture to what CLIP and BLIP see, on Pillow and torch: the same on every machine, torchvision or not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from math import isfinite
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from opd_ds.rewards.gaps import Gaps
+
+# Of OpenAI's training pictures; all networks here keep them.
+_MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073))[:, None, None]
+_STD = torch.tensor((0.26862954, 0.26130258, 0.27577711))[:, None, None]
+
+Preprocess = Callable[[Image.Image, int], Tensor]
+
+
+def centre_crop(image: Image.Image, size: int) -> Tensor:
+    """The short side to `size`, bicubic on 8 bits, then the middle square: [3, size, size] float32, normalised.
+
+    Equal to transformers' CLIP image processor on Pillow; of an odd margin the smaller half is left and above.
+    """
+    return _cropped(image, size, lambda margin: margin // 2)
+
+
+def centre_crop_torchvision(image: Image.Image, size: int) -> Tensor:
+    """`centre_crop` as torchvision does it: half a margin is rounded to the even number of pixels, not down."""
+    return _cropped(image, size, lambda margin: round(margin / 2))
+
+
+def _cropped(image: Image.Image, size: int, half: Callable[[int], int]) -> Tensor:
+    rgb = image.convert("RGB")
+    short = min(rgb.size)
+    width, height = (size if side == short else int(size * side / short) for side in rgb.size)
+    left, top = half(width - size), half(height - size)
+    resized = rgb.resize((width, height), Image.Resampling.BICUBIC)
+    return _normalised(_unit(resized.crop((left, top, left + size, top + size))))
+
+
+def pad_long_side(image: Image.Image, size: int) -> Tensor:
+    """The long side to `size`, bicubic with antialiasing on floats, black margins: [3, size, size], normalised.
+
+    HPSv2's own preprocessing (`ResizeMaxSize` in hpsv2x 1.2.0): the whole picture is judged, also a wide one, and
+    values may leave [0, 1] at edges.
+    """
+    unit = _unit(image.convert("RGB"))
+    long = max(unit.shape[1:])
+    height, width = (max(1, round(side * (size / long))) for side in unit.shape[1:])
+    if long != size:
+        unit = F.interpolate(unit[None], (height, width), mode="bicubic", align_corners=False, antialias=True)[0]
+    left, top = (size - width) // 2, (size - height) // 2
+    return _normalised(F.pad(unit, (left, size - width - left, top, size - height - top)))
+
+
+def stacked(images: Sequence[Image.Image], preprocess: Preprocess, size: int) -> Tensor:
+    """[B, 3, size, size]. A picture that cannot be read is NaN, which no network turns into a number, and is logged."""
+    pixels = torch.full((len(images), 3, size, size), torch.nan)
+    for row, image in enumerate(images):
+        try:
+            pixels[row] = preprocess(image, size)
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow's, for truncated and damaged files
+            logging.getLogger("opd_ds").warning("a picture cannot be read: %s: %s", type(error).__name__, error)
+    return pixels
+
+
+def close_scores(gaps: Gaps, scores: Tensor) -> Tensor:
+    """[B] float32, what is not finite counted in `gaps` and NaN."""
+    failed = "unreadable or without a finite score"
+    return gaps.close([score if isfinite(score) else failed for score in scores.tolist()])
+
+
+def _unit(rgb: Image.Image) -> Tensor:
+    """[3, H, W] in [0, 1]."""
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).float() / 255
+
+
+def _normalised(unit: Tensor) -> Tensor:
+    return (unit - _MEAN) / _STD
