@@ -1,6 +1,6 @@
-"""The README's table: the miniature, several seeds, full-parameter and LoRA student, under ZeRO-3 on two processes.
+"""The README's table: the miniature, several seeds, full-parameter and LoRA student, under ZeRO-3.
 
-    python benchmarks/miniature_table.py --output-dir runs/table
+    python benchmarks/miniature_table.py --output-dir runs/table [--processes 2] [--parallel 1]
 
 Every run is the shipped recipe with another seed (and `student.kind=lora` with the settings in `KINDS`). Base and
 teachers are scored once: their noise is fixed by `evaluation.seed`. Runs that are finished are not repeated. Writes
@@ -14,6 +14,8 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,29 +24,52 @@ from opd_ds.evaluation.tables import gain_kept
 
 KINDS: dict[str, list[str]] = {
     "full": [],
-    "lora": ["student.kind=lora", "optimizer.lr=3e-3"],
+    "lora": [
+        "student.kind=lora",
+        "student.lora.targets=[attn.to_q, attn.to_k, attn.to_v, attn.to_out.0, attn.add_q_proj, attn.add_k_proj, "
+        "attn.add_v_proj, attn.to_add_out, ff.net.0.proj, ff.net.2, norm1.linear]",
+        "optimizer.lr=4e-3",
+        "run.rounds=700",
+    ],
 }
 SAMPLES_PER_PROMPT = 8
 
 
-def run(kind: str, seed: int, folder: Path, baselines: bool, extra: list[str]) -> dict[str, Any]:
-    """One run; returns its summary and seconds."""
-    file = folder / "run.json"
-    if not file.is_file():
+@dataclass(frozen=True)
+class Job:
+    """One run: base and teachers are scored only where `baselines` says so."""
+
+    kind: str
+    seed: int
+    folder: Path
+    baselines: bool
+
+    def command(self, processes: int, extra: list[str]) -> list[str]:
         settings = [
-            f"run.seed={seed}",
-            f"run.output_dir={folder}",
+            f"run.seed={self.seed}",
+            f"run.output_dir={self.folder}",
             f"evaluation.samples_per_prompt={SAMPLES_PER_PROMPT}",
-            f"evaluation.baselines={str(baselines).lower()}",
-            *KINDS[kind],
+            f"evaluation.baselines={str(self.baselines).lower()}",
+            *KINDS[self.kind],
             *extra,
         ]
-        launcher = str(Path(sys.executable).parent / "deepspeed")
-        command = [launcher, "--num_accelerators", "2", "--module", "opd_ds.cli", "train", "--recipe", "miniature"]
-        command += ["--resume", "auto", *(part for setting in settings for part in ("--set", setting))]
+        arguments = ["--recipe", "miniature", "--resume", "auto", *(p for s in settings for p in ("--set", s))]
+        if processes == 1:
+            return [sys.executable, "-m", "opd_ds.cli", "train", *arguments]
+        launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(processes)]
+        port = str(29500 + list(KINDS).index(self.kind) * 100 + self.seed)
+        return [*launcher, "--master_port", port, "--module", "opd_ds.cli", "train", *arguments]
+
+
+def run(job: Job, processes: int, extra: list[str]) -> dict[str, Any]:
+    """The job's summary and seconds; a finished one is not repeated."""
+    file = job.folder / "run.json"
+    if not file.is_file():
+        job.folder.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
-        subprocess.run(command, check=True)
-        summary = json.loads((folder / "summary.json").read_text())
+        with (job.folder / "log.txt").open("w") as log:
+            subprocess.run(job.command(processes, extra), check=True, stdout=log, stderr=subprocess.STDOUT)
+        summary = json.loads((job.folder / "summary.json").read_text())
         file.write_text(json.dumps({"seconds": time.perf_counter() - started, "summary": summary}, indent=1))
     return json.loads(file.read_text())
 
@@ -54,21 +79,20 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--processes", type=int, default=2, help="ranks of each run; they change no result")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
     parser.add_argument("--set", dest="extra", action="append", default=[], help="for every run, as in opd-ds train")
     options = parser.parse_args()
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    reference: dict[str, Any] | None = None
+    every = [(kind, seed) for kind in options.kinds for seed in range(options.seeds)]
+    jobs = [Job(kind, seed, options.output_dir / f"{kind}-{seed}", (kind, seed) == every[0]) for kind, seed in every]
+    with ThreadPoolExecutor(options.parallel) as pool:
+        done = list(pool.map(lambda job: run(job, options.processes, options.extra), jobs))
+    reference = done[0]["summary"]["tasks"]
     rows = []
-    for kind in options.kinds:
-        for seed in range(options.seeds):
-            folder = options.output_dir / f"{kind}-{seed}"
-            done = run(kind, seed, folder, reference is None, options.extra)
-            tasks = done["summary"]["tasks"]
-            reference = reference or tasks
-            for task, scores in tasks.items():
-                scores |= {name: reference[task][name] for name in ("base", "teacher")}
-                rows.append({"kind": kind, "seed": seed, "task": task, **scores, "kept": gain_kept(scores)})
-            print({row["task"]: row for row in rows[-len(tasks) :]}, f"{done['seconds']:.0f} s", flush=True)
+    for job, result in zip(jobs, done, strict=True):
+        for task, scores in result["summary"]["tasks"].items():
+            scores |= {name: reference[task][name] for name in ("base", "teacher")}
+            rows.append({"kind": job.kind, "seed": job.seed, "task": task, **scores, "kept": gain_kept(scores)})
     (options.output_dir / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
     table = as_markdown(rows, options.kinds)
     (options.output_dir / "table.md").write_text(table)

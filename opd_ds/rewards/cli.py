@@ -11,9 +11,12 @@ import yaml
 from opd_ds import TORCHVISION_PROBLEM
 from opd_ds.errors import UserError
 from opd_ds.rewards.base import Needs, RewardUnavailableError
+from opd_ds.rewards.reference.cli import register as register_references
 from opd_ds.rewards.registry import build, check, reward_class, reward_names
 
 app = typer.Typer(no_args_is_help=True, help="Rewards: what is installed, which weights are found, a server.")
+
+register_references(app)
 
 _SERVE = Needs(packages=("fastapi", "uvicorn"), extra="serve")
 
