@@ -6,7 +6,7 @@ Run it, from this folder, in the environment of opd_ds/rewards/reference/require
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,13 @@ HERE = Path(__file__).parent
 INPUT, CONTENT, ORIGINAL = (64, 96), (40, 60), (53, 80)
 
 
-def adapter() -> Any:
-    path = HERE.parents[1] / "opd_ds/rewards/reference/mmdet.py"
-    spec = importlib.util.spec_from_file_location("mmdet_adapter", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+sys.path.append(str(HERE.parents[1] / "opd_ds/rewards/reference"))
+from runner import adapter  # noqa: E402
 
 
 def tiny_model() -> Any:
-    reference = adapter()
-    reference.stand_in_for_compiled_ops()
+    reference = adapter("mmdet")
+    reference.stand_in_for_compiled_operators()
     import mmdet
     from mmdet.apis import init_detector
     from mmengine.config import Config
