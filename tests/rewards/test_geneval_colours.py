@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from opd_ds.rewards.geneval.colours import TEMPLATES, ColourClassifier, crop, load_clip
+from opd_ds.rewards.clip import clip_from_folder
+from opd_ds.rewards.geneval.colours import TEMPLATES, ColourClassifier, crop
 from opd_ds.rewards.geneval.rules import COLOURS, Detection
-from opd_ds.rewards.weights import WrongWeightsError
 from tests.rewards.tiny_clip import write_clip
 
 RGB = {
@@ -120,18 +120,6 @@ def test_clip_decides_by_the_mean_of_the_templates_directions(tmp_path: Path) ->
             similarities = [float(feature @ prototype) for prototype in prototypes]
             expected.append(COLOURS[max(range(10), key=similarities.__getitem__)])
 
-    classifier = ColourClassifier(*load_clip(folder, "cpu"))
+    clip = clip_from_folder(folder, device="cpu", dtype=torch.float32, batch_size=4)
+    classifier = ColourClassifier(clip.images, clip.prompts)
     assert [classifier(p, "apple", [d])[0] for p, d in pictures] == expected
-
-
-def test_an_incomplete_clip_is_refused(tmp_path: Path) -> None:
-    folder = write_clip(tmp_path)
-    from safetensors.torch import load_file, save_file
-
-    state = load_file(folder / "model.safetensors")
-    del state["visual_projection.weight"]
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(WrongWeightsError, match=r"visual_projection\.weight"):
-        load_clip(folder, "cpu")
-    with pytest.raises(WrongWeightsError, match="nowhere"):
-        load_clip(tmp_path / "nowhere", "cpu")

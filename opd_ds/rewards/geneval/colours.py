@@ -9,20 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from opd_ds.rewards.base import batches
 from opd_ds.rewards.geneval.rules import COLOURS, Detection
-from opd_ds.rewards.weights import WrongWeightsError
 
 GREY = "#999"
 TEMPLATES = ("a photo of a {colour} {label}", "a photo of a {colour}-colored {label}", "a photo of a {colour} object")
-_BATCH = 16
 
 ImageEmbedder = Callable[[Sequence[Image.Image]], Tensor]
 TextEmbedder = Callable[[Sequence[str]], Tensor]
@@ -43,8 +38,7 @@ class ColourClassifier:
 
     def __call__(self, image: Image.Image, label: str, objects: Sequence[Detection]) -> list[str]:
         """One of COLOURS for each object of class `label` in `image`."""
-        crops = [crop(image, detection) for detection in objects]
-        features = torch.cat([self._embed_images(part) for part in batches(crops, _BATCH)])
+        features = self._embed_images([crop(image, detection) for detection in objects])
         similarity = F.normalize(features.float(), dim=-1) @ self._prototypes(label).T
         return [COLOURS[index] for index in similarity.argmax(1).tolist()]
 
@@ -62,37 +56,3 @@ def crop(image: Image.Image, detection: Detection) -> Image.Image:
         image = Image.composite(image, ground, Image.fromarray(detection.mask))
     left, top, right, bottom = (round(side) for side in detection.box)
     return image.crop((left, top, right, bottom))
-
-
-def load_clip(folder: Path, device: str) -> tuple[ImageEmbedder, TextEmbedder]:
-    """CLIP's two towers from a transformers folder, as functions to float32 embeddings on `device`.
-
-    Raises:
-        WrongWeightsError: the folder does not hold a complete CLIP with its tokenizer and preprocessing.
-    """
-    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
-
-    try:
-        model, report = CLIPModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-        processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
-        tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise WrongWeightsError(f"{folder}: {' '.join(str(error).split())[:300]}") from error
-    wrong = {kind: sorted(report[kind])[:3] for kind in ("missing_keys", "mismatched_keys") if report[kind]}
-    if wrong:
-        raise WrongWeightsError(f"{folder} is not a complete CLIP: {wrong}")
-    model = model.to(device).eval()
-
-    @torch.no_grad()
-    def embed_images(images: Sequence[Image.Image]) -> Tensor:
-        pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
-        features = model.get_image_features(pixel_values=pixels.to(device))
-        return getattr(features, "pooler_output", features)
-
-    @torch.no_grad()
-    def embed_texts(texts: Sequence[str]) -> Tensor:
-        tokens = tokenizer(list(texts), padding=True, return_tensors="pt").to(device)
-        features = model.get_text_features(**tokens)
-        return getattr(features, "pooler_output", features)
-
-    return embed_images, embed_texts

@@ -16,13 +16,16 @@ from torch import Tensor
 from opd_ds.errors import UserError
 from opd_ds.hashing import file_sha256
 from opd_ds.rewards.base import Metadata, Needs, batches
-from opd_ds.rewards.geneval.colours import ColourClassifier, load_clip
+from opd_ds.rewards.checkpoints import located, still_needed
+from opd_ds.rewards.clip import clip_from_folder
+from opd_ds.rewards.geneval.colours import ColourClassifier
 from opd_ds.rewards.geneval.detector import Detector
 from opd_ds.rewards.geneval.pipeline import upright
 from opd_ds.rewards.geneval.rules import Detection, Task, is_correct, keep, partial_score
-from opd_ds.rewards.weights import Weights, WeightsMissingError
+from opd_ds.rewards.weights import Weights
 
 Mode = Literal["strict", "partial"]
+_CROPS = 16  # per forward of CLIP
 
 DETECTOR = Weights(
     folder="geneval",
@@ -74,16 +77,15 @@ class GenEval:
             raise UserError(f"reward 'geneval': mode = {mode!r}; allowed: {', '.join(get_args(Mode))}")
         self._mode = mode
         self._batch_size = batch_size
-        self._clip_path = _given("clip_weights", clip_weights) or CLIP.require()
-        self._detector = Detector(_given("weights", weights) or DETECTOR.require(), device, unsafe_load)
-        self._colours = ColourClassifier(*load_clip(self._clip_path, device))
+        self._clip_path = located(CLIP, clip_weights)
+        self._detector = Detector(located(DETECTOR, weights), device, unsafe_load)
+        clip = clip_from_folder(self._clip_path, device=device, dtype=torch.float32, batch_size=_CROPS)
+        self._colours = ColourClassifier(clip.images, clip.prompts)
 
     @classmethod
     def needs_for(cls, options: Mapping[str, Any]) -> Needs:
         """Without the published weights that `options` replace."""
-        replaced = {"weights": DETECTOR, "clip_weights": CLIP}
-        kept = tuple(weights for option, weights in replaced.items() if options.get(option) is None)
-        return Needs(cls.needs.packages, cls.needs.extra, kept)
+        return still_needed(cls.needs, options, "weights", "clip_weights")
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -123,11 +125,3 @@ def _readable(image: Image.Image) -> Image.Image | None:
     except (OSError, ValueError, SyntaxError) as error:  # Pillow's, for truncated and damaged files
         logging.getLogger("opd_ds").warning("reward geneval: a picture cannot be read: %s", error)
         return None
-
-
-def _given(option: str, path: str | Path | None) -> Path | None:
-    if path is None:
-        return None
-    if not Path(path).expanduser().exists():
-        raise WeightsMissingError(f"reward 'geneval': {option} = {str(path)!r} does not exist; give a file or a folder")
-    return Path(path).expanduser()
