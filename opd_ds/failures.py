@@ -22,7 +22,10 @@ def leave(error: BaseException) -> None:
     destructors, which would wait for peers that are gone.
     """
     if isinstance(error, Interrupted):
-        sys.exit(error.code)
+        # The state is saved. A normal exit would wait for rewards that are still being judged.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.code if isinstance(error.code, int) else 0)
     rank = int(os.environ.get("RANK", "0"))
     agreed = _group_is_up() and isinstance(error, UserError | NonFiniteError)
     if rank > 0:
