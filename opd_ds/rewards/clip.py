@@ -88,7 +88,9 @@ class CLIPEncoder:
         return (self.images(images) * self.prompts(prompts)).sum(-1)
 
 
-def clip_from_folder(folder: Path, *, device: str, dtype: torch.dtype, batch_size: int) -> CLIPEncoder:
+def clip_from_folder(
+    folder: Path, *, device: str, dtype: torch.dtype, batch_size: int, preprocess: Preprocess = centre_crop
+) -> CLIPEncoder:
     """CLIP from a folder in transformers' layout (config.json, model.safetensors, tokenizer.json).
 
     Raises:
@@ -101,7 +103,7 @@ def clip_from_folder(folder: Path, *, device: str, dtype: torch.dtype, batch_siz
         raise WrongWeightsError(f"{folder}: there is no tokenizer.json, which belongs to the published repository")
     model = from_transformers(CLIPModel, folder, str(folder))
     tokens = Tokens.from_file(tokenizer, model.config.text_config.max_position_embeddings)
-    return CLIPEncoder(model, tokens, centre_crop, device=device, dtype=dtype, batch_size=batch_size)
+    return CLIPEncoder(model, tokens, preprocess, device=device, dtype=dtype, batch_size=batch_size)
 
 
 class FolderCLIPReward:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -18,14 +16,17 @@ from opd_ds.hashing import file_sha256
 from opd_ds.rewards.base import Metadata, Needs, batches
 from opd_ds.rewards.checkpoints import located, still_needed
 from opd_ds.rewards.clip import clip_from_folder
+from opd_ds.rewards.gaps import Gaps, Result
 from opd_ds.rewards.geneval.colours import ColourClassifier
 from opd_ds.rewards.geneval.detector import Detector
 from opd_ds.rewards.geneval.pipeline import upright
 from opd_ds.rewards.geneval.rules import Detection, Task, is_correct, keep, partial_score
+from opd_ds.rewards.pictures import centre_crop_torchvision
 from opd_ds.rewards.weights import Weights
 
 Mode = Literal["strict", "partial"]
 _CROPS = 16  # per forward of CLIP
+_NO_TASK, _UNREADABLE = "without GenEval metadata", "unreadable"
 
 DETECTOR = Weights(
     folder="geneval",
@@ -79,13 +80,25 @@ class GenEval:
         self._batch_size = batch_size
         self._clip_path = located(CLIP, clip_weights)
         self._detector = Detector(located(DETECTOR, weights), device, unsafe_load)
-        clip = clip_from_folder(self._clip_path, device=device, dtype=torch.float32, batch_size=_CROPS)
+        clip = clip_from_folder(
+            self._clip_path,
+            device=device,
+            dtype=torch.float32,
+            batch_size=_CROPS,
+            preprocess=centre_crop_torchvision,  # as open_clip's transform, which GenEval uses
+        )
         self._colours = ColourClassifier(clip.images, clip.prompts)
+        self._gaps = Gaps(self.name)
 
     @classmethod
     def needs_for(cls, options: Mapping[str, Any]) -> Needs:
         """Without the published weights that `options` replace."""
         return still_needed(cls.needs, options, "weights", "clip_weights")
+
+    @property
+    def failures(self) -> Mapping[str, int]:
+        """Pictures without a score, by kind, since the reward was built."""
+        return self._gaps.failures
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -101,27 +114,22 @@ class GenEval:
         Raises:
             UserError: metadata of GenEval's form that asks for something GenEval does not know.
         """
-        scores = torch.full((len(images),), math.nan)
+        results: list[Result] = [_NO_TASK] * len(images)
         asked: list[tuple[int, Image.Image, Task]] = []
         for index, (image, item) in enumerate(zip(images, metadata or [{}] * len(images), strict=True)):
             task = Task.parse(item)
-            picture = _readable(image) if task is not None else None
-            if task is not None and picture is not None:
-                asked.append((index, picture, task))
+            if task is None:
+                continue
+            try:
+                asked.append((index, upright(image), task))
+            except (OSError, ValueError, SyntaxError):  # Pillow's, for truncated and damaged files
+                results[index] = _UNREADABLE
         for part in batches(asked, self._batch_size):
             found = self._detector.detect([picture for _, picture, _ in part])
             for (index, picture, task), objects in zip(part, found, strict=True):
-                scores[index] = self._judge(picture, task, objects)
-        return scores
+                results[index] = self._judge(picture, task, objects)
+        return self._gaps.close(results)
 
     def _judge(self, image: Image.Image, task: Task, objects: list[Detection]) -> float:
         rule = is_correct if self._mode == "strict" else partial_score
         return float(rule(keep(objects, task.tag), task, partial(self._colours, image)))
-
-
-def _readable(image: Image.Image) -> Image.Image | None:
-    try:
-        return upright(image)
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow's, for truncated and damaged files
-        logging.getLogger("opd_ds").warning("reward geneval: a picture cannot be read: %s", error)
-        return None

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from opd_ds.rewards.geneval import pipeline
+from opd_ds.rewards.geneval.detector import Detector
 from opd_ds.rewards.hpsv2 import HPSv2, clean
 from opd_ds.rewards.imagereward import ImageReward
 
@@ -38,5 +40,25 @@ def image_reward(
     }
 
 
+def mmdet(weights: Path, images: list[Image.Image], prompts: list[str], metadata: list[dict[str, Any]]) -> Arrays:
+    detector, arrays = Detector(weights), {}
+    for i, image in enumerate(images[:2]):
+        prepared = pipeline.prepare(image)
+        classes, masks = (logits[0] for logits in detector.logits(prepared.pixels[None]))
+        found = pipeline.instances(classes, masks, prepared)
+        best = found.scores.argsort(descending=True)
+        tensors = {
+            "pixels": prepared.pixels,
+            "class_logits": classes,
+            "mask_logits": masks,
+            "scores": found.scores[best],
+            "labels": found.labels[best],
+            "boxes": found.boxes[best],
+            "areas": found.masks[best].sum((1, 2)),
+        }
+        arrays |= {f"{name}_{i}": tensor.numpy() for name, tensor in tensors.items()}
+    return arrays
+
+
 # A new comparison is one function and one line here.
-OURS: dict[str, Ours] = {"hpsv2x": hpsv2x, "image-reward": image_reward}
+OURS: dict[str, Ours] = {"hpsv2x": hpsv2x, "image-reward": image_reward, "mmdet": mmdet}
