@@ -41,7 +41,8 @@ def image_reward(
 
 
 def mmdet(weights: Path, images: list[Image.Image], prompts: list[str], metadata: list[dict[str, Any]]) -> Arrays:
-    detector, arrays = Detector(weights), {}
+    detector = Detector(weights)
+    arrays: Arrays = {}
     for i, image in enumerate(images[:2]):
         prepared = pipeline.prepare(image)
         classes, masks = (logits[0] for logits in detector.logits(prepared.pixels[None]))
