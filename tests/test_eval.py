@@ -14,7 +14,7 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from typer.testing import CliRunner
 
-from opd_ds import evaluate as evaluation
+from opd_ds import preparation
 from opd_ds.cli import app
 from opd_ds.compared_models import Requests
 from opd_ds.config import RunConfig
@@ -69,7 +69,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Pictures given to a reward, one number per call."""
     counts: list[int] = []
-    build = evaluation.build
+    build = preparation.build
 
     def watched(name: str, **options: Any) -> Any:
         reward = build(name, **options)
@@ -82,7 +82,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         reward.score = counting  # type: ignore[method-assign]
         return reward
 
-    monkeypatch.setattr(evaluation, "build", watched)
+    monkeypatch.setattr(preparation, "build", watched)
     return counts
 
 
