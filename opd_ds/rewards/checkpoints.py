@@ -43,9 +43,8 @@ def located(published: Weights, own: str | Path | None) -> Path:
         return published.require()
     path = Path(own).expanduser()
     if not path.exists():
-        raise WeightsMissingError(
-            f"{path} does not exist; expected {published.file or 'a folder'} as in {published.source}"
-        )
+        expected = published.file or "a transformers folder"
+        raise WeightsMissingError(f"{path} does not exist; expected {expected} as published at {published.source}")
     return path
 
 

@@ -39,12 +39,14 @@ def parity(
     """Compare our scorer with the reference library on the same pictures and weights; exit code 1 if they differ."""
     from rich.console import Console
 
+    from opd_ds.cli import quiet_libraries
     from opd_ds.rewards.reference.ours import OURS
     from opd_ds.rewards.reference.parity import parity as compared
     from opd_ds.rewards.reference.parity import print_rows
 
     if name not in OURS:
         raise UserError(f"parity {name!r}: nothing to compare; allowed: {', '.join(OURS)}")
+    quiet_libraries()
     rows = compared(build(name, folder), OURS[name], weights, pictures)
     print_rows(
         Console(), f"{name} and opd_ds, {'random weights' if weights is None else weights.name}", rows, tolerance

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -78,7 +77,7 @@ class Environment:
 
     @property
     def python(self) -> Path:
-        return self.folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        return self.folder / "bin" / "python"
 
     def run(self, *arguments: str) -> None:
         """`runner.py NAME ...` by this environment's Python; its output goes to the terminal.

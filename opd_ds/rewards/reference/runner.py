@@ -9,6 +9,7 @@ runner.py NAME serve WEIGHTS PORT           the reward server's protocol, on 127
 from __future__ import annotations
 
 import base64
+import hashlib
 import importlib.util
 import io
 import json
@@ -49,11 +50,11 @@ def module(file: Path, name: str) -> ModuleType:
     return loaded
 
 
-def adapter(name: str, folder: Path = HERE) -> ModuleType:
-    """`folder`/NAME.py, with a torchvision that imports."""
+def adapter(name: str) -> ModuleType:
+    """NAME.py beside this file, with a torchvision that imports."""
     module(HERE / "torchvision_shim.py", "torchvision_shim").ensure_torchvision()
     stem = name.replace("-", "_")
-    return module(folder / f"{stem}.py", f"reference_{stem}")
+    return module(HERE / f"{stem}.py", f"reference_{stem}")
 
 
 def score_folder(score: Score, folder: Path, out: Path) -> None:
@@ -84,17 +85,19 @@ def parsed(body: bytes) -> tuple[list[Image.Image], list[str], list[dict[str, An
         request = json.loads(body)
         texts, prompts, metadata = request["images"], request["prompts"], request.get("metadata")
         metadata = [{} for _ in prompts] if metadata is None else metadata
-        fits = len(texts) == len(prompts) == len(metadata) and all(isinstance(prompt, str) for prompt in prompts)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RefusedError(400, "the body is not a request for scores") from error
-    if not fits or not all(isinstance(item, dict) for item in metadata):
-        raise RefusedError(400, "images, prompts and metadata differ in number or are not texts and objects")
+    for name, items, kind in (("images", texts, str), ("prompts", prompts, str), ("metadata", metadata, dict)):
+        if not isinstance(items, list) or not all(isinstance(item, kind) for item in items):
+            raise RefusedError(400, f"{name}: expected a list of {kind.__name__}")
+    if not len(texts) == len(prompts) == len(metadata):
+        raise RefusedError(400, "images, prompts and metadata differ in number")
     if len(texts) > IMAGES:
         raise RefusedError(413, f"{len(texts)} images; at most {IMAGES}")
     return pictures(texts), prompts, metadata
 
 
-def make_server(name: str, score: Score, identity: dict[str, Any], port: int) -> ThreadingHTTPServer:
+def make_server(name: str, score: Score, info: dict[str, Any], port: int) -> ThreadingHTTPServer:
     """Serves `score` on 127.0.0.1; port 0 takes a free one."""
     turn = threading.Lock()  # a library is not asked to be safe for several threads
 
@@ -104,7 +107,7 @@ def make_server(name: str, score: Score, identity: dict[str, Any], port: int) ->
         def do_GET(self) -> None:
             answers: dict[str, dict[str, Any]] = {
                 "/health": {"status": "ok"},
-                "/info": {"name": name, "identity": identity},
+                "/info": {"name": name, "identity": info},
             }
             if self.path in answers:
                 self.answer(200, answers[self.path])
@@ -147,6 +150,18 @@ def make_server(name: str, score: Score, identity: dict[str, Any], port: int) ->
     return ThreadingHTTPServer(("127.0.0.1", port), Handler)
 
 
+def identity(name: str, weights: Path) -> dict[str, Any]:
+    """What decides the numbers, for /info."""
+    found = {"engine": f"reference library {name}", "weights": weights.name}
+    if weights.is_file():
+        digest = hashlib.sha256()
+        with weights.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+        found["sha256"] = digest.hexdigest()
+    return found
+
+
 def main(arguments: list[str]) -> None:
     name, task, *rest = arguments
     reference = adapter(name)
@@ -158,8 +173,7 @@ def main(arguments: list[str]) -> None:
     elif task == "score":
         score_folder(reference.load(rest[0]), Path(rest[1]), Path(rest[2]))
     elif task == "serve":
-        identity = {"engine": f"reference library {name}", "weights": Path(rest[0]).name}
-        server = make_server(name, reference.load(rest[0]), identity, int(rest[1]))
+        server = make_server(name, reference.load(rest[0]), identity(name, Path(rest[0])), int(rest[1]))
         print(f"serving {name} at http://127.0.0.1:{server.server_port}", flush=True)
         server.serve_forever()
     else:
