@@ -39,7 +39,7 @@ def parity(
     """Compare our scorer with the reference library on the same pictures and weights; exit code 1 if they differ."""
     from rich.console import Console
 
-    from opd_ds.cli import quiet_libraries
+    from opd_ds.quiet import quiet_libraries
     from opd_ds.rewards.reference.ours import OURS
     from opd_ds.rewards.reference.parity import parity as compared
     from opd_ds.rewards.reference.parity import print_rows
