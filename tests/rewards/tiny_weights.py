@@ -11,6 +11,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.rewards import blip_state, mmdet_layout
+from tests.rewards.clip_world import head_state, open_clip_state, write_clip_folder, write_clip_tokenizer
 from tests.rewards.servers import Answer, answering
 
 Options = dict[str, Any]
@@ -57,8 +62,56 @@ WITHOUT_WEIGHTS: dict[str, Callable[[Path], Options]] = {
     "miniature_composition": _nothing,
     "miniature_look": _nothing,
 }
+
+
+def _saved(state: dict[str, torch.Tensor], file: Path, spoilt: bool, *, under: str | None = None) -> Path:
+    """`state`, or all of it but one tensor, as torch.save writes it; below the key `under` where one is given."""
+    kept = dict(list(state.items())[1:]) if spoilt else state
+    torch.save({under: kept} if under else kept, file)
+    return file
+
+
+def _clip(folder: Path, spoilt: bool = False) -> Path:
+    clip = write_clip_folder(folder)
+    if spoilt:
+        state = load_file(clip / "model.safetensors")
+        del state["visual_projection.weight"]
+        save_file(state, clip / "model.safetensors", metadata={"format": "pt"})
+    return clip
+
+
+def _hpsv2(folder: Path, spoilt: bool) -> Options:
+    vocabulary = write_clip_tokenizer(folder)
+    state = open_clip_state(len(vocabulary))
+    weights = _saved(state, folder / "hps.pt", spoilt, under="state_dict")
+    return {"weights": str(weights), "tokenizer": str(folder / "tokenizer.json")}
+
+
+def _aesthetic(folder: Path, spoilt: bool) -> Options:
+    weights = _saved(head_state(24), folder / "head.pth", spoilt)
+    return {"weights": str(weights), "clip": str(_clip(folder / "clip"))}
+
+
+def _imagereward(folder: Path, spoilt: bool) -> Options:
+    (folder / "vocab.txt").write_text("\n".join(blip_state.WORDS))
+    weights = _saved(blip_state.random_state(), folder / "ImageReward.pt", spoilt)
+    return {"weights": str(weights), "vocabulary": str(folder / "vocab.txt")}
+
+
+def _geneval(folder: Path, spoilt: bool) -> Options:
+    weights = _saved(mmdet_layout.state(), folder / "mask2former.pth", spoilt, under="state_dict")
+    return {"weights": str(weights), "clip_weights": str(_clip(folder / "clip"))}
+
+
 # Rewards with weights: options by folder, and whether a tensor is to be missing from the file.
-WITH_WEIGHTS: dict[str, Callable[[Path, bool], Options]] = {}
+WITH_WEIGHTS: dict[str, Callable[[Path, bool], Options]] = {
+    "pickscore": lambda folder, spoilt: {"weights": str(_clip(folder, spoilt))},
+    "clipscore": lambda folder, spoilt: {"weights": str(_clip(folder, spoilt))},
+    "hpsv2": _hpsv2,
+    "aesthetic": _aesthetic,
+    "imagereward": _imagereward,
+    "geneval": _geneval,
+}
 
 
 def make(name: str, folder: Path, *, spoilt: bool = False) -> Options:
