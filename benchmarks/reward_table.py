@@ -44,6 +44,7 @@ def packages(environment: Path) -> list[str]:
     listed = json.loads(output_of(python_of(environment), "-m", "pip", "list", "--local", "--format", "json"))
     here = output_of(python_of(environment), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     names = {path.name.split("-")[0].lower() for path in Path(here).glob("*.dist-info")}
+    names -= {"pip", "setuptools"}  # of every environment
     return [f"{row['name']} {row['version']}" for row in listed if row["name"].lower().replace("-", "_") in names]
 
 

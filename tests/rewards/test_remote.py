@@ -51,7 +51,7 @@ class Width:
         if "raise" in orders:
             raise RuntimeError("the ruler\nis broken")
         if "slow" in orders:
-            time.sleep(0.4)
+            time.sleep(2.5)
         scores = torch.tensor([float(image.width + len(prompt)) for image, prompt in zip(images, prompts, strict=True)])
         scores[[order == "nan" for order in orders or [None] * len(images)]] = torch.nan
         return scores[1:] if "short" in orders else scores
