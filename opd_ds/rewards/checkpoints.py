@@ -109,11 +109,12 @@ def refuse(origin: str, **wrong: Iterable[str]) -> None:
         raise WrongWeightsError(f"{origin}: {said}")
 
 
-def shape(state: State, key: str, origin: str) -> tuple[int, ...]:
-    """Raises WrongWeightsError when there is no tensor `key`."""
-    if not isinstance(state.get(key), Tensor):
-        raise WrongWeightsError(f"{origin}: there is no tensor {key}")
-    return tuple(state[key].shape)
+def shape(state: State, key: str, dimensions: int, origin: str) -> tuple[int, ...]:
+    """Raises WrongWeightsError when there is no tensor `key` of so many dimensions."""
+    value = state.get(key)
+    if not isinstance(value, Tensor) or value.ndim != dimensions:
+        raise WrongWeightsError(f"{origin}: there is no tensor {key} of {dimensions} dimensions")
+    return tuple(value.shape)
 
 
 def layers(state: State, prefix: str) -> int:

@@ -182,10 +182,10 @@ def _configs(state: State, origin: str) -> tuple[BlipVisionConfig, BlipTextConfi
     """Sizes from shapes; the rest is that of BLIP large and of image-reward's med_config.json."""
     from transformers import BlipTextConfig, BlipVisionConfig
 
-    def size(key: str) -> tuple[int, ...]:
-        return shape(state, key, origin)
+    def size(key: str, dimensions: int = 2) -> tuple[int, ...]:
+        return shape(state, key, dimensions, origin)
 
-    width, _, patch, _ = size(f"{_VISION}patch_embed.proj.weight")
+    width, _, patch, _ = size(f"{_VISION}patch_embed.proj.weight", 4)
     vocabulary, text_width = size(f"{_TEXT}embeddings.word_embeddings.weight")
     vision = BlipVisionConfig(
         hidden_size=width,
@@ -193,7 +193,7 @@ def _configs(state: State, origin: str) -> tuple[BlipVisionConfig, BlipTextConfi
         num_hidden_layers=layers(state, f"{_VISION}blocks."),
         num_attention_heads=_VISION_HEADS,
         patch_size=patch,
-        image_size=patch * isqrt(size(f"{_VISION}pos_embed")[1] - 1),
+        image_size=patch * isqrt(size(f"{_VISION}pos_embed", 3)[1] - 1),
         hidden_act="gelu",
         layer_norm_eps=1e-6,
     )

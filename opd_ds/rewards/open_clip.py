@@ -85,11 +85,11 @@ def _converted(key: str, value: Tensor) -> dict[str, Tensor]:
 def _config(state: State, heads: int, origin: str) -> CLIPConfig:
     from transformers import CLIPConfig
 
-    width, _, patch, _ = shape(state, "visual.conv1.weight", origin)
-    positions, _ = shape(state, "visual.positional_embedding", origin)
-    length, text_width = shape(state, "positional_embedding", origin)
-    vocabulary, _ = shape(state, "token_embedding.weight", origin)
-    _, joint = shape(state, "text_projection", origin)
+    width, _, patch, _ = shape(state, "visual.conv1.weight", 4, origin)
+    positions, _ = shape(state, "visual.positional_embedding", 2, origin)
+    length, text_width = shape(state, "positional_embedding", 2, origin)
+    vocabulary, _ = shape(state, "token_embedding.weight", 2, origin)
+    _, joint = shape(state, "text_projection", 2, origin)
     common = {"num_attention_heads": heads, "hidden_act": "gelu", "projection_dim": joint}
     return CLIPConfig(
         projection_dim=joint,
@@ -97,7 +97,7 @@ def _config(state: State, heads: int, origin: str) -> CLIPConfig:
             **common,
             "vocab_size": vocabulary,
             "hidden_size": text_width,
-            "intermediate_size": shape(state, "transformer.resblocks.0.mlp.c_fc.weight", origin)[0],
+            "intermediate_size": shape(state, "transformer.resblocks.0.mlp.c_fc.weight", 2, origin)[0],
             "num_hidden_layers": layers(state, "transformer.resblocks."),
             "max_position_embeddings": length,
             # open_clip pools at the largest id, which is the end token.
@@ -107,7 +107,7 @@ def _config(state: State, heads: int, origin: str) -> CLIPConfig:
         vision_config={
             **common,
             "hidden_size": width,
-            "intermediate_size": shape(state, "visual.transformer.resblocks.0.mlp.c_fc.weight", origin)[0],
+            "intermediate_size": shape(state, "visual.transformer.resblocks.0.mlp.c_fc.weight", 2, origin)[0],
             "num_hidden_layers": layers(state, "visual.transformer.resblocks."),
             "patch_size": patch,
             "image_size": patch * isqrt(positions - 1),

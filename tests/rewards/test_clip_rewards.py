@@ -217,7 +217,8 @@ def changed(state: State, change: dict[str, Tensor | None]) -> State:
         ({"ln_final.bias": None}, "1 missing keys, the first is text_model.final_layer_norm.bias"),
         ({"extra.weight": torch.zeros(2)}, "1 unexpected keys, the first is extra.weight"),
         ({"visual.proj": torch.zeros(32, 23)}, "1 misshapen keys, the first is visual_projection.weight"),
-        ({"visual.conv1.weight": None}, "there is no tensor visual.conv1.weight"),
+        ({"visual.conv1.weight": None}, "there is no tensor visual.conv1.weight of 4 dimensions"),
+        ({"text_projection": torch.zeros(3)}, "there is no tensor text_projection of 2 dimensions"),
         ({"visual.transformer.resblocks.1.attn.in_proj_bias": None}, "3 missing keys, the first is vision_model"),
     ],
 )
