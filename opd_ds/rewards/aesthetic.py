@@ -15,7 +15,7 @@ from opd_ds.rewards.base import Metadata, Needs
 from opd_ds.rewards.checkpoints import linear_head, located, precision, read_state, still_needed
 from opd_ds.rewards.clip import DTYPES, FOLDER_PREPROCESSING, clip_from_folder
 from opd_ds.rewards.clipscore import CLIP_VIT_L_14
-from opd_ds.rewards.gaps import Gaps
+from opd_ds.rewards.gaps import CountsGaps, Gaps
 from opd_ds.rewards.pictures import close_scores
 from opd_ds.rewards.weights import Weights
 
@@ -28,7 +28,7 @@ _HEAD = Weights(
 )
 
 
-class Aesthetic:
+class Aesthetic(CountsGaps):
     """People's rating of a picture, from 1 to 10, learnt on SAC, logos and AVA; generated pictures get about 5 to 7.
 
     Five linear layers on the unit embedding of OpenAI's CLIP ViT-L/14
@@ -65,11 +65,6 @@ class Aesthetic:
     @classmethod
     def needs_for(cls, options: Mapping[str, Any]) -> Needs:
         return still_needed(cls.needs, options, "weights", "clip")
-
-    @property
-    def failures(self) -> Mapping[str, int]:
-        """Pictures without a score, by kind, since the reward was built."""
-        return self._gaps.failures
 
     def identity(self) -> dict[str, Any]:
         return {

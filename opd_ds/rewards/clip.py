@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from opd_ds.hashing import file_sha256
 from opd_ds.rewards.base import Needs, batches
 from opd_ds.rewards.checkpoints import from_transformers, located, precision, still_needed
-from opd_ds.rewards.gaps import Gaps
+from opd_ds.rewards.gaps import CountsGaps, Gaps
 from opd_ds.rewards.pictures import Preprocess, centre_crop, stacked
 from opd_ds.rewards.tokens import Tokens
 from opd_ds.rewards.weights import WrongWeightsError
@@ -106,7 +106,7 @@ def clip_from_folder(
     return CLIPEncoder(model, tokens, preprocess, device=device, dtype=dtype, batch_size=batch_size)
 
 
-class FolderCLIPReward:
+class FolderCLIPReward(CountsGaps):
     """What rewards on a published CLIP folder share.
 
     Args:
@@ -133,11 +133,6 @@ class FolderCLIPReward:
     @classmethod
     def needs_for(cls, options: Mapping[str, Any]) -> Needs:
         return still_needed(cls.needs, options, "weights")
-
-    @property
-    def failures(self) -> Mapping[str, int]:
-        """Pictures without a score, by kind, since the reward was built."""
-        return self._gaps.failures
 
     def identity(self) -> dict[str, Any]:
         return {

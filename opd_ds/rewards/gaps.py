@@ -38,3 +38,14 @@ class Gaps:
             )
         scores = [torch.nan if isinstance(result, str) else result for result in results]
         return torch.tensor(scores, dtype=torch.float32)
+
+
+class CountsGaps:
+    """What a reward that closes its scores with `Gaps` tells about them."""
+
+    _gaps: Gaps
+
+    @property
+    def failures(self) -> Counter[str]:
+        """Pictures without a score, by kind, since the reward was built."""
+        return self._gaps.failures

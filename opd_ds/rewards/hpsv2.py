@@ -15,7 +15,7 @@ from opd_ds.hashing import file_sha256
 from opd_ds.rewards.base import Metadata, Needs
 from opd_ds.rewards.checkpoints import located, precision, read_state, still_needed
 from opd_ds.rewards.clip import DTYPES, CLIPEncoder
-from opd_ds.rewards.gaps import Gaps
+from opd_ds.rewards.gaps import CountsGaps, Gaps
 from opd_ds.rewards.open_clip import clip_from_open_clip
 from opd_ds.rewards.pictures import close_scores, pad_long_side
 from opd_ds.rewards.tokens import Tokens
@@ -38,7 +38,7 @@ _HEADS = 16  # of both towers of ViT-H-14
 _STRAIGHT = {0x02BC: "'", **dict.fromkeys(range(0x2018, 0x201C), "'"), **dict.fromkeys(range(0x201C, 0x2020), '"')}
 
 
-class HPSv2:
+class HPSv2(CountsGaps):
     """Human preference for a picture given its prompt, learnt by CLIP ViT-H/14 from HPDv2 (arXiv 2306.09341).
 
     The published score, a cosine: range [-1, 1], typically 0.2 to 0.35. Papers print it like this or times 100.
@@ -82,11 +82,6 @@ class HPSv2:
     def needs_for(cls, options: Mapping[str, Any]) -> Needs:
         needs = Needs(weights=(_published(options.get("version", "v2.1")), _TOKENIZER))
         return still_needed(needs, options, "weights", "tokenizer")
-
-    @property
-    def failures(self) -> Mapping[str, int]:
-        """Pictures without a score, by kind, since the reward was built."""
-        return self._gaps.failures
 
     def identity(self) -> dict[str, Any]:
         return {

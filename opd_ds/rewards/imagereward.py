@@ -25,7 +25,7 @@ from opd_ds.rewards.checkpoints import (
     shape,
     still_needed,
 )
-from opd_ds.rewards.gaps import Gaps
+from opd_ds.rewards.gaps import CountsGaps, Gaps
 from opd_ds.rewards.pictures import centre_crop_torchvision, close_scores, stacked
 from opd_ds.rewards.tokens import Tokens
 from opd_ds.rewards.weights import Weights
@@ -61,7 +61,7 @@ _VISION_NAMES = {
 }
 
 
-class ImageReward:
+class ImageReward(CountsGaps):
     """Human preference for a picture given its prompt, learnt by BLIP from ranked pictures (arXiv 2304.05977).
 
     The published score, standardised on the authors' data: about -2.5 to 2, higher is better, nothing bounds it.
@@ -101,11 +101,6 @@ class ImageReward:
     @classmethod
     def needs_for(cls, options: Mapping[str, Any]) -> Needs:
         return still_needed(cls.needs, options, "weights", "vocabulary")
-
-    @property
-    def failures(self) -> Mapping[str, int]:
-        """Pictures without a score, by kind, since the reward was built."""
-        return self._gaps.failures
 
     def identity(self) -> dict[str, Any]:
         return {

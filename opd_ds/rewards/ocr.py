@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from opd_ds.errors import UserError, nearest
 from opd_ds.rewards.base import Metadata, Needs
-from opd_ds.rewards.gaps import Gaps, Result
+from opd_ds.rewards.gaps import CountsGaps, Gaps, Result
 from opd_ds.rewards.ocr_engines import Engine, PaddleEngine, RapidOCREngine
 
 _QUOTED = re.compile('["“”„]([^"“”„]*)["“”]')
@@ -42,7 +41,7 @@ def text_score(read: str, target: str) -> float:
     return 1 - min(Levenshtein.distance(read, target), len(target)) / len(target)
 
 
-class OCR:
+class OCR(CountsGaps):
     """How exactly the text in the picture is the text in quotes: 1 is the same, 0 nothing of it. Range [0, 1].
 
         score = 1 - min(d, n) / n      d = edit distance between text read and text asked for, n = length of the latter
@@ -103,11 +102,6 @@ class OCR:
             self._free.put(one)
         self._workers = workers
         self._gaps = Gaps(self.name)
-
-    @property
-    def failures(self) -> Counter[str]:
-        """Pictures without a score, by kind, since the reward was built."""
-        return self._gaps.failures
 
     def identity(self) -> dict[str, Any]:
         return {**self._identity, "score": "1 - min(edit distance, length) / length; lower case, no white space"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from opd_ds.errors import UserError
 from opd_ds.rewards.base import Metadata, Needs, batches
-from opd_ds.rewards.gaps import Gaps, Result
+from opd_ds.rewards.gaps import CountsGaps, Gaps, Result
 from opd_ds.rewards.wire import Info, decode_scores, encode_request, one_line
 
 _BACK_OFF_SECONDS = 0.5
@@ -28,7 +27,7 @@ class _RequestError(Exception):
     """A request that brought no scores; the message is the kind."""
 
 
-class RemoteReward:
+class RemoteReward(CountsGaps):
     """The scores of a reward server; range and unit are those of the reward it serves, whose name this one takes.
 
     Failures are NaN for the pictures they concern, counted by kind in `failures`, one line in the log per call, never
@@ -68,11 +67,6 @@ class RemoteReward:
                 f"reward 'remote': url = {self._url!r}: no reward server answers there ({one_line(error, 80)}); start "
                 "one with `opd-ds rewards serve NAME --port PORT`"
             ) from error
-
-    @property
-    def failures(self) -> Counter[str]:
-        """Pictures without a score, by kind, since the reward was built."""
-        return self._gaps.failures
 
     def identity(self) -> dict[str, Any]:
         """That of the served reward, as it was at construction."""

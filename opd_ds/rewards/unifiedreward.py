@@ -7,7 +7,6 @@ import hashlib
 import io
 import os
 import re
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from typing import Any, ClassVar
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from opd_ds.errors import UserError
 from opd_ds.rewards.base import Metadata, Needs
-from opd_ds.rewards.gaps import Gaps, Result
+from opd_ds.rewards.gaps import CountsGaps, Gaps, Result
 
 API_KEY_VARIABLE = "OPD_DS_VLM_API_KEY"
 # The point-wise prompt that the model was trained on and that Flow-GRPO uses with UnifiedReward-7b-v1.5, word for word
@@ -46,7 +45,7 @@ def grade(answer: str | None) -> float | None:
     return float(found[-1]) if found and 1 <= float(found[-1]) <= 5 else None
 
 
-class UnifiedReward:
+class UnifiedReward(CountsGaps):
     """Alignment and quality as graded by UnifiedReward-7b-v1.5: the raw grade, range [1, 5], higher is better.
 
     This is the unit of the DiffusionOPD paper's tables (about 3 for SD3.5-Medium); Flow-GRPO divides it by 5. An answer
@@ -101,11 +100,6 @@ class UnifiedReward:
             raise UserError(
                 f"reward 'unifiedreward': model = {model!r} is not served at {base_url}; served: {', '.join(served)}"
             )
-
-    @property
-    def failures(self) -> Counter[str]:
-        """Pictures without a score, by kind, since the reward was built."""
-        return self._gaps.failures
 
     def identity(self) -> dict[str, Any]:
         prompt = hashlib.sha256(_PROMPT.encode()).hexdigest()

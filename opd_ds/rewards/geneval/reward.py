@@ -16,7 +16,7 @@ from opd_ds.hashing import file_sha256
 from opd_ds.rewards.base import Metadata, Needs, batches
 from opd_ds.rewards.checkpoints import located, still_needed
 from opd_ds.rewards.clip import clip_from_folder
-from opd_ds.rewards.gaps import Gaps, Result
+from opd_ds.rewards.gaps import CountsGaps, Gaps, Result
 from opd_ds.rewards.geneval.colours import ColourClassifier
 from opd_ds.rewards.geneval.detector import Detector
 from opd_ds.rewards.geneval.pipeline import upright
@@ -39,7 +39,7 @@ DETECTOR = Weights(
 CLIP = Weights(folder="clip-vit-large-patch14", source="openai/clip-vit-large-patch14", file=None, size="1.7 GB")
 
 
-class GenEval:
+class GenEval(CountsGaps):
     """Whether the picture holds the objects that the prompt asks for, in number, colour and place (arXiv 2310.11513).
 
     The prompt's metadata is a line of GenEval's prompt file (`tag`, `include`, `exclude`); a prompt without it is NaN.
@@ -94,11 +94,6 @@ class GenEval:
     def needs_for(cls, options: Mapping[str, Any]) -> Needs:
         """Without the published weights that `options` replace."""
         return still_needed(cls.needs, options, "weights", "clip_weights")
-
-    @property
-    def failures(self) -> Mapping[str, int]:
-        """Pictures without a score, by kind, since the reward was built."""
-        return self._gaps.failures
 
     def identity(self) -> dict[str, Any]:
         return {
