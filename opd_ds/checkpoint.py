@@ -1,59 +1,223 @@
-"""Publishing checkpoints so that a half-written one is never taken for a whole one."""
+"""Checkpoints that are whole or absent: drafts, hashes, publication by rename, and finding the newest whole one."""
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd_ds.engine import Group
-from opd_ds.errors import UserError
+from torch import Tensor
+
+from opd_ds.engine import Group, write_shard
+from opd_ds.errors import DamagedCheckpointError, UserError
+from opd_ds.hashing import file_sha256
 
 STATE_FILE = "state.json"
+MANIFEST_FILE = "manifest.json"
+LATEST_FILE = "latest"
 CHECKPOINTS_FOLDER = "checkpoints"
+FORMAT = 2
 _NAME = re.compile(r"^round-(\d{6})$")
+
+# File name -> size in bytes and SHA-256.
+Manifest = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """A checkpoint on its way: this rank's part is being written by a thread."""
+
+    round: int
+    state: dict[str, Any]
+    part: Future[Manifest]
 
 
 class CheckpointStore:
-    """Folders `round-NNNNNN`. A checkpoint is written under a hidden name and appears by one rename."""
+    """Folders `round-NNNNNN`, each with a `manifest.json` that names every file, its size and its hash.
 
-    def __init__(self, folder: Path, keep: int, group: Group) -> None:
-        self._folder, self._keep, self._group = folder, keep, group
+    A checkpoint is written under a hidden name, flushed to the disk and appears by one rename; `latest` is moved after
+    that. All methods are collective.
 
-    def save(self, round_index: int, state: dict[str, Any], write: Callable[[Path], None]) -> Path:
-        """`write(folder)` is called on every rank (it may be collective); then rank 0 publishes. Collective."""
-        target = self._folder / f"round-{round_index:06d}"
-        draft = self._folder / f".writing-{target.name}"
-        if self._group.world.is_main:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-        self._group.barrier()
-        write(draft)
-        _flush(draft)
-        self._group.barrier()
-        if self._group.world.is_main:
-            (draft / STATE_FILE).write_text(json.dumps(state, indent=1))
-            _flush(draft)
-            if target.exists():  # a resumed run came here again
-                shutil.rmtree(target)
-            draft.rename(target)
-            _sync(self._folder)
-            for old in _published(self._folder)[: -self._keep]:
-                shutil.rmtree(old)
-        self._group.barrier()
-        return target
+    Args:
+        keep: how many of the newest stay; the newest is never deleted.
+        in_background: `save` copies the state and returns; a thread writes, and a later call publishes.
+    """
 
-    def latest(self) -> Path | None:
-        """The newest published checkpoint."""
-        return latest_checkpoint(self._folder)
+    def __init__(self, folder: Path, keep: int, group: Group, *, in_background: bool = False) -> None:
+        self.folder, self._keep, self._group, self._in_background = folder, keep, group, in_background
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: _Writing | None = None
+
+    # ---- writing ----
+
+    def save(self, done: int, state: dict[str, Any], entries: dict[str, Tensor]) -> Path:
+        """Save the state after `done` rounds; returns where it is, or will be once it is published.
+
+        Args:
+            state: equal on all ranks, fit for JSON.
+            entries: this rank's tensors, on the CPU; not to be changed afterwards.
+
+        Raises:
+            UserError: the disk is full or fails; what was published before is untouched.
+        """
+        self.finish()
+        draft = self._draft(done)
+        with self._writes(done):
+            if self._group.world.is_main:
+                self._clear_leftovers()
+                draft.mkdir(parents=True)
+        self._writing = _Writing(done, state, self._worker.submit(self._write_part, draft, entries))
+        if not self._in_background:
+            self.finish()
+        return self.place(done)
+
+    def publish_if_written(self) -> None:
+        """Publish the checkpoint on its way if all ranks have written their part; does not wait."""
+        if self._writing is not None and all(self._group.gather(self._writing.part.done())):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint on its way, if there is one, and publish it.
+
+        Raises:
+            UserError: as `save`.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        with self._writes(writing.round):
+            part = writing.part.result()
+        parts = self._group.gather(part)
+        with self._writes(writing.round):
+            if self._group.world.is_main:
+                self._publish(writing, {name: facts for each in parts for name, facts in each.items()})
+
+    def _write_part(self, draft: Path, entries: dict[str, Tensor]) -> Manifest:
+        world = self._group.world
+        if not draft.is_dir():
+            raise UserError(
+                f"run.output_dir: rank 0 made {draft}, but rank {world.rank} does not see it; give a folder that all "
+                "nodes share"
+            )
+        return _facts(write_shard(entries, draft, world.rank, world.size))
+
+    def _publish(self, writing: _Writing, manifest: Manifest) -> None:
+        draft, target = self._draft(writing.round), self.place(writing.round)
+        state = draft / STATE_FILE
+        state.write_text(json.dumps({"format": FORMAT} | writing.state, indent=1), encoding="utf-8")
+        manifest |= _facts(state)
+        (draft / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _sync(draft / MANIFEST_FILE)
+        for name in manifest:  # safetensors writes files that only their owner may read
+            shutil.copymode(draft / MANIFEST_FILE, draft / name)
+        _sync(draft)
+        if target.exists():  # a run that went back to an older checkpoint comes here again
+            _remove(target)
+        draft.rename(target)
+        _sync(self.folder)
+        _write_whole(self.folder / LATEST_FILE, target.name + "\n")
+        earlier = [path for path in _published(self.folder) if path.name < target.name]
+        for old in earlier[: len(earlier) - (self._keep - 1)]:
+            _remove(old)
+
+    @contextmanager
+    def _writes(self, done: int) -> Iterator[None]:
+        """A full or broken disk, on any rank, is one error for all, and leaves no half checkpoint behind."""
+        try:
+            with self._group.agreed():
+                try:
+                    yield
+                except OSError as error:
+                    raise UserError(self._explain(done, error)) from error
+        except UserError:
+            if self._group.world.is_main:
+                shutil.rmtree(self._draft(done), ignore_errors=True)
+            raise
+
+    def _explain(self, done: int, error: OSError) -> str:
+        kept = latest_checkpoint(self.folder)
+        intact = f"{kept.name} is intact: go on from it with --resume auto" if kept else "there is no earlier one"
+        reason = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason += f" ({_free_space(self.folder)} free; make room or lower run.keep_checkpoints)"
+        return f"the checkpoint of round {done} could not be written to {self.folder}: {reason}; {intact}"
+
+    def _draft(self, done: int) -> Path:
+        return self.folder / f".writing-{self.place(done).name}"
+
+    def place(self, done: int) -> Path:
+        """Where the checkpoint of round `done` is, or will be."""
+        return self.folder / f"round-{done:06d}"
+
+    def _clear_leftovers(self) -> None:
+        for pattern in (".writing-*", ".deleting-*"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path)
+
+    # ---- finding ----
+
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint whose files are what was written. Damaged ones are set aside, with a line in the log.
+
+        Raises:
+            UserError: there are checkpoints and all of them are damaged; the run is not started from scratch.
+        """
+        candidates = self._group.gather(_published(self.folder)[::-1])[0]
+        for candidate in candidates:
+            problems = self.problems(candidate)
+            if not problems:
+                return candidate
+            logging.getLogger("opd_ds").warning(
+                "%s is damaged (%s); it is set aside, the one before it is taken", candidate.name, problems[0]
+            )
+            self._set_aside([candidate], "damaged")
+        if candidates:
+            raise UserError(
+                f"{self.folder}: all {len(candidates)} checkpoints are damaged, the newest first: "
+                f"{', '.join(path.name for path in candidates)}; restore one of them, or give another run.output_dir"
+            )
+        return None
+
+    def problems(self, checkpoint: Path) -> list[str]:
+        """What is wrong with the files of a checkpoint; the ranks share the reading."""
+        world = self._group.world
+        try:
+            mine, problem = _checked(checkpoint, world.rank, world.size), None
+        except DamagedCheckpointError as error:
+            mine, problem = [], str(error)
+        found = self._group.gather(mine if problem is None else [problem])
+        return list(dict.fromkeys(line for part in found for line in part))
+
+    def go_back_to(self, checkpoint: Path) -> None:
+        """A resume from `checkpoint` abandons the later ones of this folder: they are renamed, not deleted."""
+        later = []
+        if checkpoint.resolve().parent == self.folder.resolve():
+            later = self._group.gather([path for path in _published(self.folder) if path.name > checkpoint.name])[0]
+        if later:
+            names = ", ".join(path.name for path in later)
+            logging.getLogger("opd_ds").warning("going back to %s: %s set aside as abandoned", checkpoint.name, names)
+            self._set_aside(later, "abandoned")
+
+    def _set_aside(self, checkpoints: list[Path], why: str) -> None:
+        with self._group.agreed():
+            if self._group.world.is_main:
+                for checkpoint in checkpoints:
+                    place = checkpoint.with_name(f"{why}-{checkpoint.name}")
+                    shutil.rmtree(place, ignore_errors=True)
+                    checkpoint.rename(place)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest published checkpoint in `folder`."""
+    """The newest published checkpoint in `folder`, unchecked."""
     published = _published(folder)
     return published[-1] if published else None
 
@@ -61,7 +225,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def _published(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if _NAME.match(p.name) and (p / STATE_FILE).is_file())
+    return sorted(path for path in folder.iterdir() if _NAME.match(path.name))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -73,7 +237,48 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint / STATE_FILE
     if not file.is_file():
         raise UserError(f"--resume {checkpoint}: no {STATE_FILE} there; give a folder named round-NNNNNN, or 'auto'")
-    return json.loads(file.read_text())
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: damaged ({error}); give another checkpoint") from error
+    if state.get("format") != FORMAT:
+        raise UserError(f"{file}: format {state.get('format', 1)}; this version of opd-ds reads format {FORMAT}")
+    return state
+
+
+def refuse_damaged(checkpoint: Path) -> None:
+    """Check every file of a checkpoint, in this process alone.
+
+    Raises:
+        UserError: one is not what was written.
+    """
+    try:
+        problems = _checked(checkpoint, 0, 1)
+    except DamagedCheckpointError as error:
+        problems = [str(error)]
+    if problems:
+        raise UserError(f"{checkpoint}: damaged ({problems[0]}); give another checkpoint")
+
+
+def _checked(checkpoint: Path, rank: int, size: int) -> list[str]:
+    """What is wrong with every `size`-th file, from the `rank`-th on."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
+        expected = [(name, int(facts["bytes"]), str(facts["sha256"])) for name, facts in sorted(manifest.items())]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{MANIFEST_FILE} is not readable: {error!r}") from error
+    if STATE_FILE not in manifest:
+        raise DamagedCheckpointError(f"{MANIFEST_FILE} does not name {STATE_FILE}")
+    problems = []
+    for name, length, digest in expected[rank::size]:
+        file = checkpoint / name
+        if not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != length:
+            problems.append(f"{name} has {file.stat().st_size} bytes instead of {length}")
+        elif file_sha256(file) != digest:
+            problems.append(f"{name} is not what was written: its SHA-256 differs")
+    return problems
 
 
 def refuse_other_run(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
@@ -100,10 +305,29 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _flush(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
+# ---- the disk ----
+
+
+def _facts(file: Path) -> Manifest:
+    """Flush the file to the disk and say what is in it."""
+    _sync(file)
+    return {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}}
+
+
+def _remove(checkpoint: Path) -> None:
+    """Under another name first: a removal that is cut off leaves no half checkpoint."""
+    doomed = checkpoint.with_name(f".deleting-{checkpoint.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _write_whole(file: Path, text: str) -> None:
+    draft = file.with_name(f".{file.name}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    _sync(draft)
+    draft.replace(file)
+    _sync(file.parent)
 
 
 def _sync(path: Path) -> None:
@@ -112,3 +336,7 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _free_space(folder: Path) -> str:
+    return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB"

@@ -7,17 +7,21 @@ from typing import Annotated
 
 import typer
 
+from opd_ds.doctor.cli import doctor
 from opd_ds.errors import Interrupted
 from opd_ds.evaluation.cli import evaluate
 from opd_ds.failures import leave
 from opd_ds.launch import prepare_environment, who_am_i
 from opd_ds.rewards.cli import app as rewards_app
+from opd_ds.slurm import launch
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 miniature = typer.Typer(no_args_is_help=True, help="The embedded world: a tiny SD3 on handwritten digits.")
 app.add_typer(miniature, name="miniature")
 app.add_typer(rewards_app, name="rewards")
 app.command("eval")(evaluate)
+app.command()(doctor)
+app.command("launch")(launch)
 
 
 @app.callback()
@@ -35,23 +39,29 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved run and start nothing")] = False,
 ) -> None:
     """Distil: one process by itself, or one per device under deepspeed, torchrun or srun."""
+    from opd_ds.interruption import listen
     from opd_ds.loading import load_config
 
+    listen()  # first of all: a signal that comes while libraries and models load must not be lost
     world = who_am_i()
     settings = load_config(recipe, config, overrides or [])
-    prepare_environment(world)
     if dry_run:
         from opd_ds.dry_run import describe
 
         if world.is_main:
             typer.echo(describe(settings, world.size))
         return
+    prepare_environment(world)
+    from datetime import timedelta
+
     from opd_ds.engine import init_group
     from opd_ds.quiet import quiet_libraries
     from opd_ds.run import train as run_training
 
     quiet_libraries()
-    run_training(settings, init_group(world), resume)
+    # The watch over hangs speaks first; a collective's own timeout is only there in case it cannot.
+    with init_group(world, timedelta(minutes=2 * settings.run.hang_minutes + 5)) as group:
+        run_training(settings, group, resume)
 
 
 @app.command()
@@ -61,16 +71,6 @@ def recipes() -> None:
 
     for name, line in recipe_summaries().items():
         typer.echo(f"{name:26} {line}")
-
-
-@app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
-    """Say what this machine offers a run; exit code 1 when something would stop one."""
-    from opd_ds.doctor import as_text, examine, problems
-
-    findings = examine()
-    typer.echo(as_text(findings, as_json=as_json))
-    raise typer.Exit(1 if problems(findings) else 0)
 
 
 @miniature.command("build")

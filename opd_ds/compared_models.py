@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from opd_ds.checkpoint import CHECKPOINTS_FOLDER, STATE_FILE, latest_checkpoint, read_state
+from opd_ds.checkpoint import CHECKPOINTS_FOLDER, STATE_FILE, latest_checkpoint, read_state, refuse_damaged
 from opd_ds.config import RunConfig, StudentSection
 from opd_ds.engine import consolidated_weights
 from opd_ds.errors import UserError
@@ -78,7 +78,7 @@ def contestants(
             by_set = dict.fromkeys(sets, config.tasks[source.removeprefix("teacher:")].teacher.guidance)
         if name in guidance:
             by_set = dict.fromkeys(sets, guidance[name])
-        model = Contestant(name, _identity(path), by_set, partial(_loaded, load, device))
+        model = Contestant(name, file_sha256(path), by_set, partial(_loaded, load, device))
         if model.folder in folders:
             raise UserError(f"models {folders[model.folder]!r} and {name!r} would share a folder; rename one")
         folders[model.folder] = name
@@ -130,8 +130,7 @@ def _find_checkpoint(folder: Path, name: str, which: str) -> Path:
 
 
 def _identity(path: Path) -> str:
-    is_checkpoint = (path / STATE_FILE).is_file()
-    return file_sha256(path, (".pt", ".json")) if is_checkpoint else file_sha256(path)
+    return file_sha256(path)
 
 
 # ---- loading ----
@@ -148,6 +147,7 @@ def _loader(family: ModelFamily, path: Path) -> Callable[[], nn.Module]:
     """How the network at `path` is brought up; what it is gets checked now."""
     if (path / STATE_FILE).is_file():
         read_state(path)
+        refuse_damaged(path)
         return partial(_from_checkpoint, family, path)
     if lora.is_adapter(path):
         lora.read_adapter(path)
@@ -167,7 +167,7 @@ def _from_checkpoint(family: ModelFamily, path: Path) -> nn.Module:
     """The student as the checkpoint's export would be: averaged where an EMA was kept."""
     state = read_state(path)
     network = student_module(StudentSection.model_validate(state["run"]["student"]), 0, family)
-    weights = consolidated_weights(path, state["zero_stage"])
+    weights = consolidated_weights(path, state["shapes"])
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     lacking = sorted(trained - weights.keys())
     unknown = network.load_state_dict(weights, strict=False).unexpected_keys

@@ -33,6 +33,12 @@ class RunSection(Section):
     output_dir: Path = Field(description="metrics, TensorBoard, checkpoints and export go here")
     checkpoint_every: PositiveInt = Field(25, description="rounds between checkpoints")
     keep_checkpoints: PositiveInt = Field(2, description="how many of the newest checkpoints stay")
+    checkpoint_in_background: bool = Field(
+        False, description="rounds go on while a thread writes; needs host memory for one more copy of the state"
+    )
+    hang_minutes: PositiveFloat = Field(
+        30, description="when no rank gets on for this long, the run ends and says who waits"
+    )
     eval_every: NonNegativeInt = Field(0, description="rounds between evaluations of the student; 0: only at the end")
     image_every: NonNegativeInt = Field(0, description="rounds between image grids in TensorBoard; 0: only at the end")
 

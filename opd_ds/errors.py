@@ -14,8 +14,12 @@ class NonFiniteError(RuntimeError):
     """The loss or the gradient norm stopped being a finite number; the last checkpoint is intact."""
 
 
+class DamagedCheckpointError(RuntimeError):
+    """A checkpoint is not what was written: a file is missing, cut off or changed."""
+
+
 class Interrupted(SystemExit):
-    """The run saved its state and left on purpose, after SIGTERM or SIGINT."""
+    """The run saved its state and left, after a signal; `code` tells whether it wants to be started again."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

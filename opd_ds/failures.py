@@ -1,53 +1,105 @@
-"""How a run ends when it ends badly: one message, from the rank that failed, and never a hang."""
+"""How a run ends when it ends badly: one message, from the rank that failed first, and never a hang."""
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import sys
 import time
 import traceback
+from typing import TYPE_CHECKING
 
 from opd_ds.errors import Interrupted, NonFiniteError, UserError
 
+if TYPE_CHECKING:
+    from opd_ds.engine.peers import Peers
+
 # The launcher ends all other processes within about a second of the first that exits.
 SECONDS_TO_BE_ENDED = 6.0
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out waiting")
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def leave(error: BaseException) -> None:
     """Say what went wrong and end the process.
 
-    A failure that all ranks share is said by rank 0: the others wait to be ended by the launcher, and only a rank that
-    is still there after that, because it failed alone, speaks for itself. `os._exit` skips the process group's
-    destructors, which would wait for peers that are gone.
+    `os._exit` skips the process group's destructors, which would wait for peers that are gone.
     """
     if isinstance(error, Interrupted):
         # The state is saved. A normal exit would wait for rewards that are still being judged.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(error.code if isinstance(error.code, int) else 0)
+        _end(error.code if isinstance(error.code, int) else 0)
+    peers = _peers()
+    if peers is not None:
+        peers.close()
+        _end(_settle(error, peers))
+    # No group yet: all ranks read the same config and fail alike. Rank 0 speaks, and the launcher ends the others;
+    # only one that is still there after that, because it failed alone, speaks for itself.
     rank = int(os.environ.get("RANK", "0"))
-    agreed = _group_is_up() and isinstance(error, UserError | NonFiniteError)
     if rank > 0:
         time.sleep(SECONDS_TO_BE_ENDED)
-    if rank == 0 or not agreed:
-        _say(error, f"[rank {rank}] " if rank > 0 else "")
-    code = 2 if isinstance(error, UserError) else 3 if isinstance(error, NonFiniteError) else 1
+    print(_message(error, f"[rank {rank}] " if rank > 0 else ""), file=sys.stderr)
+    _end(_code(error))
+
+
+def _settle(error: BaseException, peers: Peers) -> int:
+    """Speak if this rank is the first to fail; returns the exit code, which is the first one's."""
+    from opd_ds.engine.peers import BEAT_SECONDS, LOST_EXIT_CODE
+
+    rank = int(os.environ["RANK"])
+    where = "" if isinstance(error, UserError | NonFiniteError) else f"[rank {rank} on {socket.gethostname()}] "
+    code, text = _code(error), _message(error, where)
+    try:
+        if _is_consequence(error):
+            known = peers.failure()
+            if known is not None:
+                return known.code
+            lost = ", ".join(f"rank {silent} on {peers.host_of(silent)}" for silent in peers.silent_ranks())
+            code = LOST_EXIT_CODE
+            text = f"opd-ds: error: lost {lost or 'another rank'}, which said nothing: killed (out of memory?), or its "
+            text += f"node is gone. {where}noticed it in: {_last_line(error)}"
+        first = peers.claim(code, text)
+    except RuntimeError:  # the store went with rank 0; what is our own to say is still said
+        if not _is_consequence(error):
+            print(text, file=sys.stderr)
+        return code
+    if first.rank == rank:
+        print(text, file=sys.stderr)
+    sys.stderr.flush()
+    if rank == 0:
+        time.sleep(2.5 * BEAT_SECONDS)  # rank 0 holds the store in which the others read this
+    return first.code
+
+
+def _is_consequence(error: BaseException) -> bool:
+    """Of another rank's end: a collective that broke off."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_PEER)
+
+
+def _message(error: BaseException, where: str) -> str:
+    if isinstance(error, UserError | NonFiniteError):
+        return "\n".join(f"opd-ds: error: {where}{line}" for line in str(error).splitlines())
+    if isinstance(error, OSError) and error.errno in _DISK:
+        file = f" {error.filename}" if error.filename else ""
+        return f"opd-ds: error: {where}could not write{file}: {error.strerror}; the last checkpoint is intact"
+    trace = "".join(traceback.format_exception(error))
+    return f"opd-ds: {where}failed:\n{trace}"
+
+
+def _code(error: BaseException) -> int:
+    return 2 if isinstance(error, UserError) else 3 if isinstance(error, NonFiniteError) else 1
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def _end(code: int) -> None:
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _say(error: BaseException, where: str) -> None:
-    if isinstance(error, UserError | NonFiniteError):
-        for line in str(error).splitlines():
-            print(f"opd-ds: error: {where}{line}", file=sys.stderr)
-    elif any(sign in str(error) for sign in _LOST_PEER):
-        print(f"opd-ds: {where}lost another rank, which failed first; its message says why", file=sys.stderr)
-    else:
-        trace = "".join(traceback.format_exception(error))
-        print(f"opd-ds: {where}failed:\n{trace}", file=sys.stderr)
-
-
-def _group_is_up() -> bool:
-    torch = sys.modules.get("torch")  # not imported when the config was already wrong
-    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+def _peers() -> Peers | None:
+    module = sys.modules.get("opd_ds.engine.peers")  # not imported when the config was already wrong
+    return module.current_peers() if module is not None else None

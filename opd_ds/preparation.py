@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,5 +180,9 @@ def run_identity(config: RunConfig, files: RunFiles) -> dict[str, Any]:
         for name, task in config.tasks.items()
     }
     kept = {key: data[key] for key in ("precision", "student", "optimizer", "rollout", "objective")}
+    # What the DeepSpeed JSON may set beside the run config. Which of the Adams computes it is a matter of placement.
+    ds_config = copy.deepcopy(files.student_ds_config)
+    ds_config["optimizer"]["params"].pop("torch_adam", None)
+    kept["ds_config"] = {key: ds_config.get(key) for key in ("optimizer", "scheduler", "gradient_clipping")}
     base = {"sha256": file_sha256(files.model), "negative_prompt": config.model.negative_prompt}
     return {"seed": config.run.seed, "inner_epochs": config.train.inner_epochs, "base": base, "tasks": tasks, **kept}

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import torch
-
-from opd_ds.checkpoint import CHECKPOINTS_FOLDER, CheckpointStore, read_state, refuse_other_run
+from opd_ds.checkpoint import (
+    CHECKPOINTS_FOLDER,
+    CheckpointStore,
+    latest_checkpoint,
+    read_state,
+    refuse_other_run,
+)
 from opd_ds.config import RunConfig
-from opd_ds.engine import Group, StudentEngine, ema_file
-from opd_ds.errors import Interrupted, UserError
+from opd_ds.engine import Group, ShardReader, StudentEngine
+from opd_ds.errors import DamagedCheckpointError, Interrupted, UserError
 from opd_ds.evaluation.benchmark import Benchmark, Contestant
 from opd_ds.evaluation.evaluator import Means, Shown, student_guidance
 from opd_ds.evaluation.publish import publish
@@ -25,10 +28,13 @@ from opd_ds.evaluation.results import means
 from opd_ds.evaluation.tables import comparison_grid, print_table, summary
 from opd_ds.export import EXPORT_FOLDER, export_student
 from opd_ds.hashing import file_sha256
+from opd_ds.interruption import StopRequest, deaf, listen
 from opd_ds.monitor import METRICS_FILE, Monitor, read_metrics
 from opd_ds.preparation import Parts, prepare
 from opd_ds.trainer import RoundReport
 from opd_ds.watch import Watch
+
+HANG_FOLDER = "hang"
 
 
 def train(config: RunConfig, group: Group, resume: str = "never") -> None:
@@ -40,110 +46,133 @@ def train(config: RunConfig, group: Group, resume: str = "never") -> None:
 
     Raises:
         UserError: something the user can fix, before the first round.
-        Interrupted: SIGTERM or SIGINT came; the state is saved.
+        Interrupted: a signal asked for it; the state is saved.
         NonFiniteError: loss or gradient norm is not finite; the last checkpoint is intact.
     """
-    stop = _StopSignal()
-    store = CheckpointStore(config.run.output_dir / CHECKPOINTS_FOLDER, config.run.keep_checkpoints, group)
-    with group.agreed():
-        checkpoint = _find_checkpoint(store, resume)
+    stop = listen()
+    settings = config.run
+    store = CheckpointStore(
+        settings.output_dir / CHECKPOINTS_FOLDER,
+        settings.keep_checkpoints,
+        group,
+        in_background=settings.checkpoint_in_background,
+    )
+    group.watch_hangs(60 * settings.hang_minutes, settings.output_dir / HANG_FOLDER)
+    checkpoint = _find_checkpoint(store, resume, group)
+    group.progress("loading models")
     parts = prepare(config, group)
+    group.progress("restoring the checkpoint")
     start = _restore(parts, checkpoint, group) if checkpoint else 0
     with Monitor(config, group.world, start) as monitor:
-        if checkpoint:
-            monitor.say(f"resumed from {checkpoint}, {start} rounds done")
+        monitor.say(f"resumed from {checkpoint}, {start} rounds done" if checkpoint else "starting at round 0")
         monitor.identities(parts.benchmark.identities)
-        baselines = _baselines(config, parts, monitor, fresh=checkpoint is None)
+        session = _Session(parts, store, monitor, stop, group, saved=start)
+        baselines = _baselines(config, parts, session, fresh=checkpoint is None)
         watch = (
             Watch(config, parts.rewards, parts.family.decode) if config.watch.every and group.world.is_main else None
         )
-        for index in range(start, config.run.rounds):
+        for index in range(start, settings.rounds):
+            session.stop_if_asked(index)
             report = parts.trainer.run_round(index)
             monitor.round(report)
             done = index + 1
-            stopping = stop.agreed(group)
-            if stopping or done % config.run.checkpoint_every == 0 or done == config.run.rounds:
-                saved = _save(parts, store, done, group)
-                if stopping and done < config.run.rounds:
-                    monitor.say(f"interrupted after round {done}; state saved in {saved}; go on with --resume auto")
-                    raise Interrupted(0)
+            if done % settings.checkpoint_every == 0 or done == settings.rounds:
+                session.save(done)
+            store.publish_if_written()
             _show_student(config, parts, report, watch, monitor)
+        store.finish()
         if watch is not None:
             monitor.looks(watch.close())
-        _finish(config, parts, baselines, group, monitor)
-
-
-class _StopSignal:
-    """SIGTERM and SIGINT ask for a stop after the round; a second one ends the process at once, as usual."""
-
-    def __init__(self) -> None:
-        self._received = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
-        signal.signal(number, signal.SIG_DFL)
-
-    def agreed(self, group: Group) -> bool:
-        """Whether any rank was asked to stop; all ranks get the same answer. Collective."""
-        return bool(group.sum(torch.tensor([float(self._received)])).item())
+        _finish(config, parts, baselines, session)
 
 
 # ---- checkpoints ----
 
 
-def _find_checkpoint(store: CheckpointStore, resume: str) -> Path | None:
+@dataclass
+class _Session:
+    """What saving and leaving need. `saved`: rounds in the newest checkpoint, or 0."""
+
+    parts: Parts
+    store: CheckpointStore
+    monitor: Monitor
+    stop: StopRequest
+    group: Group
+    saved: int
+
+    def save(self, done: int) -> None:
+        parts = self.parts
+        state = {
+            "round": done,
+            "world_size": self.group.world.size,
+            "zero_stage": parts.student.zero_stage,
+            "shapes": parts.student.shapes,
+            "student": parts.student.numbers(),
+            "ema": parts.ema.numbers() if parts.ema is not None else None,
+            "run": parts.identity,
+        }
+        self.group.progress(f"the checkpoint of round {done}")
+        entries = parts.student.copy_out() | (parts.ema.copy_out() if parts.ema is not None else {})
+        self.store.save(done, state, entries)
+        self.saved = done
+
+    def stop_if_asked(self, done: int) -> None:
+        """Between rounds, or between the models of an evaluation: save what is not saved yet and leave. Collective."""
+        code = self.stop.agreed(self.group)
+        if code is None:
+            return
+        if done > self.saved:
+            self.save(done)
+        self.store.finish()
+        state = f"state saved in {self.store.place(done)}; go on with --resume auto" if done else "nothing to save yet"
+        deaf()
+        self.monitor.say(f"interrupted after round {done}; {state}")
+        raise Interrupted(code)
+
+
+def _find_checkpoint(store: CheckpointStore, resume: str, group: Group) -> Path | None:
+    """Where the run goes on. Collective."""
     if resume == "auto":
-        return store.latest()
+        return store.newest_whole()
     if resume != "never":
-        read_state(Path(resume))
-        return Path(resume)
-    if store.latest() is not None:
-        raise UserError(
-            f"run.output_dir already holds {store.latest()}; give --resume auto to go on, or another run.output_dir"
-        )
+        checkpoint = Path(resume)
+        with group.agreed():
+            read_state(checkpoint)
+        problems = store.problems(checkpoint)
+        if problems:
+            raise UserError(f"--resume {checkpoint}: damaged ({problems[0]}); give another checkpoint, or 'auto'")
+        store.go_back_to(checkpoint)
+        return checkpoint
+    with group.agreed():
+        if latest_checkpoint(store.folder) is not None:
+            raise UserError(
+                f"run.output_dir already holds {latest_checkpoint(store.folder)}; give --resume auto to go on, or "
+                "another run.output_dir"
+            )
     return None
 
 
-def _save(parts: Parts, store: CheckpointStore, done: int, group: Group) -> Path:
-    state = {
-        "round": done,
-        "world_size": group.world.size,
-        "zero_stage": parts.student.zero_stage,
-        "run": parts.identity,
-    }
-
-    def write(folder: Path) -> None:
-        parts.student.save(folder)
-        if parts.ema is not None:
-            parts.ema.save(folder / ema_file(group.world.rank))
-
-    return store.save(done, state, write)
-
-
 def _restore(parts: Parts, checkpoint: Path, group: Group) -> int:
-    """Load `checkpoint`; returns the rounds it had done."""
+    """Load `checkpoint`, on any number of ranks and at any ZeRO stage; returns the rounds it had done."""
     with group.agreed():
         state = read_state(checkpoint)
         refuse_other_run(state["run"], parts.identity, checkpoint)
-        for key, current in (("world_size", group.world.size), ("zero_stage", parts.student.zero_stage)):
-            if state[key] != current:
-                raise UserError(
-                    f"resume from {checkpoint.name}: it was written with {key} = {state[key]}, now {current}"
-                )
-    parts.student.load(checkpoint)
+        try:
+            shards = ShardReader(checkpoint)
+        except DamagedCheckpointError as error:
+            raise UserError(str(error)) from error
+    parts.student.copy_in(shards, state["student"])
     if parts.ema is not None:
-        parts.ema.load(checkpoint / ema_file(group.world.rank))
+        parts.ema.copy_in(shards, state["ema"])
     return int(state["round"])
 
 
 # ---- evaluation ----
 
 
-def _baselines(config: RunConfig, parts: Parts, monitor: Monitor, *, fresh: bool) -> list[Contestant]:
+def _baselines(config: RunConfig, parts: Parts, session: _Session, *, fresh: bool) -> list[Contestant]:
     """Base and teachers, their pictures drawn. At the start of a run the student still is the base."""
-    benchmark, tasks = parts.benchmark, parts.identity["tasks"]
+    benchmark, tasks, monitor = parts.benchmark, parts.identity["tasks"], session.monitor
     if not config.evaluation.baselines or not benchmark.sets:
         return []
     guidance = student_guidance(config, list(benchmark.sets))
@@ -164,6 +193,7 @@ def _baselines(config: RunConfig, parts: Parts, monitor: Monitor, *, fresh: bool
     else:
         models = [base, *teachers]
     for model in models:
+        session.stop_if_asked(session.saved)
         benchmark.draw(model)
     return models
 
@@ -204,9 +234,11 @@ def _show_student(config: RunConfig, parts: Parts, report: RoundReport, watch: W
         watch.submit(done, report.rolled, held_out)
 
 
-def _finish(config: RunConfig, parts: Parts, baselines: list[Contestant], group: Group, monitor: Monitor) -> None:
+def _finish(config: RunConfig, parts: Parts, baselines: list[Contestant], session: _Session) -> None:
     """Export, final scores, table, picture and report."""
+    group, monitor = session.group, session.monitor
     folder, benchmark = config.run.output_dir, parts.benchmark
+    session.stop_if_asked(config.run.rounds)
     with _final_student(parts) as student:
         export_student(student, parts.family, config.student.kind, folder / EXPORT_FOLDER, group)
     scores: dict[str, Means] = {}

@@ -84,6 +84,7 @@ class Trainer:
         self._uncond = family.encode([config.model.negative_prompt])
         self._seconds: dict[str, float] = {}
         self._final: dict[str, Tensor] = {}
+        self._round, self._doing = 0, ""
 
     def run_round(self, index: int) -> RoundReport:
         """Round `index`, counted from 0. Collective.
@@ -92,6 +93,7 @@ class Trainer:
             NonFiniteError: the loss is not finite (raised before the step), or the gradient norm is not.
         """
         self._seconds = {}
+        self._round = index + 1
         with self._phase("encode"):
             draws = {task: self._draw(index, task) for task in self._config.tasks}
             conds = self._encode(draws)
@@ -231,6 +233,7 @@ class Trainer:
         return self._config.rollout.guidance if own is None else own
 
     def _velocity(self, network: Any, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float) -> Tensor:
+        self._group.progress(self._doing)
         return guided_velocity(self._family, network, x, sigma, cond, self._uncond, guidance)
 
     def _rollout(self, predict: Any, noise: SampleNoise, states_dtype: torch.dtype | None = None) -> Trajectory:
@@ -241,6 +244,8 @@ class Trainer:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
+        self._doing = f"round {self._round}, {name}"
+        self._group.progress(self._doing)
         started = time.perf_counter()
         yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started

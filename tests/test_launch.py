@@ -1,17 +1,66 @@
-"""Who am I."""
+"""Who am I, and how ranks without a port find one another."""
 
 from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import pytest
 
 from opd_ds.errors import UserError
-from opd_ds.launch import World, who_am_i
+from opd_ds.launch import World, first_host, listener, ports, tasks_per_node, who_am_i
+from opd_ds.rendezvous import agree_on_port
+
+TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29501"}
+TORCHRUN |= {"MASTER_ADDR": "n1", "TORCHELASTIC_RUN_ID": "abc"}
+DEEPSPEED = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2", "CROSS_SIZE": "2"}
+DEEPSPEED |= {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+OPEN_MPI = {f"OMPI_COMM_WORLD_{name}": value for name, value in TORCHRUN.items() if "RANK" in name}
+OPEN_MPI |= {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_ADDR": "n1"}
+BATCH = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "gpu[003-004]", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 
 
-def test_from_the_environment() -> None:
-    assert who_am_i({}) == World(0, 0, 1, 1)
-    environment = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
-    assert who_am_i(environment) == World(3, 1, 4, 2)
+def srun(rank: int, local: int, node: int, per_node: str, tasks: int) -> dict[str, str]:
+    """The variables of a task that srun started in the job of `BATCH`."""
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_STEP_TASKS_PER_NODE": per_node}
+    place = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local), "SLURM_NODEID": str(node)}
+    return BATCH | step | place | {"SLURM_STEP_NODELIST": "gpu[003-004]"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "world"),
+    [
+        ({}, World(0, 0, 1, 1)),
+        (BATCH, World(0, 0, 1, 1)),  # the batch script itself is not a task
+        (TORCHRUN, World(3, 1, 4, 2, "n1", 29501, "abc")),
+        (DEEPSPEED, World(3, 1, 4, 2, "10.0.0.1", 29500)),
+        (OPEN_MPI, World(3, 1, 4, 2, "n1", None)),
+        (srun(3, 1, 1, "2(x2)", 4), World(3, 1, 4, 2, "gpu003", None, "77.0")),
+        (srun(2, 0, 1, "2,1", 3), World(2, 0, 3, 1, "gpu003", None, "77.0")),
+        (srun(1, 1, 0, "2", 2), World(1, 1, 2, 2, "127.0.0.1", None, "77.0")),
+        (srun(0, 0, 0, "1(x2)", 2) | {"MASTER_PORT": "4000"}, World(0, 0, 2, 1, "gpu003", 4000, "77.0")),
+        # a launcher that srun started once per node; which node it calls its first is its own affair
+        (srun(0, 0, 0, "1(x2)", 2) | TORCHRUN, World(3, 1, 4, 2, "n1", 29501, "abc")),
+        (srun(1, 0, 1, "1(x2)", 2) | DEEPSPEED, World(3, 1, 4, 2, "10.0.0.1", 29500, "77")),
+        # a wrapper script that hands on what SLURM says
+        (
+            srun(3, 1, 1, "2(x2)", 4) | {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2"},
+            World(3, 1, 4, 2, "gpu003", None, "77"),
+        ),
+    ],
+    ids=[
+        "nothing", "batch script", "torchrun", "deepspeed", "open mpi", "srun", "srun, uneven", "srun, one node",
+        "srun with a port", "torchrun in srun", "deepspeed in srun", "srun and a wrapper",
+    ],
+)  # fmt: skip
+def test_from_the_environment(environment: dict[str, str], world: World) -> None:
+    found = who_am_i(environment)
+    assert found.job or world.size == 1
+    assert World(**vars(found) | {"job": world.job if not world.job else found.job}) == world
 
 
 @pytest.mark.parametrize(
@@ -19,8 +68,90 @@ def test_from_the_environment() -> None:
     [
         ({"RANK": "0"}, "RANK set but LOCAL_RANK, WORLD_SIZE not"),
         ({"RANK": "4", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}, "RANK = 4 does not fit WORLD_SIZE = 4"),
+        ({"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}, "RANK = 'x': needs a number"),
+        (TORCHRUN | {"MASTER_PORT": "0"}, "MASTER_PORT = '0': needs a port"),
+        (OPEN_MPI | {"MASTER_ADDR": ""}, "4 ranks on several nodes, but MASTER_ADDR is not set"),
+        # left over from another shell: every task would be rank 0
+        (
+            srun(1, 0, 1, "1(x2)", 2) | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+            "RANK says rank 0 of 2, SLURM_PROCID says rank 1 of 2",
+        ),
+        # torchrun started once per task instead of once per node
+        (srun(1, 1, 0, "2(x2)", 4) | TORCHRUN, "RANK says rank 3 of 4, SLURM_PROCID says rank 1 of 4"),
+        (srun(1, 0, 1, "1(x2)", 2) | TORCHRUN | {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, "rank 0 of 1"),
+        (srun(0, 0, 0, "two", 2), "SLURM_STEP_TASKS_PER_NODE = 'two'"),
     ],
 )
 def test_contradictions(environment: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         who_am_i(environment)
+
+
+def test_slurm_short_forms() -> None:
+    nodelists = {"gpu[003-007,9],x1": "gpu003", "n1,n2": "n1", "r[1-2]n[3,4]": "r1n3", "login": "login"}
+    assert {text: first_host(text) for text in nodelists} == nodelists
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+
+
+# ---- ports ----
+
+
+def test_ports_are_the_jobs_own_and_the_same_everywhere() -> None:
+    assert list(ports("77.0")) == list(ports("77.0"))
+    assert list(islice(ports("77.0"), 3)) != list(islice(ports("78.0"), 3))
+    assert all(1024 < port < 32768 for port in ports("77.0"))
+
+
+def test_a_port_that_is_taken_is_passed_over() -> None:
+    first, second = islice(ports("taken"), 2)
+    with socket.create_server(("", first)), listener("taken") as found:
+        assert found.getsockname()[1] == second
+
+
+def test_launcher_scripts_can_ask_for_a_port() -> None:
+    environment = {"SLURM_JOB_ID": "4242"}
+    asked = subprocess.run([sys.executable, "-m", "opd_ds.launch"], env=environment, capture_output=True, text=True)
+    assert int(asked.stdout) in list(ports("4242")), asked.stderr
+
+
+def agreed(job: str, size: int, timeout: float = 20) -> list[int]:
+    """What each of `size` ranks, all on this host, takes for the port."""
+    with ThreadPoolExecutor(size) as pool:
+        worlds = [World(rank, rank, size, size, "127.0.0.1", None, job) for rank in range(size)]
+        return list(pool.map(lambda world: agree_on_port(world, timeout), worlds))
+
+
+def test_ranks_agree_on_a_port() -> None:
+    first, *others = agreed("agree", 4)
+    assert others == [first] * 3
+
+
+def test_ranks_agree_although_strangers_hold_the_first_ports() -> None:
+    """One that is silent, one that talks about something else, one that is another job's rank 0."""
+    silent, talks, other = islice(ports("strangers"), 3)
+
+    def answer(server: socket.socket, text: bytes) -> None:
+        while True:
+            try:
+                visitor, _ = server.accept()
+            except OSError:
+                return
+            visitor.sendall(text)
+            visitor.close()
+
+    with (
+        socket.create_server(("", silent)),
+        socket.create_server(("", talks)) as web,
+        socket.create_server(("", other)) as job,
+    ):
+        threading.Thread(target=answer, args=(web, b"HTTP/1.1 400 Bad Request"), daemon=True).start()
+        threading.Thread(target=answer, args=(job, b"opd-ds another 1234"), daemon=True).start()
+        first, second = agreed("strangers", 2)
+    assert first == second
+    assert first not in (silent, talks, other, 1234)
+
+
+def test_no_rank_0_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(1, 1, 2, 2, "127.0.0.1", None, "nobody")
+    with pytest.raises(UserError, match=r"rank 1 found no rank 0 of job 'nobody' on 127\.0\.0\.1 within 1 s"):
+        agree_on_port(world, timeout=1)

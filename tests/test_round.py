@@ -214,13 +214,14 @@ def test_ema_is_the_average_of_the_masters(build_run: Build, tmp_path: Path, sta
     settings = {"decay": 0.9, "warmup": True, "every": 2}
     _, parts = build_run(deepspeed=f"zero{stage}", precision=precision, student__ema=settings)
     assert parts.ema is not None
-    expected = [m.detach().clone() for m in parts.student.masters()]
+    expected = [f.master.clone() for f in parts.student.fragments]
     for index in range(4):
         parts.trainer.run_round(index)
         if (index + 1) % 2 == 0:
             updates = (index + 1) // 2
             decay = min(0.9, (1 + updates) / (10 + updates))
-            expected = [decay * e + (1 - decay) * m for e, m in zip(expected, parts.student.masters(), strict=True)]
+            masters = [f.master for f in parts.student.fragments]
+            expected = [decay * e + (1 - decay) * m for e, m in zip(expected, masters, strict=True)]
     for shard, value in zip(parts.ema._shards, expected, strict=True):
         torch.testing.assert_close(shard, value, rtol=1e-5, atol=1e-7)
         assert shard.dtype == torch.float32

@@ -54,7 +54,8 @@ def test_a_run_leaves_what_it_promises(run: Run, tiny_world: Path) -> None:
         evaluation__baselines=True,
     )
     assert [row["round"] for row in metrics(folder)] == [1, 2, 3, 4]
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["round-000003", "round-000004"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["latest", "round-000003", "round-000004"]
+    assert (folder / "checkpoints" / "latest").read_text().strip() == "round-000004"
     data = json.loads((folder / "summary.json").read_text())
     assert data["tasks"].keys() == {"one"}
     assert all(isinstance(data["tasks"]["one"][key], float) for key in ("base", "teacher", "student"))

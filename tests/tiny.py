@@ -107,7 +107,7 @@ def command_line(ranks: int, *arguments: str, script: str | None = None, command
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     start = [launcher, "--num_accelerators", str(ranks), "--master_port", port]
-    return [*start, script] if script else [*start, "--module", "opd_ds.cli", command, *arguments]
+    return [*start, script, *arguments] if script else [*start, "--module", "opd_ds.cli", command, *arguments]
 
 
 def launch(

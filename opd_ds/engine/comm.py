@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import os
 import shutil
@@ -11,22 +13,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opd_ds.errors import UserError
+from opd_ds.engine.peers import Peers, watch_peers
+from opd_ds.errors import Interrupted, UserError
 from opd_ds.launch import World
 
-STALE_BUILD_SECONDS = 600
+_SHM_OP = "deepspeed_shm_comm"
+STALE_BUILD_SECONDS, STALE_LOAD_SECONDS = 600.0, 5.0
 
 
 class Group:
     """All ranks of the run."""
 
-    def __init__(self, world: World, device: torch.device) -> None:
-        self.world, self.device = world, device
+    def __init__(self, world: World, device: torch.device, peers: Peers | None = None) -> None:
+        self.world, self.device, self._peers = world, device, peers
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """All ranks end together, with the work or with an interruption: nobody takes the others' end for a loss."""
+        if self._peers is not None and (error is None or isinstance(error, Interrupted)):
+            self.barrier()
+            self._peers.close()
+
+    def progress(self, doing: str) -> None:
+        """This rank gets on; `doing` is what is shown should it not any more. Costs nothing."""
+        if self._peers is not None:
+            self._peers.progress(doing)
+
+    def watch_hangs(self, seconds: float, folder: Path) -> None:
+        """End the job when no rank has got on for `seconds`; each rank's stacks are left in `folder`."""
+        if self._peers is not None:
+            self._peers.watch_hangs(seconds, folder)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks, in float64 so that the order of ranks costs nothing visible; on the CPU."""
@@ -69,10 +93,14 @@ class Group:
 
 
 def init_group(world: World, timeout: timedelta = timedelta(minutes=30)) -> Group:
-    """Start DeepSpeed's process group (nccl on CUDA, gloo on CPU).
+    """Start DeepSpeed's process group (nccl on CUDA, gloo on CPU), and the watch over its ranks.
+
+    Args:
+        timeout: for the ranks to arrive; later, for a single collective.
 
     Raises:
-        UserError: on a CPU without a C++ compiler, which DeepSpeed needs there once.
+        UserError: on a CPU without a C++ compiler, which DeepSpeed needs there once; a rank that did not arrive; more
+            processes on this node than devices.
     """
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -81,8 +109,6 @@ def init_group(world: World, timeout: timedelta = timedelta(minutes=30)) -> Grou
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
     if on_cpu and world.size > 1:
         _require_compiler()
-        if world.local_rank == 0:
-            _remove_stale_build_lock()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import logger
@@ -93,27 +119,70 @@ def init_group(world: World, timeout: timedelta = timedelta(minutes=30)) -> Grou
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, once per call.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     accelerator = get_accelerator()
-    if not on_cpu:
-        accelerator.set_device(world.local_rank)
-    deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, timeout=timeout)
-    device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(), world.local_rank)
-    return Group(world, device)
+    device = torch.device("cpu")
+    if on_cpu:
+        if _compiler() is not None:
+            _build_shm_op()
+    else:
+        device = torch.device(accelerator.device_name(), _device_index(world, accelerator.device_count()))
+        accelerator.set_device(device.index)
+        os.environ["LOCAL_RANK"] = str(device.index)  # what DeepSpeed takes for the device (engine.py, comm/torch.py)
+    try:
+        deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, timeout=timeout)
+    except torch.distributed.DistStoreError as error:
+        raise UserError(
+            f"rank {world.rank} of {world.size}: not all ranks arrived at {os.environ['MASTER_ADDR']} within "
+            f"{timeout.total_seconds():.0f} s ({str(error).splitlines()[0]}); are all of them started, and may they "
+            "connect to it?"
+        ) from error
+    return Group(world, device, watch_peers(world) if world.size > 1 else None)
+
+
+def _device_index(world: World, devices: int) -> int:
+    """srun may show each task its own device only (--gpus-per-task), then that is device 0."""
+    if devices == 1:
+        return 0
+    if world.local_size > devices:
+        raise UserError(
+            f"{world.local_size} processes on this node but {devices} devices; start one process per device "
+            "(--ntasks-per-node, --num_gpus, --nproc-per-node)"
+        )
+    return world.local_rank
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
 
 
 def _require_compiler() -> None:
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None and shutil.which("g++") is None:
+    if _compiler() is None:
         raise UserError(
-            f"no C++ compiler ({compiler}): on CPU DeepSpeed compiles a small communication op at its first start; "
+            f"no C++ compiler ({os.environ.get('CXX', 'c++')}): on CPU DeepSpeed compiles a small communication op at its first start; "
             "install one (Debian: apt install g++; conda: gxx) or set CXX"
         )
 
 
-def _remove_stale_build_lock() -> None:
-    """A killed op build leaves a lock file on which every later start waits for ever, in silence."""
+def _build_shm_op() -> None:
+    """Compile and load the op that DeepSpeed uses on CPUs, one process of ours at a time.
+
+    torch guards the build with a lock *file*. One that a killed process left makes every later start wait for ever, in
+    silence; the kernel releases ours, and behind it a lock file is a dead process's, or a short-lived stranger's.
+    """
+    from deepspeed.comm.torch import build_shm_op  # 0.19; init_distributed calls it again and finds it loaded
     from torch.utils.cpp_extension import _get_build_directory
 
-    lock = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
-    if lock.exists() and time.time() - lock.stat().st_mtime > STALE_BUILD_SECONDS:
-        logging.getLogger("opd_ds").warning("removing %s, left by a build that was killed", lock)
-        lock.unlink(missing_ok=True)
+    folder = Path(_get_build_directory(_SHM_OP, verbose=False))
+    with (folder / "opd_ds.lock").open("w") as ours:
+        with contextlib.suppress(OSError):  # some network file systems know no locks
+            fcntl.flock(ours, fcntl.LOCK_EX)
+        _wait_for_stranger(folder / "lock", STALE_LOAD_SECONDS if any(folder.glob("*.so")) else STALE_BUILD_SECONDS)
+        build_shm_op()
+
+
+def _wait_for_stranger(lock: Path, seconds: float) -> None:
+    """Until the lock file is gone, or removed because it is older than a build (or a load of what is built) takes."""
+    with contextlib.suppress(FileNotFoundError):
+        while time.time() - lock.stat().st_mtime < seconds:
+            time.sleep(0.2)
+        logging.getLogger("opd_ds").warning("removing %s, left by a process that was killed", lock)
+        lock.unlink()

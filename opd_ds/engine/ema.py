@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from opd_ds.config import EmaSection
+from opd_ds.engine.state import EMA, ShardReader, entry
 from opd_ds.engine.student import StudentEngine
 
 
-def ema_file(rank: int | str) -> str:
-    """The name of a rank's part in a checkpoint folder."""
-    return f"ema-rank{rank}.pt"
-
-
 class ShardedEma:
-    """EMA over `StudentEngine.masters()`: an update is local and costs no gather, whatever the ZeRO stage."""
+    """EMA over `StudentEngine.fragments`: an update is local and costs no gather, whatever the ZeRO stage."""
 
     def __init__(self, engine: StudentEngine, settings: EmaSection) -> None:
         self._engine, self._settings = engine, settings
-        self._shards = [master.detach().clone() for master in engine.masters()]
+        self._shards = [fragment.master.clone() for fragment in engine.fragments]
         self._steps = 0
         self._updates = 0
 
@@ -36,8 +32,8 @@ class ShardedEma:
         decay = self._settings.decay
         if self._settings.warmup:
             decay = min(decay, (1 + self._updates) / (10 + self._updates))
-        for shard, master in zip(self._shards, self._engine.masters(), strict=True):
-            shard.lerp_(master.detach().to(shard.device), 1 - decay)
+        for shard, fragment in zip(self._shards, self._engine.fragments, strict=True):
+            shard.lerp_(fragment.master, 1 - decay)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -50,19 +46,23 @@ class ShardedEma:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        for shard, master in zip(self._shards, self._engine.masters(), strict=True):
-            kept = master.detach().clone()
-            master.data.copy_(shard)
+        for shard, fragment in zip(self._shards, self._engine.fragments, strict=True):
+            kept = fragment.master.clone()
+            fragment.master.copy_(shard)
             shard.copy_(kept)
         self._engine.publish_masters()
 
-    def save(self, file: Path) -> None:
-        """This rank's part."""
-        torch.save({"steps": self._steps, "updates": self._updates, "shards": self._shards}, file)
+    def copy_out(self) -> dict[str, Tensor]:
+        """This rank's part of the averages, as entries of `opd_ds.engine.state`."""
+        owned = set(self._engine.owned)
+        pairs = zip(self._engine.fragments, self._shards, strict=True)
+        return {entry(EMA, fragment): shard.to("cpu", copy=True) for fragment, shard in pairs if fragment in owned}
 
-    def load(self, file: Path) -> None:
-        """This rank's part, written by the same rank of a run of the same size."""
-        state = torch.load(file, weights_only=True, map_location="cpu")
-        self._steps, self._updates = state["steps"], state["updates"]
-        for shard, saved in zip(self._shards, state["shards"], strict=True):
-            shard.copy_(saved)
+    def numbers(self) -> dict[str, int]:
+        return {"steps": self._steps, "updates": self._updates}
+
+    def copy_in(self, shards: ShardReader, numbers: dict[str, int]) -> None:
+        """Go on from a checkpoint, whatever ranks and ZeRO stage wrote it."""
+        self._steps, self._updates = numbers["steps"], numbers["updates"]
+        for fragment, shard in zip(self._engine.fragments, self._shards, strict=True):
+            shard.copy_(shards.read(EMA, fragment.name, fragment.start, fragment.numel))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 
+from opd_ds.engine import state
 from opd_ds.engine.comm import Group
 from opd_ds.engine.ds_config import zero_stage
-
-CHECKPOINT_TAG = "engine"
+from opd_ds.engine.fragments import Fragment, fragments
+from opd_ds.engine.state import ShardReader
 
 
 class StudentEngine:
@@ -25,7 +26,6 @@ class StudentEngine:
         self._group = group
         self.zero_stage = zero_stage(ds_config)
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._has_frozen = len(trainable) < sum(1 for _ in module.parameters())
         self._engine, _, _, self._scheduler = deepspeed.initialize(
             model=module, model_parameters=trainable, config=ds_config, dist_init_required=False
         )
@@ -66,20 +66,23 @@ class StudentEngine:
 
     # ---- the trainable weights, as each rank holds them in full precision ----
 
-    def masters(self) -> list[Tensor]:
-        """This rank's fp32 master weights (at stage 0 all of them), the very tensors the optimizer updates.
+    @cached_property
+    def fragments(self) -> list[Fragment]:
+        """What this rank holds of the fp32 masters; views of the very tensors that the optimizer updates."""
+        return fragments(self._engine, self.zero_stage)
 
-        DeepSpeed has no public name for them that fits every stage; attributes as in 0.19.
-        """
-        optimizer = self._engine.optimizer
-        if self.zero_stage == 3:
-            return list(optimizer.fp32_partitioned_groups_flat)
-        for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):  # stages 1, 2; bf16 stage 1
-            if hasattr(optimizer, name):
-                return list(getattr(optimizer, name))
-        if hasattr(optimizer, "fp32_groups"):  # stage 0 in half precision
-            return [parameter for part in optimizer.fp32_groups for parameter in part]
-        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+    @property
+    def owned(self) -> list[Fragment]:
+        """The fragments this rank answers for in a checkpoint: over all ranks, each element once."""
+        if self.zero_stage > 0:
+            return self.fragments
+        return self.fragments[self._group.world.rank :: self._group.world.size]  # everybody holds everything
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Of the trainable parameters, whole."""
+        named = [(name, value) for name, value in self.module.named_parameters() if value.requires_grad]
+        return {name: list(getattr(value, "ds_shape", value.shape)) for name, value in named}
 
     @torch.no_grad()
     def publish_masters(self) -> None:
@@ -119,16 +122,17 @@ class StudentEngine:
         }
         return [(name, buffer) for name, buffer in self.module.named_buffers() if name not in skipped]
 
-    def save(self, folder: Path) -> None:
-        """Weights (LoRA: only the trainable ones), optimizer and scheduler state of all ranks. Collective."""
-        self._engine.save_checkpoint(
-            str(folder), tag=CHECKPOINT_TAG, save_latest=False, exclude_frozen_parameters=self._has_frozen
-        )
+    def copy_out(self) -> dict[str, Tensor]:
+        """This rank's part of masters and optimizer state, as entries of `opd_ds.engine.state`."""
+        return state.copy_out(self._engine, self.owned)
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, on the same number of ranks and the same ZeRO stage. Collective."""
-        loaded, _ = self._engine.load_checkpoint(
-            str(folder), tag=CHECKPOINT_TAG, load_module_strict=not self._has_frozen
-        )
-        if loaded is None:
-            raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
+    def numbers(self) -> dict[str, Any]:
+        """Steps, learning rates, schedule and loss scale, equal on all ranks."""
+        return state.numbers(self._engine)
+
+    @torch.no_grad()
+    def copy_in(self, shards: ShardReader, numbers: dict[str, Any]) -> None:
+        """Go on from a checkpoint, whatever ranks and ZeRO stage wrote it. Collective."""
+        state.copy_in(self._engine, self.fragments, shards, numbers["optimizer_step"])
+        state.set_numbers(self._engine, numbers)
+        self.publish_masters()

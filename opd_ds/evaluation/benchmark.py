@@ -178,6 +178,7 @@ class Benchmark:
     def _score(self, jobs: list[_Job]) -> None:
         for label in dict.fromkeys(job.label for job in jobs):
             for part in batches([job for job in jobs if job.label == label], _SCORED_AT_ONCE):
+                self._group.progress(f"judging pictures by {label}")
                 pictures = [self._pictures.read(job.file) for job in part]
                 scores = judge(self._rewards[label], label, pictures, [job.item for job in part])
                 self._scores.append(

@@ -66,4 +66,5 @@ def evaluate(
 
     quiet_libraries()
     requests = Requests(defaults, models or [], guidance or [])
-    run_evaluation(settings, Choice(requests, prompts or [], rewards or [], limit), init_group(world))
+    with init_group(world) as group:
+        run_evaluation(settings, Choice(requests, prompts or [], rewards or [], limit), group)

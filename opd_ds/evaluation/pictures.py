@@ -65,7 +65,7 @@ class Painter:
 
     def __init__(self, config: RunConfig, family: ModelFamily, group: Group) -> None:
         self._settings, self._negative = config.evaluation, config.model.negative_prompt
-        self._family, self._device = family, group.device
+        self._family, self._group = family, group
         self._sigmas = family.sigmas(self._settings.steps)
         self.settings: dict[str, Any] = {
             "steps": self._settings.steps,
@@ -95,8 +95,9 @@ class Painter:
         def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
             return guided_velocity(self._family, network, x, sigma, cond[rows], self._uncond, guidance)
 
+        self._group.progress("drawing pictures")
         noise = SampleNoise([item.seed(self._settings.seed) for item in part], self._family.latent_shape)
-        drawn = rollout(predict, noise, kernel("euler"), self._sigmas, micro_batch=len(part), device=self._device)
+        drawn = rollout(predict, noise, kernel("euler"), self._sigmas, micro_batch=len(part), device=self._group.device)
         return map(to_image, self._family.decode(drawn.final).cpu())
 
 

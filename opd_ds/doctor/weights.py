@@ -1,0 +1,158 @@
+"""Whether weights and prompts of a run are there, complete and the same on every node. Asks no network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from opd_ds.config import RunConfig, StudentSection
+from opd_ds.doctor.findings import Seen, attempt, size_text
+from opd_ds.errors import UserError
+from opd_ds.loading import PACKAGE_PREFIX, resolve_path
+
+_PROMPTS = (".txt", ".jsonl", ".csv", ".parquet")
+_HASHED = (".json", *_PROMPTS)  # small; large files are sampled
+_SAMPLES, _SAMPLE_BYTES = 16, 2**16
+_TRANSFORMER = "transformer"
+
+
+def look_at_files(config: RunConfig) -> list[Seen]:
+    """Every model, teacher and prompt file of the run."""
+    values = {"model.path": config.model.path}
+    for name, task in config.tasks.items():
+        values[f"tasks.{name}.teacher.path"] = task.teacher.path
+        values[f"tasks.{name}.prompts"] = task.prompts
+        if task.eval_prompts is not None:
+            values[f"tasks.{name}.eval_prompts"] = task.eval_prompts
+    return [seen for key, value in values.items() for seen in attempt(key, lambda k=key, v=value: _look(k, v))]  # type: ignore[misc]
+
+
+def _look(key: str, value: str) -> Iterator[Seen]:
+    try:
+        place = find_local(value, key)
+    except UserError as error:
+        yield Seen(key, f"{value}: absent", str(error))
+        return
+    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+    for index in (file for file in files if file.name.endswith(".index.json")):
+        absent = sorted(set(json.loads(index.read_text())["weight_map"].values()) - set(_names(index.parent)))
+        if absent:
+            raise UserError(f"{index.parent} lacks {len(absent)} files that {index.name} lists, the first: {absent[0]}")
+    if not files:
+        raise UserError(f"{value!r} is an empty folder")
+    digest = fingerprint(files, place)
+    size = size_text(sum(file.stat().st_size for file in files))
+    count = f" in {len(files)} files" if len(files) > 1 else ""
+    yield Seen(key, f"{value}: {size}{count}, fingerprint {digest}", agree=digest)
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+def find_local(value: str, key: str) -> Path:
+    """The file or folder that `resolve_path` would give, without ever fetching it.
+
+    Raises:
+        UserError: not there, or a hub id that is not downloaded yet.
+    """
+    if (
+        Path(value).suffix in _PROMPTS
+        and not value.startswith(PACKAGE_PREFIX)
+        and not Path(value).expanduser().exists()
+    ):
+        raise UserError(f"no such file, looked for from {Path.cwd()}; set {key}")
+    on_disk = value.startswith((PACKAGE_PREFIX, ".", "/", "~")) or "/" not in value
+    if on_disk or Path(value).expanduser().exists():
+        return resolve_path(value, key)
+    from huggingface_hub import snapshot_download
+
+    org, name, *rest = value.split("/", 2)
+    try:
+        folder = Path(snapshot_download(f"{org}/{name}", local_files_only=True), *rest)
+    except Exception as error:  # the hub client has a kind for each of absent, incomplete, no valid id
+        raise _not_downloaded(f"{org}/{name}") from error
+    if not folder.exists():
+        raise _not_downloaded(f"{org}/{name}")
+    return folder
+
+
+def _not_downloaded(repository: str) -> UserError:
+    return UserError(
+        f"not downloaded yet: `hf download {repository}`; else the run fetches it, and needs the network on each node"
+    )
+
+
+def fingerprint(files: list[Path], root: Path) -> str:
+    """Names, sizes, contents of small files, samples of large ones: 12 hexadecimal digits. Weights would take minutes.
+
+    Raises:
+        UserError: a safetensors file is damaged.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        name = file.relative_to(root) if file != root else file.name
+        digest.update(f"{name} {file.stat().st_size}\n".encode())
+        if file.suffix == ".safetensors":
+            read_header(file)
+        digest.update(file.read_bytes() if file.suffix in _HASHED else _samples(file))
+    return digest.hexdigest()[:12]
+
+
+def _samples(file: Path) -> bytes:
+    """Blocks from begin to end of a file; all of it where it is small."""
+    last = max(0, file.stat().st_size - _SAMPLE_BYTES)
+    with file.open("rb") as stream:
+        blocks = []
+        for place in sorted({last * step // (_SAMPLES - 1) for step in range(_SAMPLES)}):
+            stream.seek(place)
+            blocks.append(stream.read(_SAMPLE_BYTES))
+    return b"".join(blocks)
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """Names, types and shapes in a safetensors file.
+
+    Raises:
+        UserError: it is none, or cut off.
+    """
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > 100 * 2**20:
+                raise ValueError("no header")
+            header: dict[str, Any] = json.loads(stream.read(length))
+        end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+        if file.stat().st_size < 8 + length + end:
+            raise ValueError("cut off")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged or no safetensors file ({error}); copy or download it again") from error
+    return header
+
+
+def trainable_parameters(config: RunConfig) -> int | None:
+    """How many the student trains, from the headers of the model's transformer; None when they are not here."""
+    try:
+        folder = find_local(config.model.path, "model.path") / _TRANSFORMER
+        # Variants (.fp16., .ema.) are the same weights again.
+        files = [file for file in folder.glob("*.safetensors") if file.name.count(".") == 1]
+        shapes = {key: entry["shape"] for file in files for key, entry in read_header(file).items() if "shape" in entry}
+    except UserError:
+        return None
+    return sum(_trained(key, shape, config.student) for key, shape in shapes.items()) or None
+
+
+def _trained(key: str, shape: list[int], student: StudentSection) -> int:
+    if key.endswith(".pos_embed"):  # a table of sines that is stored with the weights
+        return 0
+    if student.kind == "full":
+        count = 1
+        for length in shape:
+            count *= length
+        return count
+    module = "." + key.removesuffix(".weight")
+    hit = key.endswith(".weight") and any(module.endswith("." + target) for target in student.lora.targets)
+    return student.lora.rank * (shape[0] + shape[1]) if hit and len(shape) >= 2 else 0

@@ -1,0 +1,82 @@
+"""Signals that ask a run to stop: noticed at once, even inside a collective, acted on between rounds.
+
+SIGUSR1 (SLURM, ahead of the time limit or of preemption) means: save and ask to be started again. SIGTERM and SIGINT
+mean: save and leave. The round in progress is finished: nothing of it is lost, and the state is that of a whole round.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # handlers are installed before anything heavy is imported
+    from opd_ds.engine import Group
+
+# Exit codes; 0 is also the end of a whole run.
+LEFT, RESTART = 0, 75  # 75: EX_TEMPFAIL of sysexits.h, "try again"
+# Launchers repeat a signal: the scheduler sends it to every process, a parent passes it on.
+SAME_REQUEST_SECONDS = 3.0
+_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """What this process has been asked to do. A second signal, some seconds after the first, ends it at once."""
+
+    def __init__(self) -> None:
+        self._asked: set[int] = set()
+        self._first = 0.0
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        # Python runs a handler only when its main thread is back from C++, which a hanging collective never is. The
+        # number goes through a pipe to a thread instead; the handlers do nothing but keep the default from happening.
+        for number in _SIGNALS:
+            signal.signal(number, _ignore)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True).start()
+
+    def _listen(self, reader: int) -> None:
+        while numbers := os.read(reader, 16):
+            for number in numbers:
+                if number in _SIGNALS:
+                    self._note(number)
+
+    def _note(self, number: int) -> None:
+        now = time.monotonic()
+        if self._asked and now - self._first > SAME_REQUEST_SECONDS:
+            os._exit(128 + number)  # what is being written has no name yet: nothing is damaged
+        if not self._asked:
+            self._first = now
+        self._asked.add(number)
+
+    def agreed(self, group: Group) -> int | None:
+        """The exit code all ranks are to leave with if any of them was asked to stop, else None. Collective."""
+        asked = {number for numbers in group.gather(self._asked) for number in numbers}
+        if not asked:
+            return None
+        return RESTART if signal.SIGUSR1 in asked else LEFT
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    pass
+
+
+_request: StopRequest | None = None
+
+
+def listen() -> StopRequest:
+    """This process's stop request; handlers are installed at the first call, which must be in the main thread."""
+    global _request
+    if _request is None:
+        _request = StopRequest()
+    return _request
+
+
+def deaf() -> None:
+    """From here on signals change nothing: all is saved and the process is about to end. Launchers send SIGTERM to
+    the others as soon as the first is gone."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

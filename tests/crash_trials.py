@@ -1,0 +1,79 @@
+"""One run, killed with SIGKILL while it writes checkpoints, again and again, until it is done.
+
+    python tests/crash_trials.py CONFIG KILLS SEED
+
+Libraries are imported once; each attempt is a fork, so that a trial takes seconds. The moment of a kill is random within
+the time a checkpoint takes to write, and every file operation of it is slowed, so that all its steps are hit. Prints one
+JSON object: kills that met a checkpoint in the making, and where each attempt began.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import opd_ds.checkpoint
+import opd_ds.preparation
+from opd_ds.checkpoint import latest_checkpoint
+from opd_ds.engine import init_group
+from opd_ds.failures import leave
+from opd_ds.launch import World, prepare_environment
+from opd_ds.loading import load_config
+from opd_ds.run import train
+
+SLOWED = 0.02  # seconds before each flush
+WINDOW = 0.35  # seconds; about what a slowed checkpoint takes
+
+
+def attempt(file: Path) -> None:
+    """In the child: go on with the run."""
+    flush = opd_ds.checkpoint._sync
+
+    def slow(path: Path) -> None:
+        time.sleep(SLOWED)
+        flush(path)
+
+    opd_ds.checkpoint._sync = slow
+    try:
+        world = World()
+        prepare_environment(world)
+        train(load_config(None, file, []), init_group(world), "auto")
+        os._exit(0)
+    except BaseException as error:
+        leave(error)
+
+
+def main(file: Path, kills: int, seed: int) -> None:
+    chance = random.Random(seed)
+    folder = load_config(None, file, []).run.output_dir / "checkpoints"
+    met, began = 0, []
+    while True:
+        newest = latest_checkpoint(folder)
+        began.append(0 if newest is None else int(newest.name[-6:]))
+        child = os.fork()
+        if child == 0:
+            log = os.open(file.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            attempt(file)
+        while met < kills and os.waitpid(child, os.WNOHANG) == (0, 0):
+            if any(folder.glob(".writing-*")):
+                time.sleep(chance.uniform(0, WINDOW))
+                os.kill(child, signal.SIGKILL)
+                met += 1
+                os.waitpid(child, 0)
+                break
+            time.sleep(0.002)
+        else:
+            _, status = (0, 0) if met < kills else os.waitpid(child, 0)
+            print(json.dumps({"kills": met, "began": began, "status": os.waitstatus_to_exitcode(status)}))
+            return
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
