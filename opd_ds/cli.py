@@ -60,7 +60,7 @@ def train(
 
     quiet_libraries()
     # The watch over hangs speaks first; a collective's own timeout is only there in case it cannot.
-    with init_group(world, timedelta(minutes=2 * settings.run.hang_minutes + 5)) as group:
+    with init_group(world, timedelta(minutes=settings.run.hang_minutes + 10)) as group:
         run_training(settings, group, resume)
 
 

@@ -11,6 +11,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from opd_ds.errors import Interrupted, NonFiniteError, UserError
+from opd_ds.interruption import deaf, ends_with
 
 if TYPE_CHECKING:
     from opd_ds.engine.peers import Peers
@@ -31,12 +32,14 @@ def leave(error: BaseException) -> None:
         _end(error.code if isinstance(error.code, int) else 0)
     peers = _peers()
     if peers is not None:
+        deaf()
         peers.close()
         _end(_settle(error, peers))
     # No group yet: all ranks read the same config and fail alike. Rank 0 speaks, and the launcher ends the others;
     # only one that is still there after that, because it failed alone, speaks for itself.
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:
+        ends_with(_code(error))
         time.sleep(SECONDS_TO_BE_ENDED)
     print(_message(error, f"[rank {rank}] " if rank > 0 else ""), file=sys.stderr)
     _end(_code(error))
@@ -59,9 +62,11 @@ def _settle(error: BaseException, peers: Peers) -> int:
             text = f"opd-ds: error: lost {lost or 'another rank'}, which said nothing: killed (out of memory?), or its "
             text += f"node is gone. {where}noticed it in: {_last_line(error)}"
         first = peers.claim(code, text)
-    except RuntimeError:  # the store went with rank 0; what is our own to say is still said
-        if not _is_consequence(error):
-            print(text, file=sys.stderr)
+    except RuntimeError as gone:  # the store went with rank 0; what is our own to say is still said
+        if _is_consequence(error):
+            peers.say_store_is_gone(gone)
+            return LOST_EXIT_CODE
+        print(text, file=sys.stderr)
         return code
     if first.rank == rank:
         print(text, file=sys.stderr)

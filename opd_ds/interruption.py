@@ -2,6 +2,7 @@
 
 SIGUSR1 (SLURM, ahead of the time limit or of preemption) means: save and ask to be started again. SIGTERM and SIGINT
 mean: save and leave. The round in progress is finished: nothing of it is lost, and the state is that of a whole round.
+A run that left early never exits with 0, or what depends on the whole run would start.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # handlers are installed before anything heavy is imported
     from opd_ds.engine import Group
 
-# Exit codes; 0 is also the end of a whole run.
-LEFT, RESTART = 0, 75  # 75: EX_TEMPFAIL of sysexits.h, "try again"
+RESTART = 75  # exit code; EX_TEMPFAIL of sysexits.h: "try again"
 # Launchers repeat a signal: the scheduler sends it to every process, a parent passes it on.
 SAME_REQUEST_SECONDS = 3.0
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -53,11 +53,13 @@ class StopRequest:
         self._asked.add(number)
 
     def agreed(self, group: Group) -> int | None:
-        """The exit code all ranks are to leave with if any of them was asked to stop, else None. Collective."""
+        """The exit code all ranks are to leave with if any of them was asked to stop, else None: 75 after SIGUSR1, 143
+        after SIGTERM, 130 after SIGINT. Collective.
+        """
         asked = {number for numbers in group.gather(self._asked) for number in numbers}
         if not asked:
             return None
-        return RESTART if signal.SIGUSR1 in asked else LEFT
+        return RESTART if signal.SIGUSR1 in asked else 128 + max(asked)
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
@@ -76,7 +78,16 @@ def listen() -> StopRequest:
 
 
 def deaf() -> None:
-    """From here on signals change nothing: all is saved and the process is about to end. Launchers send SIGTERM to
-    the others as soon as the first is gone."""
+    """From here on signals change nothing: what is to be saved is saved, and the process is about to end.
+
+    Launchers and SLURM send SIGTERM to the other ranks as soon as the first is gone; a rank that dies of it would hide
+    the exit code on which they agreed.
+    """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def ends_with(code: int) -> None:
+    """From here on SIGTERM ends the process with this exit code, and in silence."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))

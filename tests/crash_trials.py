@@ -2,13 +2,14 @@
 
     python tests/crash_trials.py CONFIG KILLS SEED
 
-Libraries are imported once; each attempt is a fork, so that a trial takes seconds. The moment of a kill is random within
-the time a checkpoint takes to write, and every file operation of it is slowed, so that all its steps are hit. Prints one
-JSON object: kills that met a checkpoint in the making, and where each attempt began.
+Libraries are imported once; each attempt is a fork, so that a trial takes seconds. The moment of a kill is random
+within the time a checkpoint takes to write, and every file operation of it is slowed, so that all its steps are hit.
+Prints one JSON object: kills that met a checkpoint in the making, and where each attempt began.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -48,6 +49,15 @@ def attempt(file: Path) -> None:
         leave(error)
 
 
+def drafts(folder: Path) -> set[tuple[int, int]]:
+    """Checkpoints in the making, told from what an earlier kill left under the same name."""
+    found = set()
+    for path in folder.glob(".writing-*"):
+        with contextlib.suppress(FileNotFoundError):  # published in between
+            found.add((path.stat().st_ino, path.stat().st_mtime_ns))
+    return found
+
+
 def main(file: Path, kills: int, seed: int) -> None:
     chance = random.Random(seed)
     folder = load_config(None, file, []).run.output_dir / "checkpoints"
@@ -55,6 +65,7 @@ def main(file: Path, kills: int, seed: int) -> None:
     while True:
         newest = latest_checkpoint(folder)
         began.append(0 if newest is None else int(newest.name[-6:]))
+        leftovers = drafts(folder)
         child = os.fork()
         if child == 0:
             log = os.open(file.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -62,7 +73,7 @@ def main(file: Path, kills: int, seed: int) -> None:
             os.dup2(log, 2)
             attempt(file)
         while met < kills and os.waitpid(child, os.WNOHANG) == (0, 0):
-            if any(folder.glob(".writing-*")):
+            if drafts(folder) - leftovers:
                 time.sleep(chance.uniform(0, WINDOW))
                 os.kill(child, signal.SIGKILL)
                 met += 1

@@ -178,7 +178,7 @@ def test_the_newest_is_never_deleted(
     folder = tmp_path_factory.mktemp("keep")
     kept = store(folder, group, keep)
     for done in rounds:
-        before = {name for name in names(folder)} if (folder / "checkpoints").exists() else set()
+        before = set(names(folder)) if (folder / "checkpoints").exists() else set()
         kept.save(done, STATE, ENTRIES)
         now = [name for name in names(folder) if name.startswith("round-")]
         assert f"round-{done:06d}" in now
@@ -233,7 +233,7 @@ def test_a_real_disk_that_fills_up(tmp_path: Path, group: Group) -> None:
     try:
         kept = store(small, group)
         first = kept.save(1, STATE, ENTRIES)
-        with pytest.raises(UserError, match="No space left on device .*round-000001 is intact"):
+        with pytest.raises(UserError, match=r"No space left on device .*round-000001 is intact"):
             kept.save(2, STATE, {"master/0/w": torch.zeros(1_000_000)})
         assert names(small) == ["latest", "round-000001"]
         refuse_damaged(first)

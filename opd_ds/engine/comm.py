@@ -157,8 +157,8 @@ def _compiler() -> str | None:
 def _require_compiler() -> None:
     if _compiler() is None:
         raise UserError(
-            f"no C++ compiler ({os.environ.get('CXX', 'c++')}): on CPU DeepSpeed compiles a small communication op at its first start; "
-            "install one (Debian: apt install g++; conda: gxx) or set CXX"
+            f"no C++ compiler ({os.environ.get('CXX', 'c++')}): on CPU DeepSpeed compiles a small communication op at "
+            "its first start; install one (Debian: apt install g++; conda: gxx) or set CXX"
         )
 
 

@@ -113,6 +113,14 @@ class Peers:
             known = self._store.check([f"host/{rank}"])
             return self._store.get(f"host/{rank}").decode() if known else "an unknown host"
 
+    def say_store_is_gone(self, error: BaseException) -> None:
+        """Without the store nobody can be the first to claim: the first rank of the next node speaks, if there is one,
+        else rank 1."""
+        speaker = self._world.local_size if self._world.size > self._world.local_size else 1
+        if self._world.rank == speaker:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            _say(f"lost rank 0: its process was killed or its node is gone ({reason})")
+
     def close(self) -> None:
         """Stop watching: this rank is about to end, on purpose."""
         self._closing.set()
@@ -133,9 +141,7 @@ class Peers:
         except RuntimeError as error:  # the store does not answer: the rank that holds it is gone
             # On its way out by itself? Then its last message says why.
             if not self._closing.wait(self._beat_seconds):
-                speaker = self._world.local_size if self._world.size > self._world.local_size else 1
-                if self._world.rank == speaker:
-                    _say(f"lost rank 0: its process was killed or its node is gone ({_first_line(error)})")
+                self.say_store_is_gone(error)
                 self._leave(LOST_EXIT_CODE)
 
     def _leave(self, code: int) -> None:
@@ -235,10 +241,6 @@ def _collectives() -> dict[str, Any]:
     """What torch's flight recorder knows of this rank's collectives (torch 2.9 and later, NCCL and gloo)."""
     dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
     return json.loads(dump()) if dump is not None else {}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _say(text: str) -> None:

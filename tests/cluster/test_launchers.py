@@ -207,7 +207,7 @@ def test_errors_end_the_job_and_losses_restart_it_so_often(
     assert place.starts() == 2
     said = cluster.output(lost)
     assert f"restart 1: job {lost} goes back into the queue" in said
-    assert "exit code 76: a rank or a node was lost; 1 restarts so far, MAX_RESTARTS=1" in said
+    assert "exit code 76: a rank or a node was lost; 1 restarts in a row so far, MAX_RESTARTS=1" in said
 
 
 def test_the_deepspeed_launcher_in_an_allocation(cluster: Cluster, place: Place, submit: Callable[..., str]) -> None:
