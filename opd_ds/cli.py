@@ -49,7 +49,7 @@ def train(
         from opd_ds.dry_run import describe
 
         if world.is_main:
-            typer.echo(describe(settings, world.size))
+            typer.echo(describe(settings, world))
         return
     prepare_environment(world)
     from datetime import timedelta

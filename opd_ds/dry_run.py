@@ -7,30 +7,31 @@ import json
 import yaml
 
 from opd_ds.config import RunConfig
+from opd_ds.launch import World
 from opd_ds.preparation import find_files
 from opd_ds.prompts import shard
 
 
-def describe(config: RunConfig, world_size: int) -> str:
+def describe(config: RunConfig, world: World) -> str:
     """The resolved run, the batch arithmetic and the completed ds_config. Files are checked; no network is loaded.
 
     Raises:
         UserError: as a real start would.
     """
-    files = find_files(config, world_size)
+    files = find_files(config, world)
     settings = config.rollout
     chosen = settings.trained_steps
     if chosen.queries is not None:
         trained = chosen.queries
     else:
         trained = len(chosen.steps) if chosen.steps is not None else int(settings.steps * (chosen.fraction or 0))
-    part = shard(settings.samples, 0, world_size)
+    part = shard(settings.samples, 0, world.size)
     pairs = len(part) * trained
-    filled = len(part) * world_size - settings.samples
+    filled = len(part) * world.size - settings.samples
     passes = "one pass" if settings.guidance == 1 else "two passes (guidance), batched in one"
     tasks = ", ".join(f"{name} (teacher {files.teachers[name].path.name})" for name in config.tasks)
     lines = [
-        f"processes              {world_size}",
+        f"processes              {world.size}",
         f"tasks                  {len(config.tasks)}: {tasks}",
         f"samples a round        {settings.samples} per task, {settings.samples * len(config.tasks)} in all",
         f"samples per process    {len(part)} per task"

@@ -19,6 +19,7 @@ from opd_ds.evaluation.evaluator import Evaluator
 from opd_ds.evaluation.pictures import Painter
 from opd_ds.export import STUDENT_ADAPTER
 from opd_ds.hashing import file_sha256
+from opd_ds.launch import World
 from opd_ds.loading import resolve_ds_config, resolve_path
 from opd_ds.models import ModelFamily, build_family, lora
 from opd_ds.prompts import PromptSet
@@ -56,14 +57,14 @@ class Parts:
     identity: dict[str, Any]
 
 
-def find_files(config: RunConfig, world_size: int) -> RunFiles:
+def find_files(config: RunConfig, world: World) -> RunFiles:
     """Resolve and check every file the config names; loads no network.
 
     Raises:
         UserError: the first thing that is missing or contradictory.
     """
     ds_path = resolve_ds_config(config.deepspeed, "deepspeed")
-    ds_config = student_ds_config(read_ds_config(ds_path), config, world_size, str(ds_path))
+    ds_config = student_ds_config(read_ds_config(ds_path), config, world, str(ds_path))
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {})
     if offload.get("device") == "nvme" and config.student.ema.decay > 0:
         raise UserError(
@@ -86,7 +87,7 @@ def find_files(config: RunConfig, world_size: int) -> RunFiles:
         if task.teacher.placement == "zero_inference":
             value = task.teacher.deepspeed or "zero_inference_gpu"
             path = resolve_ds_config(value, f"tasks.{name}.teacher.deepspeed")
-            teacher_ds = frozen_ds_config(read_ds_config(path), config.precision, world_size, str(path))
+            teacher_ds = frozen_ds_config(read_ds_config(path), config.precision, world.size, str(path))
         found = resolve_path(task.teacher.path, f"tasks.{name}.teacher.path")
         teachers[name] = TeacherSpec(task.teacher, found, teacher_ds)
     return RunFiles(model, teachers, prompts, eval_prompts, ds_config)
@@ -99,7 +100,7 @@ def prepare(config: RunConfig, group: Group) -> Parts:
         UserError: on every rank, with the message of the first rank that failed.
     """
     with group.agreed():
-        files = find_files(config, group.world.size)
+        files = find_files(config, group.world)
         family = load_family(config, files.model, group.device)
         for name, spec in files.teachers.items():
             check_teacher(family, name, spec, config.model.path)

@@ -11,6 +11,7 @@ import pytest
 from opd_ds.config import RunConfig
 from opd_ds.engine import frozen_ds_config, read_ds_config, student_ds_config
 from opd_ds.errors import UserError
+from opd_ds.launch import World
 from opd_ds.loading import load_config, package_root, recipe_names, resolve_ds_config, resolve_path
 from tests.tiny import run_settings, write_config
 
@@ -100,7 +101,7 @@ def test_shipped_recipes_are_valid(name: str) -> None:
     assert name in recipe_names()
     config = load_config(name, None, [])
     path = resolve_ds_config(config.deepspeed, "deepspeed")
-    student_ds_config(read_ds_config(path), config, 2, str(path))
+    student_ds_config(read_ds_config(path), config, World(0, 0, 2, 2), str(path))
 
 
 def test_paper_settings_of_the_multi_teacher_recipe() -> None:
@@ -137,7 +138,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
 
 
 def completed(config_file: Path, template: dict[str, Any], *overrides: str) -> dict[str, Any]:
-    return student_ds_config(template, load_config(None, config_file, list(overrides)), 4, "mine.json")
+    return student_ds_config(template, load_config(None, config_file, list(overrides)), World(0, 0, 4, 2), "mine.json")
 
 
 def test_every_shipped_ds_config_completes(config_file: Path) -> None:
@@ -150,7 +151,7 @@ def test_every_shipped_ds_config_completes(config_file: Path) -> None:
             ds_config = frozen_ds_config(template, "bf16", 4, file.name)
             assert "optimizer" not in ds_config
         else:
-            ds_config = student_ds_config(template, config, 4, file.name)
+            ds_config = student_ds_config(template, config, World(0, 0, 4, 2), file.name)
             assert ds_config["optimizer"]["params"]["lr"] == 1e-3
         batch = ds_config["train_micro_batch_size_per_gpu"] * ds_config["gradient_accumulation_steps"] * 4
         assert ds_config["train_batch_size"] == batch
@@ -214,3 +215,31 @@ def test_a_reward_is_a_name_or_a_mapping(config_file: Path) -> None:
     assert list(config.rewards) == ["ocr", "judge"]
     with pytest.raises(UserError, match="the label 'ocr' stands for two rewards"):
         load_config(None, config_file, ["tasks.one.rewards=[ocr]", "tasks.two.rewards=[{name: ocr, options: {n: 1}}]"])
+
+
+@pytest.mark.parametrize(
+    ("world", "given", "filled"),
+    [
+        (World(0, 0, 16, 8), "auto", 8),
+        (World(0, 0, 8, 8), "auto", 1),  # one node: plain ZeRO-3
+        (World(0, 0, 4, 1), "auto", 1),
+        (World(0, 0, 16, 8), 4, 4),
+    ],
+)
+def test_hierarchical_sharding_follows_the_nodes(config_file: Path, world: World, given: Any, filled: int) -> None:
+    template = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": given}}
+    ds_config = student_ds_config(template, load_config(None, config_file, []), world, "mine.json")
+    assert ds_config["zero_optimization"]["zero_hpz_partition_size"] == filled
+
+
+@pytest.mark.parametrize(
+    ("zero", "message"),
+    [
+        ({"stage": 2, "zero_hpz_partition_size": "auto"}, r"zero_hpz_partition_size = 2 needs stage 3, not 2"),
+        ({"stage": 3, "zero_hpz_partition_size": 3}, r"zero_hpz_partition_size = 3 does not divide the 4 ranks"),
+        ({"stage": 3, "mics_shard_size": 2}, r"mics_shard_size: DeepSpeed has removed MiCS; use zero_hpz_partition"),
+    ],
+)
+def test_layouts_that_do_not_fit_are_refused(config_file: Path, zero: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        completed(config_file, {"zero_optimization": zero})

@@ -33,6 +33,7 @@ SETTINGS: dict[str, Any] = {
     "optimizer__warmup_rounds": 3,
 }
 LORA: dict[str, Any] = {"student__kind": "lora"}
+HPZ = {"stage": 3, "zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0, "overlap_comm": False}
 CPU_OFFLOAD = {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": False}}
 
 
@@ -114,24 +115,37 @@ def test_two_ranks_to_one(runs: Runs, kind: str, stage: str) -> None:
     assert_same_export(runs.root / name, runs.root / f"{kind}-zero3")
 
 
-def test_two_ranks_to_four_and_one_to_two(runs: Runs) -> None:
+def test_two_ranks_to_four_flat_and_hierarchical(runs: Runs, tmp_path: Path) -> None:
+    """With hpZ as on two nodes of two: the copy of the weights that a node keeps must follow what is loaded, and the
+    average while it is exported.
+    """
+    layout = {"zero_optimization": HPZ, "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
+    hpz = tmp_path / "hpz.json"
+    hpz.write_text(json.dumps(layout))
     runs.on(
         4,
         runs.go_on("full-four", "full-zero3", deepspeed=ALL_SHARDED),
         runs.go_on("lora-four", "lora-zero2", deepspeed="zero2", **LORA),
+        runs.go_on("full-hpz", "full-zero3", deepspeed=str(hpz)),
+        runs.go_on("full-hpz-again", "full-hpz", deepspeed=str(hpz)),
     )
-    for name, source in (("full-four", "full-zero3"), ("lora-four", "lora-zero2")):
+    pairs = [("full-four", "full-zero3"), ("lora-four", "lora-zero2"), ("full-hpz", "full-zero3")]
+    for name, source in [*pairs, ("full-hpz-again", "full-zero3")]:
         assert_close(runs.rows(name), runs.rows(source)[WRITTEN:])
         assert_same_export(runs.root / name, runs.root / source)
 
 
-def test_one_rank_to_two_and_offloaded_moments(runs: Runs, tmp_path: Path) -> None:
-    """The moments of DeepSpeed's CPU Adam are those of torch's."""
-    offload = tmp_path / "offload.json"
-    offload.write_text(json.dumps({"zero_optimization": CPU_OFFLOAD, "optimizer": {"type": "AdamW", "params": {}}}))
+def test_one_rank_to_two(runs: Runs) -> None:
     runs.here(str(runs.config("one", deepspeed="zero0")))
     runs.on(2, runs.go_on("one-to-two", "one", deepspeed=ALL_SHARDED))
     assert_close(runs.rows("one-to-two"), runs.rows("one")[WRITTEN:])
+
+
+@pytest.mark.slow  # DeepSpeed compiles its CPU Adam, which takes two minutes
+def test_to_offloaded_moments(runs: Runs, tmp_path: Path) -> None:
+    """The moments of DeepSpeed's CPU Adam are those of torch's."""
+    offload = tmp_path / "offload.json"
+    offload.write_text(json.dumps({"zero_optimization": CPU_OFFLOAD, "optimizer": {"type": "AdamW", "params": {}}}))
     runs.here(runs.go_on("offloaded", "full-zero3", deepspeed=str(offload)))
     assert_close(runs.rows("offloaded"), runs.rows("full-zero3")[WRITTEN:])
 

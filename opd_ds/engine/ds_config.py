@@ -9,6 +9,7 @@ from typing import Any
 
 from opd_ds.config import OptimizerSection, RunConfig
 from opd_ds.errors import UserError
+from opd_ds.launch import World
 
 AUTO = "auto"
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -38,14 +39,16 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
     return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
-def student_ds_config(template: dict[str, Any], config: RunConfig, world_size: int, source: str) -> dict[str, Any]:
+def student_ds_config(template: dict[str, Any], config: RunConfig, world: World, source: str) -> dict[str, Any]:
     """The student engine's ds_config.
 
     Raises:
-        UserError: `template` sets what the run config owns, or both set an optimizer value and differ.
+        UserError: `template` sets what the run config owns, or both set an optimizer value and differ, or asks for a
+            layout that does not fit the ranks.
     """
     ds = copy.deepcopy(template)
-    _fill_batch_and_precision(ds, config.train.micro_batch, config.precision, world_size, source)
+    _fill_batch_and_precision(ds, config.train.micro_batch, config.precision, world.size, source)
+    _fill_layout(ds, world, source)
     _fill_optimizer(ds, config.optimizer, source)
     _fill_schedule(ds, config, source)
     if ds.get("managed_gradient_accumulation", True) is not True:
@@ -93,6 +96,30 @@ def _fill_batch_and_precision(ds: dict[str, Any], micro: int, precision: str, wo
     if precision == "bf16" and zero_stage(ds) > 0:
         # Many micro-batches add up in one gradient; in bf16 small ones would be rounded away. Stage 0 has no choice.
         ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+
+
+def _fill_layout(ds: dict[str, Any], world: World, source: str) -> None:
+    """Hierarchical sharding (ZeRO++'s hpZ): weights are gathered within a node, states stay sharded over all ranks."""
+    zero = ds.get("zero_optimization", {})
+    for key in ("mics_shard_size", "mics_hierarchical_params_gather"):
+        if key in zero:
+            raise UserError(
+                f"ds_config {source}: zero_optimization.{key}: DeepSpeed has removed MiCS; use "
+                f'zero_hpz_partition_size = "auto", as in ds_configs/zero3_hpz.json'
+            )
+    wanted = zero.get("zero_hpz_partition_size", 1)
+    if wanted == AUTO:
+        # On one node, or one process per node, there is nothing to gain.
+        wanted = world.local_size if world.local_size < world.size else 1
+    if wanted > 1 and zero_stage(ds) != 3:
+        raise UserError(f"ds_config {source}: zero_hpz_partition_size = {wanted} needs stage 3, not {zero_stage(ds)}")
+    if world.size % wanted:
+        raise UserError(
+            f"ds_config {source}: zero_hpz_partition_size = {wanted} does not divide the {world.size} ranks; give the "
+            'number of processes per node, or "auto"'
+        )
+    if "zero_hpz_partition_size" in zero:
+        zero["zero_hpz_partition_size"] = wanted
 
 
 def _fill_optimizer(ds: dict[str, Any], wanted: OptimizerSection, source: str) -> None:

@@ -91,6 +91,7 @@ class StudentEngine:
         if self.zero_stage == 3:
             for index in range(len(optimizer.fp32_partitioned_groups_flat)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(index)
+            optimizer.invalidate_secondary_tensor()  # hpZ keeps a copy of the weights per node
             if optimizer.persistent_parameters:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         elif hasattr(optimizer, "update_lp_params"):

@@ -108,6 +108,10 @@ class Cluster:
         """The node crashes: every process on it is gone at once, and its address answers no more."""
         os.kill(self._process_1(name), signal.SIGKILL)
 
+    def restore_nodes(self) -> None:
+        """Bring crashed nodes back; jobs stay."""
+        up(self.folder)
+
     def restore(self) -> None:
         """Cancel all jobs and bring crashed nodes back."""
         self.on("login", "scancel", "--partition=debug")
