@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it, from the repository's root: uses the active virtual environment, or makes and uses
 # .venv here. A machine without a GPU is spared the CUDA packages when a CPU build of torch is on hand to pip (its
 # PIP_INDEX_URL, PIP_FIND_LINKS and the like are honoured as always).

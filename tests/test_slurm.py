@@ -223,26 +223,35 @@ REQUEUED = "scontrol requeue 7"
 
 
 @pytest.mark.parametrize("name", ["slurm_train.sbatch", "slurm_deepspeed.sbatch"])
-def test_which_exit_codes_go_back_into_the_queue(name: str, run_batch: Any) -> None:
+def test_which_exit_codes_go_back_into_the_queue(name: str, run_batch: Any, tmp_path: Path) -> None:
+    """Losses count in a row: a saved state in between is progress, and forgets them."""
     script = (package_root() / "launchers" / name).read_text()
-    for code, restarts, state, requeued in [
-        (0, "0", "RUNNING", False),
-        (1, "0", "RUNNING", False),
-        (2, "0", "RUNNING", False),
-        (75, "0", "RUNNING", True),
-        (75, "99", "RUNNING", True),
-        (75, "0", "CANCELLED", False),
-        (76, "2", "RUNNING", True),
-        (76, "3", "RUNNING", False),
-        (137, "0", "RUNNING", True),
-        (137, "3", "RUNNING", False),
-        (137, "0", "COMPLETING", False),
-        (247, "0", "RUNNING", True),
+    losses = tmp_path / "work" / ".opd-ds-losses-7"
+    for code, before, state, requeued, after in [
+        (0, 2, "RUNNING", False, None),
+        (1, 0, "RUNNING", False, None),
+        (2, 2, "RUNNING", False, None),
+        (75, 0, "RUNNING", True, None),
+        (75, 3, "RUNNING", True, None),
+        (75, 0, "CANCELLED", False, None),
+        (143, 3, "RUNNING", True, None),
+        (143, 0, "COMPLETING", False, None),
+        (76, 0, "RUNNING", True, 1),
+        (76, 2, "RUNNING", True, 3),
+        (76, 3, "RUNNING", False, None),
+        (137, 0, "RUNNING", True, 1),
+        (137, 3, "RUNNING", False, None),
+        (137, 0, "COMPLETING", False, 1),
+        (247, 1, "RUNNING", True, 2),
     ]:
-        _, said, exit_code = run_batch(script, code=code, SLURM_RESTART_COUNT=restarts, STATE=state)
+        losses.unlink(missing_ok=True)
+        if before:
+            losses.write_text(f"{before}\n")
+        _, said, exit_code = run_batch(script, code=code, STATE=state)
         assert exit_code == code
-        assert (REQUEUED in said) == requeued, (code, restarts, state, said)
+        assert (REQUEUED in said) == requeued, (code, before, state, said)
         assert ("was lost" in said) == (code in (76, 137, 247))
+        assert (int(losses.read_text()) if losses.exists() else None) == after
 
 
 def test_containers(run_batch: Any, tmp_path: Path) -> None:
