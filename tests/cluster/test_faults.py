@@ -107,6 +107,7 @@ def test_a_job_survives(cluster: Cluster, tiny_world: Path, tmp_path: Path, caps
         print(f"\n{len(run.faults)} faults survived by job {job}: {'; '.join(run.faults)}")
 
 
+@pytest.mark.slow  # on one machine: tests/test_elastic.py
 def test_a_job_goes_on_with_other_ranks_and_stages_and_over_a_damaged_shard(
     cluster: Cluster, tiny_world: Path, tmp_path: Path
 ) -> None:
@@ -145,8 +146,10 @@ def test_a_disk_that_fills_up(cluster: Cluster, tiny_world: Path, tmp_path: Path
     # Room for two checkpoints of 1.3 MB, and a lump that takes the rest once there is one.
     cluster.on("n1", "mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk)
     try:
-        fill = "while [ ! -d out/checkpoints/round-000003 ]; do sleep 0.05; done; head -c 8M /dev/zero >lump"
-        filling = cluster.start("n1", "bash", "-c", fill, cwd=disk)
+        fill = (
+            f"cd {disk}; while [ ! -d out/checkpoints/round-000003 ]; do sleep 0.05; done; head -c 8M /dev/zero >lump"
+        )
+        filling = cluster.start("n1", "bash", "-c", fill)
         state, said = go_on()
         filling.wait(10)
         assert state == "FAILED", said
