@@ -20,7 +20,7 @@ from opd_ds.errors import UserError
 from opd_ds.evaluation.benchmark import Contestant
 from opd_ds.evaluation.evaluator import student_guidance
 from opd_ds.export import EXPORT_FOLDER
-from opd_ds.hashing import file_sha256
+from opd_ds.hashing import weights_sha256
 from opd_ds.loading import resolve_path
 from opd_ds.models import ModelFamily, lora
 from opd_ds.preparation import student_module
@@ -78,7 +78,7 @@ def contestants(
             by_set = dict.fromkeys(sets, config.tasks[source.removeprefix("teacher:")].teacher.guidance)
         if name in guidance:
             by_set = dict.fromkeys(sets, guidance[name])
-        model = Contestant(name, file_sha256(path), by_set, partial(_loaded, load, device))
+        model = Contestant(name, weights_sha256(path), by_set, partial(_loaded, load, device))
         if model.folder in folders:
             raise UserError(f"models {folders[model.folder]!r} and {name!r} would share a folder; rename one")
         folders[model.folder] = name
@@ -127,10 +127,6 @@ def _find_checkpoint(folder: Path, name: str, which: str) -> Path:
         present = ", ".join(path.name for path in sorted(folder.glob("round-*"))) or "no checkpoints"
         raise UserError(f"--model {name}=checkpoint:{which}: not in {folder}; there are {present}")
     return found
-
-
-def _identity(path: Path) -> str:
-    return file_sha256(path)
 
 
 # ---- loading ----

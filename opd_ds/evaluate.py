@@ -15,7 +15,7 @@ from opd_ds.evaluation.pictures import Painter
 from opd_ds.evaluation.publish import publish
 from opd_ds.evaluation.report import REPORT_FILE
 from opd_ds.evaluation.results import RESULTS_FILE, Results, print_results
-from opd_ds.hashing import file_sha256
+from opd_ds.hashing import weights_sha256
 from opd_ds.loading import resolve_path
 from opd_ds.monitor import METRICS_FILE, read_metrics
 from opd_ds.preparation import EVALUATION_FOLDER, build_rewards, load_family
@@ -45,6 +45,7 @@ def evaluate(config: RunConfig, choice: Choice, group: Group) -> Results:
     Raises:
         UserError: on every rank, before any network loads.
     """
+    group.watch_hangs(config.run.hang_minutes, config.run.output_dir)
     with group.agreed():
         chosen = _rewards(config, choice.rewards)
         for label, section in chosen.items():
@@ -53,7 +54,7 @@ def evaluate(config: RunConfig, choice: Choice, group: Group) -> Results:
         base = resolve_path(config.model.path, "model.path")
         family = load_family(config, base, group.device)
         models = contestants(config, family, choice.models, list(prompts), group.device)
-        base_sha256 = file_sha256(base)
+        base_sha256 = weights_sha256(base)
         rewards = build_rewards(chosen, group.device)
     sets = {name: _set(config, name, found, list(chosen), choice) for name, found in prompts.items()}
     folder = config.run.output_dir / EVALUATION_FOLDER

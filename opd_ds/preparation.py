@@ -18,7 +18,7 @@ from opd_ds.evaluation.benchmark import Benchmark, EvaluationSet
 from opd_ds.evaluation.evaluator import Evaluator
 from opd_ds.evaluation.pictures import Painter
 from opd_ds.export import STUDENT_ADAPTER
-from opd_ds.hashing import file_sha256
+from opd_ds.hashing import weights_sha256
 from opd_ds.launch import World
 from opd_ds.loading import resolve_ds_config, resolve_path
 from opd_ds.models import ModelFamily, build_family, lora
@@ -172,7 +172,7 @@ def run_identity(config: RunConfig, files: RunFiles) -> dict[str, Any]:
             data[section].pop(key)
     tasks = {
         name: {
-            "teacher_sha256": file_sha256(files.teachers[name].path),
+            "teacher_sha256": weights_sha256(files.teachers[name].path),
             "teacher_guidance": task.teacher.guidance,
             "prompts_sha256": files.prompts[name].sha256,
             "weight": task.weight,
@@ -185,5 +185,5 @@ def run_identity(config: RunConfig, files: RunFiles) -> dict[str, Any]:
     ds_config = copy.deepcopy(files.student_ds_config)
     ds_config["optimizer"]["params"].pop("torch_adam", None)
     kept["ds_config"] = {key: ds_config.get(key) for key in ("optimizer", "scheduler", "gradient_clipping")}
-    base = {"sha256": file_sha256(files.model), "negative_prompt": config.model.negative_prompt}
+    base = {"sha256": weights_sha256(files.model), "negative_prompt": config.model.negative_prompt}
     return {"seed": config.run.seed, "inner_epochs": config.train.inner_epochs, "base": base, "tasks": tasks, **kept}

@@ -27,14 +27,12 @@ from opd_ds.evaluation.report import REPORT_FILE
 from opd_ds.evaluation.results import means
 from opd_ds.evaluation.tables import comparison_grid, print_table, summary
 from opd_ds.export import EXPORT_FOLDER, export_student
-from opd_ds.hashing import file_sha256
+from opd_ds.hashing import weights_sha256
 from opd_ds.interruption import StopRequest, deaf, listen
 from opd_ds.monitor import METRICS_FILE, Monitor, read_metrics
 from opd_ds.preparation import Parts, prepare
 from opd_ds.trainer import RoundReport
 from opd_ds.watch import Watch
-
-HANG_FOLDER = "hang"
 
 
 def train(config: RunConfig, group: Group, resume: str = "never") -> None:
@@ -57,7 +55,7 @@ def train(config: RunConfig, group: Group, resume: str = "never") -> None:
         group,
         in_background=settings.checkpoint_in_background,
     )
-    group.watch_hangs(60 * settings.hang_minutes, settings.output_dir / HANG_FOLDER)
+    group.watch_hangs(settings.hang_minutes, settings.output_dir)
     checkpoint = _find_checkpoint(store, resume, group)
     group.progress("loading models")
     parts = prepare(config, group)
@@ -193,8 +191,7 @@ def _baselines(config: RunConfig, parts: Parts, session: _Session, *, fresh: boo
     else:
         models = [base, *teachers]
     for model in models:
-        session.stop_if_asked(session.saved)
-        benchmark.draw(model)
+        benchmark.draw(model, partial(session.stop_if_asked, session.saved))
     return models
 
 
@@ -243,10 +240,10 @@ def _finish(config: RunConfig, parts: Parts, baselines: list[Contestant], sessio
         export_student(student, parts.family, config.student.kind, folder / EXPORT_FOLDER, group)
     scores: dict[str, Means] = {}
     if benchmark.sets:
-        identity = group.gather(file_sha256(folder / EXPORT_FOLDER) if group.world.is_main else None)[0]
+        identity = group.gather(weights_sha256(folder / EXPORT_FOLDER) if group.world.is_main else None)[0]
         guidance = student_guidance(config, list(benchmark.sets))
         models = [*baselines, Contestant("student", identity, guidance, partial(_final_student, parts))]
-        scores = _evaluate(config, benchmark, models, group, monitor)
+        scores = _evaluate(config, benchmark, models, session)
     if group.world.is_main:
         data: dict[str, Any] = summary(scores, {name: task.headline for name, task in config.tasks.items()})
         (folder / "summary.json").write_text(json.dumps(data, indent=1) + "\n")
@@ -261,11 +258,11 @@ def _finish(config: RunConfig, parts: Parts, baselines: list[Contestant], sessio
     monitor.say(f"model:        {folder / EXPORT_FOLDER}")
 
 
-def _evaluate(
-    config: RunConfig, benchmark: Benchmark, models: list[Contestant], group: Group, monitor: Monitor
-) -> dict[str, Means]:
+def _evaluate(config: RunConfig, benchmark: Benchmark, models: list[Contestant], session: _Session) -> dict[str, Means]:
     """The final evaluation, as `opd-ds eval` makes it; mean rewards by model."""
-    results = publish(benchmark, models, group, read_metrics(config.run.output_dir / METRICS_FILE))
+    group, monitor = session.group, session.monitor
+    pause = partial(session.stop_if_asked, config.run.rounds)
+    results = publish(benchmark, models, group, read_metrics(config.run.output_dir / METRICS_FILE), pause)
     scores = means(results)
     monitor.scores(config.run.rounds, scores["student"])
     if group.world.is_main:

@@ -24,6 +24,7 @@ from opd_ds.errors import Interrupted, UserError
 from opd_ds.launch import World
 
 _SHM_OP = "deepspeed_shm_comm"
+HANG_FOLDER = "hang"
 STALE_BUILD_SECONDS, STALE_LOAD_SECONDS = 600.0, 5.0
 
 
@@ -47,10 +48,10 @@ class Group:
         if self._peers is not None:
             self._peers.progress(doing)
 
-    def watch_hangs(self, seconds: float, folder: Path) -> None:
-        """End the job when no rank has got on for `seconds`; each rank's stacks are left in `folder`."""
+    def watch_hangs(self, minutes: float, output_dir: Path) -> None:
+        """End the job when no rank has got on for so long; each rank's stacks are left in `<output_dir>/hang`."""
         if self._peers is not None:
-            self._peers.watch_hangs(seconds, folder)
+            self._peers.watch_hangs(60 * minutes, output_dir / HANG_FOLDER)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks, in float64 so that the order of ranks costs nothing visible; on the CPU."""

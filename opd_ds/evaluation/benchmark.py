@@ -113,8 +113,11 @@ class Benchmark:
         found = self._group.gather(found)[0]
         return {name: [self.sets[name].items[place] for place in places] for name, places in found.items() if places}
 
-    def draw(self, model: Contestant) -> int:
+    def draw(self, model: Contestant, pause: Callable[[], None] | None = None) -> int:
         """Draw what is missing; every rank makes equally many forwards, so `model` may be sharded. Collective.
+
+        Args:
+            pause: called on all ranks before each prompt set. It may end the run: what is drawn stays.
 
         Returns:
             How many pictures were drawn.
@@ -124,6 +127,8 @@ class Benchmark:
             return 0
         with model.open() as network:
             for name, wanted in missing.items():
+                if pause is not None:
+                    pause()
                 part = shard(len(wanted), self._group.world.rank, self._group.world.size)
                 mine = [wanted[i] for i in part.indices]
                 drawn = self._painter.draw(network, mine, model.guidance[name])

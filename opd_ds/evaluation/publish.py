@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from opd_ds.engine import Group
@@ -10,14 +11,21 @@ from opd_ds.evaluation.report import write_report
 from opd_ds.evaluation.results import Results, collect, write_results
 
 
-def publish(benchmark: Benchmark, models: list[Contestant], group: Group, metrics: list[dict[str, Any]]) -> Results:
+def publish(
+    benchmark: Benchmark,
+    models: list[Contestant],
+    group: Group,
+    metrics: list[dict[str, Any]],
+    pause: Callable[[], None] | None = None,
+) -> Results:
     """Draw and judge what is missing; write results.json, its tables and report.html. Collective.
 
     Args:
         metrics: the rows of the run's metrics.jsonl, for the training curves.
+        pause: as for `Benchmark.draw`.
     """
     for model in models:
-        benchmark.draw(model)
+        benchmark.draw(model, pause)
     results = collect(benchmark, models, benchmark.judge(models))
     if group.world.is_main:
         write_results(benchmark.folder, results)

@@ -1,0 +1,39 @@
+"""Hashes of weights: by meaning where the bytes vary, by bytes where damage must show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from opd_ds.hashing import file_sha256, weights_sha256
+
+
+def reordered(data: bytes) -> bytes:
+    """The same safetensors file with its header's entries the other way round."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    text = json.dumps(dict(reversed(header.items())), separators=(",", ":")).encode().ljust(length)
+    assert len(text) == length
+    return data[:8] + text + data[8 + length :]
+
+
+def test_weights_are_hashed_by_meaning(tmp_path: Path) -> None:
+    data = save({"a": torch.arange(4.0), "b": torch.ones(2)}, {"x": "1", "y": "2"})
+    for name, content in {"one": data, "two": reordered(data), "three": save({"a": torch.arange(4.0)})}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "w.safetensors").write_bytes(content)
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    assert (one / "w.safetensors").read_bytes() != (two / "w.safetensors").read_bytes()
+    assert weights_sha256(one) == weights_sha256(two) != weights_sha256(three)
+    assert file_sha256(one) != file_sha256(two)
+
+
+def test_what_is_no_safetensors_file_is_hashed_all_the_same(tmp_path: Path) -> None:
+    hashes = set()
+    for content in (b"", b"short", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0{}rest"):
+        (tmp_path / "w.safetensors").write_bytes(content)
+        hashes.add(weights_sha256(tmp_path / "w.safetensors"))
+    assert len(hashes) == 4
