@@ -10,6 +10,7 @@ import typer
 from opd_ds.doctor.cli import doctor
 from opd_ds.errors import Interrupted
 from opd_ds.evaluation.cli import evaluate
+from opd_ds.export_cli import export
 from opd_ds.failures import leave
 from opd_ds.launch import prepare_environment, who_am_i
 from opd_ds.rewards.cli import app as rewards_app
@@ -22,6 +23,7 @@ app.add_typer(rewards_app, name="rewards")
 app.command("eval")(evaluate)
 app.command()(doctor)
 app.command("launch")(launch)
+app.command()(export)
 
 
 @app.callback()

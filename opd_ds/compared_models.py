@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from opd_ds.checkpoint import CHECKPOINTS_FOLDER, STATE_FILE, latest_checkpoint, read_state, refuse_damaged
-from opd_ds.config import RunConfig, StudentSection
-from opd_ds.engine import consolidated_weights
+from opd_ds.checkpoint import CHECKPOINTS_FOLDER, STATE_FILE, latest_checkpoint, refuse_damaged
+from opd_ds.checkpoint_export import checkpointed_student
+from opd_ds.config import RunConfig
 from opd_ds.errors import UserError
 from opd_ds.evaluation.benchmark import Contestant
 from opd_ds.evaluation.evaluator import student_guidance
@@ -23,7 +23,6 @@ from opd_ds.export import EXPORT_FOLDER
 from opd_ds.hashing import weights_sha256
 from opd_ds.loading import resolve_path
 from opd_ds.models import ModelFamily, lora
-from opd_ds.preparation import student_module
 
 KEYWORDS = "base, student, teacher:<task>, checkpoint:<round>, checkpoint:latest"
 _NAME = re.compile(r"[A-Za-z0-9_.:-]+")
@@ -142,9 +141,8 @@ def _loaded(load: Callable[[], nn.Module], device: torch.device) -> Iterator[Any
 def _loader(family: ModelFamily, path: Path) -> Callable[[], nn.Module]:
     """How the network at `path` is brought up; what it is gets checked now."""
     if (path / STATE_FILE).is_file():
-        read_state(path)
         refuse_damaged(path)
-        return partial(_from_checkpoint, family, path)
+        return partial(checkpointed_student, family, path)
     if lora.is_adapter(path):
         lora.read_adapter(path)
         return partial(_with_adapter, family, path)
@@ -156,20 +154,4 @@ def _with_adapter(family: ModelFamily, path: Path) -> nn.Module:
     network = family.load_transformer()
     lora.load_adapter(network, "evaluated", path)
     lora.activate(network, "evaluated")
-    return network
-
-
-def _from_checkpoint(family: ModelFamily, path: Path) -> nn.Module:
-    """The student as the checkpoint's export would be: averaged where an EMA was kept."""
-    state = read_state(path)
-    network = student_module(StudentSection.model_validate(state["run"]["student"]), 0, family)
-    weights = consolidated_weights(path, state["shapes"])
-    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
-    lacking = sorted(trained - weights.keys())
-    unknown = network.load_state_dict(weights, strict=False).unexpected_keys
-    if lacking or unknown:
-        raise UserError(
-            f"{path}: does not hold this student: {len(lacking)} trained weights are missing and {len(unknown)} are "
-            f"unknown, the first: {(lacking + unknown)[0]!r}"
-        )
     return network

@@ -1,0 +1,122 @@
+"""A checkpoint in the form that diffusers loads, without an engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from opd_ds.checkpoint import read_state, refuse_damaged
+from opd_ds.config import RunConfig, StudentSection
+from opd_ds.engine import consolidated_weights
+from opd_ds.errors import UserError
+from opd_ds.export import STUDENT_ADAPTER
+from opd_ds.loading import resolve_path
+from opd_ds.models import ModelFamily, lora
+from opd_ds.preparation import load_family, student_module
+
+_BASE_LAYER = ".base_layer."
+
+
+def checkpointed_student(family: ModelFamily, checkpoint: Path, *, averaged: bool = True) -> nn.Module:
+    """The student's network as it is in a checkpoint, on the CPU, in the family's dtype.
+
+    Args:
+        averaged: with the averaged weights where an EMA was kept, as a run's own export has them.
+
+    Raises:
+        UserError: not a checkpoint, or of another student.
+    """
+    state = read_state(checkpoint)
+    network = student_module(StudentSection.model_validate(state["run"]["student"]), 0, family)
+    weights = consolidated_weights(checkpoint, state["shapes"], averaged=averaged)
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    lacking = sorted(trained - weights.keys())
+    unknown = network.load_state_dict(weights, strict=False).unexpected_keys
+    if lacking or unknown:
+        raise UserError(
+            f"{checkpoint}: does not hold this student: {len(lacking)} trained weights are missing and {len(unknown)} "
+            f"are unknown, the first: {(lacking + unknown)[0]!r}"
+        )
+    return network
+
+
+def export_checkpoint(config: RunConfig, checkpoint: Path, folder: Path, *, averaged: bool, merge: bool) -> None:
+    """Write `folder`: a diffusers folder (full student, or a LoRA merged into its base), or
+    `pytorch_lora_weights.safetensors`; with a model card.
+
+    Raises:
+        UserError: the checkpoint is damaged or another run's, the folder is not empty, nothing to merge.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists and is not an empty folder; give another one")
+    state = read_state(checkpoint)
+    refuse_damaged(checkpoint)
+    kind = state["run"]["student"]["kind"]
+    if merge and kind != "lora":
+        raise UserError("--merge: the student has all its parameters trained, there is no LoRA to merge")
+    base = resolve_path(config.model.path, "model.path")
+    family = load_family(config, base, torch.device("cpu"))
+    network = checkpointed_student(family, checkpoint, averaged=averaged)
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind == "lora" and not merge:
+        weights = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
+        family.save_lora(lora.strip_adapter_name(weights), lora.adapter_config(network, STUDENT_ADAPTER), folder)
+    else:
+        family.save_full(_merged(network), folder)
+    form = "merged" if merge else kind
+    (folder / "README.md").write_text(_card(config, state, checkpoint, form, averaged=averaged), encoding="utf-8")
+
+
+@torch.no_grad()
+def _merged(network: nn.Module) -> dict[str, Tensor]:
+    """The weights of the plain network, adapters added to what they adapt; computed in float32."""
+    network.float()
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    plain = {key: value for key, value in network.state_dict().items() if ".lora_" not in key}
+    return {key.replace(_BASE_LAYER, "."): value for key, value in plain.items()}
+
+
+def _card(config: RunConfig, state: dict[str, Any], checkpoint: Path, form: str, *, averaged: bool) -> str:
+    """What the weights are and where they come from, for whoever finds the folder."""
+    run = state["run"]
+    results = checkpoint.parent.parent / "summary.json"
+    lines = [
+        "---",
+        "library_name: diffusers",
+        f"base_model: {json.dumps(config.model.path)}",
+        "---",
+        "",
+        f"# {config.model.path.rstrip('/').split('/')[-1]}, distilled from {len(run['tasks'])} teachers",
+        "",
+        f"On-policy distillation (arXiv 2605.15055) by opd_ds: {form} weights after {state['round']} rounds"
+        + (", averaged (EMA)." if averaged and state["ema"] is not None else "."),
+        "",
+        "| | | SHA-256 |",
+        "|---|---|---|",
+        f"| base | `{config.model.path}` | `{run['base']['sha256']}` |",
+    ]
+    for name, task in run["tasks"].items():
+        lines.append(f"| teacher of {name} | `{config.tasks[name].teacher.path}` | `{task['teacher_sha256']}` |")
+    settings = {key: run[key] for key in ("seed", "precision", "student", "optimizer", "rollout", "objective")}
+    lines += ["", "## Settings", "", "```yaml", yaml.safe_dump(settings, sort_keys=False).rstrip(), "```"]
+    if state["round"] == config.run.rounds and results.is_file():
+        scores = json.loads(results.read_text(encoding="utf-8"))["tasks"]
+        lines += [
+            "",
+            "## Mean reward on held-out prompts",
+            "",
+            "| task | base | teacher | student |",
+            "|---|---|---|---|",
+        ]
+        for name, row in scores.items():
+            cells = ["-" if row[key] is None else f"{row[key]:.3f}" for key in ("base", "teacher", "student")]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
