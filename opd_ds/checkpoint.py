@@ -120,13 +120,13 @@ class CheckpointStore:
         for name in manifest:  # safetensors writes files that only their owner may read
             shutil.copymode(draft / MANIFEST_FILE, draft / name)
         _sync(draft)
-        if target.exists():  # a run that went back to an older checkpoint comes here again
-            _remove(target)
+        if target.exists():
+            _rename_aside(target, "abandoned")
         draft.rename(target)
         _sync(self.folder)
         _write_whole(self.folder / LATEST_FILE, target.name + "\n")
         earlier = [path for path in _published(self.folder) if path.name < target.name]
-        for old in earlier[: len(earlier) - (self._keep - 1)]:
+        for old in earlier[: max(0, len(earlier) - (self._keep - 1))]:
             _remove(old)
 
     @contextmanager
@@ -169,17 +169,18 @@ class CheckpointStore:
         """The newest checkpoint whose files are what was written. Damaged ones are set aside, with a line in the log.
 
         Raises:
-            UserError: there are checkpoints and all of them are damaged; the run is not started from scratch.
+            UserError: there are checkpoints and all of them are damaged (the run is not started from scratch, now or at
+                the next try), or a rank cannot read them.
         """
         candidates = self._group.gather(_published(self.folder)[::-1])[0]
+        damaged: list[Path] = []
         for candidate in candidates:
             problems = self.problems(candidate)
             if not problems:
+                self._set_aside(damaged, "damaged")
                 return candidate
-            logging.getLogger("opd_ds").warning(
-                "%s is damaged (%s); it is set aside, the one before it is taken", candidate.name, problems[0]
-            )
-            self._set_aside([candidate], "damaged")
+            damaged.append(candidate)
+            logging.getLogger("opd_ds").warning("%s is damaged (%s)", candidate.name, problems[0])
         if candidates:
             raise UserError(
                 f"{self.folder}: all {len(candidates)} checkpoints are damaged, the newest first: "
@@ -188,32 +189,48 @@ class CheckpointStore:
         return None
 
     def problems(self, checkpoint: Path) -> list[str]:
-        """What is wrong with the files of a checkpoint; the ranks share the reading."""
-        world = self._group.world
-        try:
-            mine, problem = _checked(checkpoint, world.rank, world.size), None
-        except DamagedCheckpointError as error:
-            mine, problem = [], str(error)
-        found = self._group.gather(mine if problem is None else [problem])
-        return list(dict.fromkeys(line for part in found for line in part))
+        """What is wrong with the files of a checkpoint; the ranks share the reading.
 
-    def go_back_to(self, checkpoint: Path) -> None:
-        """A resume from `checkpoint` abandons the later ones of this folder: they are renamed, not deleted."""
-        later = []
-        if checkpoint.resolve().parent == self.folder.resolve():
-            later = self._group.gather([path for path in _published(self.folder) if path.name > checkpoint.name])[0]
-        if later:
-            names = ", ".join(path.name for path in later)
-            logging.getLogger("opd_ds").warning("going back to %s: %s set aside as abandoned", checkpoint.name, names)
-            self._set_aside(later, "abandoned")
+        Raises:
+            UserError: a rank cannot read what others can: that is no damage.
+        """
+        world = self._group.world
+        found: list[str] = []
+        absent: list[str] = []
+        with self._group.agreed():
+            try:
+                manifest = _read_manifest(checkpoint)
+                absent = [name for name in manifest if not (checkpoint / name).is_file()]
+                found = _checked(checkpoint, manifest, world.rank, world.size)
+            except DamagedCheckpointError as error:
+                absent = [] if (checkpoint / MANIFEST_FILE).is_file() else [MANIFEST_FILE]
+                found = [str(error)]
+            except OSError as error:
+                raise UserError(f"{checkpoint} cannot be read: {error}; all nodes need to read it") from error
+        seen = self._group.gather((absent, found))
+        for rank, (lacking, _) in enumerate(seen):
+            alone = set(lacking) - set(seen[0][0]) or set(seen[0][0]) - set(lacking)
+            if alone:
+                raise UserError(
+                    f"{checkpoint}: ranks 0 and {rank} do not see the same files ({min(alone)}); "
+                    "run.output_dir must be a folder that all nodes share"
+                )
+        return list(dict.fromkeys(line for _, part in seen for line in part))
+
+    def go_back_to(self, checkpoint: Path, done: int) -> None:
+        """A resume from `checkpoint`, of `done` rounds, abandons the later ones here: they are renamed, not deleted."""
+        here = checkpoint.resolve()
+        later = [
+            path for path in _published(self.folder) if path.resolve() != here and path.name >= self.place(done).name
+        ]
+        self._set_aside(self._group.gather(later)[0], "abandoned")
 
     def _set_aside(self, checkpoints: list[Path], why: str) -> None:
         with self._group.agreed():
             if self._group.world.is_main:
                 for checkpoint in checkpoints:
-                    place = checkpoint.with_name(f"{why}-{checkpoint.name}")
-                    shutil.rmtree(place, ignore_errors=True)
-                    checkpoint.rename(place)
+                    place = _rename_aside(checkpoint, why)
+                    logging.getLogger("opd_ds").warning("%s is set aside as %s", checkpoint.name, place.name)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -253,30 +270,35 @@ def refuse_damaged(checkpoint: Path) -> None:
         UserError: one is not what was written.
     """
     try:
-        problems = _checked(checkpoint, 0, 1)
+        problems = _checked(checkpoint, _read_manifest(checkpoint), 0, 1)
     except DamagedCheckpointError as error:
         problems = [str(error)]
     if problems:
         raise UserError(f"{checkpoint}: damaged ({problems[0]}); give another checkpoint")
 
 
-def _checked(checkpoint: Path, rank: int, size: int) -> list[str]:
-    """What is wrong with every `size`-th file, from the `rank`-th on."""
+def _read_manifest(checkpoint: Path) -> Manifest:
     try:
-        manifest = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
-        expected = [(name, int(facts["bytes"]), str(facts["sha256"])) for name, facts in sorted(manifest.items())]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpointError(f"{MANIFEST_FILE} is not readable: {error!r}") from error
+        manifest: Manifest = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
+        for facts in manifest.values():
+            int(facts["bytes"]), str(facts["sha256"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{MANIFEST_FILE} is missing or not what was written ({error!r})") from error
     if STATE_FILE not in manifest:
         raise DamagedCheckpointError(f"{MANIFEST_FILE} does not name {STATE_FILE}")
+    return manifest
+
+
+def _checked(checkpoint: Path, manifest: Manifest, rank: int, size: int) -> list[str]:
+    """What is wrong with every `size`-th file, from the `rank`-th on."""
     problems = []
-    for name, length, digest in expected[rank::size]:
-        file = checkpoint / name
+    for name in sorted(manifest)[rank::size]:
+        file, facts = checkpoint / name, manifest[name]
         if not file.is_file():
             problems.append(f"{name} is missing")
-        elif file.stat().st_size != length:
-            problems.append(f"{name} has {file.stat().st_size} bytes instead of {length}")
-        elif file_sha256(file) != digest:
+        elif file.stat().st_size != facts["bytes"]:
+            problems.append(f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}")
+        elif file_sha256(file) != facts["sha256"]:
             problems.append(f"{name} is not what was written: its SHA-256 differs")
     return problems
 
@@ -320,6 +342,15 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     checkpoint.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def _rename_aside(checkpoint: Path, why: str) -> Path:
+    """`<why>-<name>`, or `<why>-2-<name>` and so on: nothing is overwritten."""
+    numbers = ("", *(f"{count}-" for count in range(2, 1000)))
+    places = (checkpoint.with_name(f"{why}-{number}{checkpoint.name}") for number in numbers)
+    place = next(place for place in places if not place.exists())
+    checkpoint.rename(place)
+    return place
 
 
 def _write_whole(file: Path, text: str) -> None:

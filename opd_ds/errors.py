@@ -14,7 +14,7 @@ class NonFiniteError(RuntimeError):
     """The loss or the gradient norm stopped being a finite number; the last checkpoint is intact."""
 
 
-class DamagedCheckpointError(RuntimeError):
+class DamagedCheckpointError(UserError):
     """A checkpoint is not what was written: a file is missing, cut off or changed."""
 
 

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
 # The launcher ends all other processes within about a second of the first that exits.
 SECONDS_TO_BE_ENDED = 6.0
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out waiting")
+# How gloo and NCCL say it.
+_LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "ncclRemoteError",
+    "remote process exited",
+)
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
@@ -33,11 +41,12 @@ def leave(error: BaseException) -> None:
     peers = _peers()
     if peers is not None:
         deaf()
-        peers.close()
+        peers.stand_back()
         _end(_settle(error, peers))
     # No group yet: all ranks read the same config and fail alike. Rank 0 speaks, and the launcher ends the others;
     # only one that is still there after that, because it failed alone, speaks for itself.
-    rank = int(os.environ.get("RANK", "0"))
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+    rank = int(next((os.environ[name] for name in names if name in os.environ), "0"))
     if rank > 0:
         ends_with(_code(error))
         time.sleep(SECONDS_TO_BE_ENDED)
@@ -58,9 +67,10 @@ def _settle(error: BaseException, peers: Peers) -> int:
             if known is not None:
                 return known.code
             lost = ", ".join(f"rank {silent} on {peers.host_of(silent)}" for silent in peers.silent_ranks())
-            code = LOST_EXIT_CODE
-            text = f"opd-ds: error: lost {lost or 'another rank'}, which said nothing: killed (out of memory?), or its "
-            text += f"node is gone. {where}noticed it in: {_last_line(error)}"
+            if lost:  # nobody is, and nobody has said anything: then it is this rank's own failure
+                code = LOST_EXIT_CODE
+                text = f"opd-ds: error: lost {lost}, which said nothing: killed (out of memory?), or its node is gone. "
+                text += f"{where}noticed it in: {_first_line(error)}"
         first = peers.claim(code, text)
     except RuntimeError as gone:  # the store went with rank 0; what is our own to say is still said
         if _is_consequence(error):
@@ -95,7 +105,7 @@ def _code(error: BaseException) -> int:
     return 2 if isinstance(error, UserError) else 3 if isinstance(error, NonFiniteError) else 1
 
 
-def _last_line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0]
 
 

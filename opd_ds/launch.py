@@ -43,7 +43,7 @@ class World:
 
 @dataclass(frozen=True)
 class _Claim:
-    """What one source says. `nested`: processes that themselves may each have started several ranks."""
+    """What one source says."""
 
     source: str
     rank: int
@@ -88,6 +88,8 @@ def _launcher(environment: Mapping[str, str]) -> _Claim | None:
     rank, local_rank, size = (_number(environment, name) for name in names)
     # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE.
     local = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environment), None)
+    if local is None and environment.get("MASTER_ADDR", LOCALHOST) not in (LOCALHOST, "localhost"):
+        raise UserError("LOCAL_WORLD_SIZE is not set; give the number of processes on this node")
     return _sensible(_Claim("RANK", rank, local_rank, size, _number(environment, local) if local else size))
 
 
@@ -155,7 +157,8 @@ def _master_address(environment: Mapping[str, str], claim: _Claim) -> str:
 def _job(environment: Mapping[str, str], claim: _Claim) -> str:
     if claim.source == "SLURM_PROCID":
         return f"{environment.get('SLURM_JOB_ID', '0')}.{environment['SLURM_STEP_ID']}"
-    return environment.get("TORCHELASTIC_RUN_ID") or environment.get("SLURM_JOB_ID") or f"uid{os.getuid()}"
+    names = ("TORCHELASTIC_RUN_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID")
+    return next((environment[name] for name in names if name in environment), f"uid{os.getuid()}")
 
 
 def first_host(nodelist: str) -> str:

@@ -12,7 +12,7 @@ import threading
 import time
 
 from opd_ds.errors import UserError
-from opd_ds.launch import World, listener, ports, unused_port
+from opd_ds.launch import World, listener, ports
 
 START_TIMEOUT = 600.0
 _ANSWER_SECONDS = 3.0
@@ -26,9 +26,11 @@ def agree_on_port(world: World, timeout: float = START_TIMEOUT) -> int:
     """
     greeting = f"opd-ds {world.job}".encode()
     if world.is_main:
-        door, port = listener(world.job), unused_port()
+        door = listener(world.job)
         door.listen(128)
-        threading.Thread(target=_answer, args=(door, greeting, port, world.size - 1, timeout), daemon=True).start()
+        with listener(f"{world.job}/store") as free:
+            port = int(free.getsockname()[1])
+        threading.Thread(target=_answer, args=(door, greeting, port, timeout), daemon=True).start()
         return port
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
@@ -43,11 +45,13 @@ def agree_on_port(world: World, timeout: float = START_TIMEOUT) -> int:
     )
 
 
-def _answer(door: socket.socket, greeting: bytes, port: int, visitors: int, timeout: float) -> None:
-    """Tell the port to `visitors` ranks of this job, then close."""
-    deadline = time.monotonic() + timeout
+def _answer(door: socket.socket, greeting: bytes, port: int, seconds: float) -> None:
+    """Tell the port to whoever knows the job's name. Visitors are not counted: one may give up before it is answered,
+    and come again.
+    """
+    deadline = time.monotonic() + seconds
     with door:
-        while visitors > 0 and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
             door.settimeout(max(0.1, deadline - time.monotonic()))
             with contextlib.suppress(OSError):
                 visitor, _ = door.accept()
@@ -55,7 +59,6 @@ def _answer(door: socket.socket, greeting: bytes, port: int, visitors: int, time
                     visitor.settimeout(_ANSWER_SECONDS)
                     if visitor.recv(256) == greeting:
                         visitor.sendall(b"%s %d" % (greeting, port))
-                        visitors -= 1
 
 
 def _knock(host: str, port: int, greeting: bytes) -> int | None:

@@ -19,7 +19,7 @@ from opd_ds.checkpoint import (
 )
 from opd_ds.config import RunConfig
 from opd_ds.engine import Group, ShardReader, StudentEngine
-from opd_ds.errors import DamagedCheckpointError, Interrupted, UserError
+from opd_ds.errors import Interrupted, UserError
 from opd_ds.evaluation.benchmark import Benchmark, Contestant
 from opd_ds.evaluation.evaluator import Means, Shown, student_guidance
 from opd_ds.evaluation.publish import publish
@@ -80,7 +80,7 @@ def train(config: RunConfig, group: Group, resume: str = "never") -> None:
             _show_student(config, parts, report, watch, monitor)
         store.finish()
         if watch is not None:
-            monitor.looks(watch.close())
+            monitor.looks(watch.close(partial(group.progress, "waiting for the rewards")))
         _finish(config, parts, baselines, session)
 
 
@@ -135,11 +135,11 @@ def _find_checkpoint(store: CheckpointStore, resume: str, group: Group) -> Path 
     if resume != "never":
         checkpoint = Path(resume)
         with group.agreed():
-            read_state(checkpoint)
+            done = int(read_state(checkpoint)["round"])
         problems = store.problems(checkpoint)
         if problems:
             raise UserError(f"--resume {checkpoint}: damaged ({problems[0]}); give another checkpoint, or 'auto'")
-        store.go_back_to(checkpoint)
+        store.go_back_to(checkpoint, done)
         return checkpoint
     with group.agreed():
         if latest_checkpoint(store.folder) is not None:
@@ -155,10 +155,7 @@ def _restore(parts: Parts, checkpoint: Path, group: Group) -> int:
     with group.agreed():
         state = read_state(checkpoint)
         refuse_other_run(state["run"], parts.identity, checkpoint)
-        try:
-            shards = ShardReader(checkpoint)
-        except DamagedCheckpointError as error:
-            raise UserError(str(error)) from error
+        shards = ShardReader(checkpoint)
     parts.student.copy_in(shards, state["student"])
     if parts.ema is not None:
         parts.ema.copy_in(shards, state["ema"])

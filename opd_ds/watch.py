@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,8 +77,10 @@ class Watch:
         self._pending = [future for future in self._pending if future not in ready]
         return [look for future in ready for look in future.result()]
 
-    def close(self) -> list[Look]:
-        """The scores still under way; waits for them."""
+    def close(self, waiting: Callable[[], None]) -> list[Look]:
+        """The scores still under way; waits for them, and calls `waiting` now and then."""
+        while wait(self._pending, timeout=10).not_done:
+            waiting()
         self._worker.shutdown(wait=True)
         return self.finished()
 

@@ -237,6 +237,8 @@ def test_hierarchical_sharding_follows_the_nodes(config_file: Path, world: World
     [
         ({"stage": 2, "zero_hpz_partition_size": "auto"}, r"zero_hpz_partition_size = 2 needs stage 3, not 2"),
         ({"stage": 3, "zero_hpz_partition_size": 3}, r"zero_hpz_partition_size = 3 does not divide the 4 ranks"),
+        ({"stage": 2, "round_robin_gradients": True}, "round_robin_gradients is not supported"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "ratio other than 1 is not supported"),
         ({"stage": 3, "mics_shard_size": 2}, r"mics_shard_size: DeepSpeed has removed MiCS; use zero_hpz_partition"),
     ],
 )

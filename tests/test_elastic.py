@@ -77,7 +77,8 @@ def runs(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory, group: Grou
         for kind, changes in kinds.items()
         for stage, ds in (("zero3", ALL_SHARDED), ("zero2", "zero2"))
     ]
-    runs.on(2, *whole)
+    persistent = runs.config("lora-persistent", deepspeed="zero3", **LORA)
+    runs.on(2, *whole, str(persistent))
     runs.on(
         2,
         runs.go_on("full-3-to-2", "full-zero3", deepspeed="zero2"),
@@ -104,6 +105,12 @@ def runs(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory, group: Grou
 def test_another_stage_on_as_many_ranks(runs: Runs, name: str, source: str) -> None:
     assert_close(runs.rows(name), runs.rows(source)[WRITTEN:])
     assert_same_export(runs.root / name, runs.root / source)
+
+
+def test_averages_reach_parameters_that_stay_gathered(runs: Runs) -> None:
+    """The shipped zero3 keeps small parameters, such as all of a LoRA, gathered on every rank after a step."""
+    assert_close(runs.rows("lora-persistent"), runs.rows("lora-zero3"))
+    assert_same_export(runs.root / "lora-persistent", runs.root / "lora-zero3")
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -79,6 +79,7 @@ def test_from_the_environment(environment: dict[str, str], world: World) -> None
         # torchrun started once per task instead of once per node
         (srun(1, 1, 0, "2(x2)", 4) | TORCHRUN, "RANK says rank 3 of 4, SLURM_PROCID says rank 1 of 4"),
         (srun(1, 0, 1, "1(x2)", 2) | TORCHRUN | {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, "rank 0 of 1"),
+        ({"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "MASTER_ADDR": "n1"}, "LOCAL_WORLD_SIZE is not set"),
         (srun(0, 0, 0, "two", 2), "SLURM_STEP_TASKS_PER_NODE = 'two'"),
     ],
 )
@@ -149,6 +150,17 @@ def test_ranks_agree_although_strangers_hold_the_first_ports() -> None:
         first, second = agreed("strangers", 2)
     assert first == second
     assert first not in (silent, talks, other, 1234)
+
+
+def test_a_visitor_who_gives_up_keeps_nobody_out() -> None:
+    """Rank 0 may be busy loading libraries; who knocked in vain is still in the queue, and comes again."""
+    port = agree_on_port(World(0, 0, 3, 3, "127.0.0.1", None, "impatient"))
+    door = next(ports("impatient"))
+    for _ in range(4):
+        with socket.create_connection(("127.0.0.1", door)) as visit:
+            visit.sendall(b"opd-ds impatient")
+    others = [agree_on_port(World(rank, rank, 3, 3, "127.0.0.1", None, "impatient"), 20) for rank in (1, 2)]
+    assert others == [port, port]
 
 
 def test_no_rank_0_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

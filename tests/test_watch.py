@@ -68,21 +68,21 @@ def test_scores_come_later_with_the_round_they_belong_to(watch: Watch, reward: B
     watch.submit(7, {"one": grey([0.2, 0.4, 1.0], ["a", "b", "c"])}, {})
     assert watch.finished() == []  # nothing waits for the reward
     reward.gate.set()
-    (look,) = watch.close()
+    (look,) = watch.close(lambda: None)
     # Two of three pictures, as watch.rollouts says; 8-bit pictures round.
     assert look == Look(7, "rollout", "one", "light", pytest.approx(0.3, abs=0.003), 2, 0)
 
 
 def test_what_cannot_be_judged_is_counted_and_not_averaged(watch: Watch, reward: Brightness) -> None:
     watch.submit(1, {"one": grey([0.2, 0.6], ["unknown", "b"])}, {})
-    (look,) = watch.close()
+    (look,) = watch.close(lambda: None)
     assert (look.mean, look.judged, look.failed) == (pytest.approx(0.6, abs=0.003), 1, 1)
 
 
 def test_a_reward_that_breaks_is_a_gap(watch: Watch, reward: Brightness, caplog: pytest.LogCaptureFixture) -> None:
     reward.broken = True
     watch.submit(1, {"one": grey([0.2, 0.6], ["a", "b"])}, {})
-    assert watch.close() == [Look(1, "rollout", "one", "light", None, 0, 2)]
+    assert watch.close(lambda: None) == [Look(1, "rollout", "one", "light", None, 0, 2)]
     assert "the server is gone" in caplog.text
 
 
@@ -93,7 +93,7 @@ def test_a_slow_reward_drops_looks_instead_of_piling_up_pictures(
     for done in range(1, 6):
         watch.submit(done, {"one": grey([0.5], ["a"])}, {})
     reward.gate.set()
-    assert [look.round for look in watch.close()] == [1, 2]
+    assert [look.round for look in watch.close(lambda: None)] == [1, 2]
     assert caplog.text.count("this look is left out") == 3
 
 

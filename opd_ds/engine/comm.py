@@ -40,7 +40,8 @@ class Group:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """All ranks end together, with the work or with an interruption: nobody takes the others' end for a loss."""
         if self._peers is not None and (error is None or isinstance(error, Interrupted)):
-            self.barrier()
+            with contextlib.suppress(RuntimeError):  # all is done or saved; who is through the barrier may be gone
+                self.barrier()
             self._peers.close()
 
     def progress(self, doing: str) -> None:

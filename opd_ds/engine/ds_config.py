@@ -99,7 +99,9 @@ def _fill_batch_and_precision(ds: dict[str, Any], micro: int, precision: str, wo
 
 
 def _fill_layout(ds: dict[str, Any], world: World, source: str) -> None:
-    """Hierarchical sharding (ZeRO++'s hpZ): weights are gathered within a node, states stay sharded over all ranks."""
+    """Where states and weights live. Hierarchical sharding (ZeRO++'s hpZ) gathers weights within a node; states stay
+    sharded over all ranks.
+    """
     zero = ds.get("zero_optimization", {})
     for key in ("mics_shard_size", "mics_hierarchical_params_gather"):
         if key in zero:
@@ -107,6 +109,11 @@ def _fill_layout(ds: dict[str, Any], world: World, source: str) -> None:
                 f"ds_config {source}: zero_optimization.{key}: DeepSpeed has removed MiCS; use "
                 f'zero_hpz_partition_size = "auto", as in ds_configs/zero3_hpz.json'
             )
+    if zero.get("round_robin_gradients", False):
+        # DeepSpeed 0.19.8 then names pieces of parameters wrongly (stage_1_and_2.py, _link_all_hp_params).
+        raise UserError(f"ds_config {source}: zero_optimization.round_robin_gradients is not supported; remove it")
+    if zero.get("offload_optimizer", {}).get("ratio", 1.0) != 1.0:
+        raise UserError(f"ds_config {source}: offload_optimizer.ratio other than 1 is not supported; remove it")
     wanted = zero.get("zero_hpz_partition_size", 1)
     if wanted == AUTO:
         # On one node, or one process per node, there is nothing to gain.

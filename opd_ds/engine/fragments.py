@@ -117,11 +117,10 @@ def in_memory(optimizer: Any, fragment: Fragment, *, write: bool) -> Iterator[No
 
 
 def moments(optimizer: Any, flat: Tensor) -> dict[str, Any]:
-    """The inner optimizer's state of `flat`: tensors of its shape (Adam: `exp_avg`, `exp_avg_sq`) and numbers."""
-    for inner in (inner_optimizer(optimizer), getattr(optimizer, "backup_optimizer", None)):  # offload with ratio < 1
-        if inner is not None and flat in inner.state:
-            return inner.state[flat]
-    return {}
+    """The inner optimizer's state of `flat`: tensors of its shape (Adam: `exp_avg`, `exp_avg_sq`) and numbers. Empty
+    before its first step.
+    """
+    return inner_optimizer(optimizer).state.get(flat, {})
 
 
 def inner_optimizer(optimizer: Any) -> Any:

@@ -63,6 +63,7 @@ class Peers:
         self._store = PrefixStore(f"opd_ds/peers/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", client)
         self._lock = threading.Lock()  # a store's client has one conversation at a time
         self._closing = threading.Event()
+        self._leaving = False
         self._beat = _Beat(0, 0, "starting", 0.0)
         self._last_progress = time.monotonic()
         self._hang_seconds: float | None = None
@@ -113,6 +114,10 @@ class Peers:
             known = self._store.check([f"host/{rank}"])
             return self._store.get(f"host/{rank}").decode() if known else "an unknown host"
 
+    def stand_back(self) -> None:
+        """This rank is about to end because something failed: it goes on giving signs of life, and decides nothing."""
+        self._leaving = True
+
     def say_store_is_gone(self, error: BaseException) -> None:
         """Without the store nobody can be the first to claim: the first rank of the next node speaks, if there is one,
         else rank 1."""
@@ -133,6 +138,8 @@ class Peers:
                 self._store.set(f"host/{self._world.rank}", self._host)
             while not self._closing.wait(self._beat_seconds):
                 self._give_sign()
+                if self._leaving:
+                    continue
                 failure = self.failure()
                 if failure is not None:
                     self._leave(failure.code)
@@ -140,12 +147,12 @@ class Peers:
                 self._look_for_hang()
         except RuntimeError as error:  # the store does not answer: the rank that holds it is gone
             # On its way out by itself? Then its last message says why.
-            if not self._closing.wait(self._beat_seconds):
+            if not self._closing.wait(self._beat_seconds) and not self._leaving:
                 self.say_store_is_gone(error)
                 self._leave(LOST_EXIT_CODE)
 
     def _leave(self, code: int) -> None:
-        if not self._closing.is_set():
+        if not self._closing.is_set() and not self._leaving:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)

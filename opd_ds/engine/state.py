@@ -25,6 +25,7 @@ from opd_ds.errors import DamagedCheckpointError
 
 MASTER, EMA = "master", "ema"
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+_GROUP_FIELDS = ("lr", "betas", "momentum")  # what schedules move
 _ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
@@ -58,16 +59,17 @@ def copy_in(engine: DeepSpeedEngine, held: list[Fragment], shards: ShardReader, 
     for parts in by_flat.values():
         with ExitStack() as stack:
             stack.enter_context(in_memory(engine.optimizer, parts[0], write=True))
-            flat = parts[0].flat
-            state = moments(engine.optimizer, flat)
-            if not state:  # not there before the first step
-                state = inner.state[flat]
-            for kind in shards.kinds - {MASTER, EMA}:
-                if kind not in state:
-                    state[kind] = torch.zeros_like(flat, memory_format=torch.preserve_format).detach()
             for part in parts:
                 part.master.copy_(shards.read(MASTER, part.name, part.start, part.numel))
-                for kind in shards.kinds - {MASTER, EMA}:
+            kinds = shards.kinds - {MASTER, EMA}
+            if not kinds:  # written before the first step (fp16 skips those that overflow): leave the optimizer alone
+                continue
+            flat = parts[0].flat
+            state = inner.state[flat]  # made by this look-up where it is not there yet
+            for kind in kinds:
+                if kind not in state:
+                    state[kind] = torch.zeros_like(flat).detach()
+                for part in parts:
                     part.of(state[kind]).copy_(shards.read(kind, part.name, part.start, part.numel))
             _set_step(inner, state, optimizer_step)
 
@@ -79,7 +81,7 @@ def numbers(engine: DeepSpeedEngine) -> dict[str, Any]:
     return {
         "engine": {name: getattr(engine, name) for name in _ENGINE_COUNTERS},
         "optimizer_step": _step(inner),
-        "learning_rates": [float(group["lr"]) for group in inner.param_groups],
+        "groups": [{name: group[name] for name in _GROUP_FIELDS if name in group} for group in inner.param_groups],
         "scheduler": None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict(),
         "loss_scaler": {name: getattr(scaler, name) for name in _SCALER_FIELDS if hasattr(scaler, name)},
     }
@@ -89,8 +91,8 @@ def set_numbers(engine: DeepSpeedEngine, saved: dict[str, Any]) -> None:
     """Put back what `numbers` gave; the optimizer's step count is set with its moments."""
     for name, value in saved["engine"].items():
         setattr(engine, name, value)
-    for group, rate in zip(inner_optimizer(engine.optimizer).param_groups, saved["learning_rates"], strict=True):
-        group["lr"] = rate
+    for group, fields in zip(inner_optimizer(engine.optimizer).param_groups, saved["groups"], strict=True):
+        group |= {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     if engine.lr_scheduler is not None and saved["scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(saved["scheduler"])
     scaler = _loss_scaler(engine.optimizer)

@@ -92,14 +92,16 @@ class StudentEngine:
             for index in range(len(optimizer.fp32_partitioned_groups_flat)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(index)
             optimizer.invalidate_secondary_tensor()  # hpZ keeps a copy of the weights per node
+            # Small ("persistent") parameters stay gathered after a step, and what is gathered is not gathered again.
+            optimizer._partition_all_parameters()
             if optimizer.persistent_parameters:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         elif hasattr(optimizer, "update_lp_params"):
             optimizer.update_lp_params()
-        elif hasattr(optimizer, "fp32_groups"):
-            for ours, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-                for parameter, master in zip(ours, masters, strict=True):
-                    parameter.data.copy_(master.data)
+        else:  # stage 0: in fp32 the masters are the weights
+            weights = dict(self.module.named_parameters())
+            for fragment in self.fragments:
+                weights[fragment.name].data.copy_(fragment.master.view_as(weights[fragment.name]))
 
     @torch.no_grad()
     def gather_weights(self, *, trainable_only: bool) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -66,5 +67,5 @@ def evaluate(
 
     quiet_libraries()
     requests = Requests(defaults, models or [], guidance or [])
-    with init_group(world) as group:
+    with init_group(world, timedelta(minutes=settings.run.hang_minutes + 10)) as group:
         run_evaluation(settings, Choice(requests, prompts or [], rewards or [], limit), group)

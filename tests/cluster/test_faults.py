@@ -131,6 +131,7 @@ def test_a_job_goes_on_with_other_ranks_and_stages_and_over_a_damaged_shard(
     assert_close(metrics(tmp_path / "out"), uninterrupted(tiny_world, tmp_path, 7))
 
 
+@pytest.mark.slow  # on one machine: tests/test_checkpoint.py
 def test_a_disk_that_fills_up(cluster: Cluster, tiny_world: Path, tmp_path: Path) -> None:
     """The run ends with one clear line and no requeue; with room it goes on from the last checkpoint."""
     disk = tmp_path / "disk"
