@@ -142,6 +142,7 @@ def test_two_ranks_to_four_flat_and_hierarchical(runs: Runs, tmp_path: Path) -> 
         assert_same_export(runs.root / name, runs.root / source)
 
 
+@pytest.mark.slow
 def test_one_rank_to_two(runs: Runs) -> None:
     runs.here(str(runs.config("one", deepspeed="zero0")))
     runs.on(2, runs.go_on("one-to-two", "one", deepspeed=ALL_SHARDED))

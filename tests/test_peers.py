@@ -104,6 +104,7 @@ def test_a_killed_rank_is_missed(tiny_world: Path, tmp_path: Path) -> None:
     assert "Traceback" not in ended.outputs[0]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_0_is_missed(tiny_world: Path, tmp_path: Path) -> None:
     """It holds the store in which ranks leave word."""
     job = start(tiny_world, tmp_path)
@@ -131,8 +132,18 @@ def test_a_node_that_is_gone_is_missed_within_a_minute(tiny_world: Path, tmp_pat
     ("fault", "code", "said"),
     [
         ('raise KeyError("a bug")', 1, "[rank 1 on "),
-        ('raise UserError("tasks.one: something to mend")', 2, "opd-ds: error: tasks.one: something to mend"),
-        ('raise OSError(28, "No space left on device", "/x/metrics.jsonl")', 1, "could not write /x/metrics.jsonl"),
+        pytest.param(
+            'raise UserError("tasks.one: something to mend")',
+            2,
+            "opd-ds: error: tasks.one: something to mend",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            'raise OSError(28, "No space left on device", "/x/metrics.jsonl")',
+            1,
+            "could not write /x/metrics.jsonl",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["bug", "user error", "full disk"],
 )
@@ -165,7 +176,7 @@ def test_a_hang_is_found_and_says_who_waits_where(tiny_world: Path, tmp_path: Pa
         assert json.loads((hang / f"rank-{rank:05d}.collectives.json").read_text())["entries"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_second_signal_ends_a_rank_that_waits_in_a_collective(
     tiny_world: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -25,7 +25,6 @@ from tests.test_multirank import _wait_for_rounds, assert_close, metrics
 from tests.tiny import ALL_SHARDED, launch, run_settings, write_config
 
 SCRIPT = package_root().resolve().parent / "launchers" / "slurm_train.sbatch"
-ROUNDS = 40
 
 
 def uninterrupted(world: Path, folder: Path, rounds: int, **changes: object) -> list[dict[str, float]]:
@@ -45,13 +44,13 @@ class Survivor:
     faults: list[str]
     published: list[int]
 
-    def after(self, rounds: int, fault: str, act: Callable[[], None]) -> None:
+    def after(self, rounds: int, fault: str, act: Callable[[], object]) -> None:
         """Let the job get on by some rounds, do it harm, wait until it runs again."""
         file = self.folder / "metrics.jsonl"
         _wait_for_rounds(self.folder, len(file.read_text().splitlines()) + rounds if file.is_file() else rounds)
         self._harm(fault, act)
 
-    def while_writing(self, fault: str, act: Callable[[], None], delay: float) -> None:
+    def while_writing(self, fault: str, act: Callable[[], object], delay: float) -> None:
         """The same at a moment of the next checkpoint."""
         folder, deadline = self.folder / "checkpoints", time.monotonic() + 60
         leftovers = drafts(folder)
@@ -61,7 +60,7 @@ class Survivor:
         time.sleep(delay)
         self._harm(fault, act)
 
-    def _harm(self, fault: str, act: Callable[[], None]) -> None:
+    def _harm(self, fault: str, act: Callable[[], object]) -> None:
         act()
         self.faults.append(fault)
         self.cluster.wait_for(self.job, ("PENDING", "RUNNING"), timeout=100, restarts=len(self.faults))
@@ -83,8 +82,29 @@ class Survivor:
         assert set(self.published) <= set(starts), (self.published, text)
 
 
-def test_a_job_survives(cluster: Cluster, tiny_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = {"run__rounds": ROUNDS, "run__checkpoint_every": 3}
+# In order: a saved state in between lets the batch script forget the losses it has counted.
+SOME = ("scancel --signal=USR1", "kill -9 of rank 1", "node n2 dies", "kill -9 of rank 0 while writing")
+ALL = (
+    "scancel --signal=USR1",
+    "kill -9 of rank 1",
+    "node n2 dies",
+    "scancel --batch --signal=USR1",
+    "kill -9 of rank 0 while writing",
+    "kill -9 of rank 1 while writing",
+    "scontrol requeue",
+)
+
+
+@pytest.mark.parametrize("faults", [SOME, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_a_job_survives(
+    cluster: Cluster,
+    tiny_world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    faults: tuple[str, ...],
+) -> None:
+    rounds = 6 * len(faults)
+    settings = {"run__rounds": rounds, "run__checkpoint_every": 3}
     config = write_config(tmp_path / "run.yaml", run_settings(tiny_world, tmp_path / "out", **settings))
     tasks = ("-N", "2", "--ntasks-per-node=1", f"--chdir={tmp_path}")
     job = cluster.submit(*tasks, SCRIPT, "--config", config, cwd=tmp_path)
@@ -93,16 +113,23 @@ def test_a_job_survives(cluster: Cluster, tiny_world: Path, tmp_path: Path, caps
     def kill_rank(node: str) -> None:
         cluster.on(node, "pkill", "-9", "-f", "bin/opd-ds train")
 
-    run.after(4, "scancel --signal=USR1", lambda: cluster.cancel("--signal=USR1", job))
-    run.after(4, "kill -9 of rank 1", lambda: kill_rank("n2"))
-    run.after(4, "node n2 dies", lambda: cluster.kill_node("n2"))
-    run.after(4, "scancel --batch --signal=USR1", lambda: cluster.cancel("--batch", "--signal=USR1", job))
-    run.while_writing("kill -9 of rank 0 while writing", lambda: kill_rank("n1"), chance.uniform(0, 0.05))
-    run.while_writing("kill -9 of rank 1 while writing", lambda: kill_rank("n2"), chance.uniform(0, 0.05))
-    run.after(4, "scontrol requeue", lambda: cluster.on("login", "scontrol", "requeue", job) and None)
+    acts: dict[str, Callable[[], object]] = {
+        "scancel --signal=USR1": lambda: cluster.cancel("--signal=USR1", job),
+        "scancel --batch --signal=USR1": lambda: cluster.cancel("--batch", "--signal=USR1", job),
+        "scontrol requeue": lambda: cluster.on("login", "scontrol", "requeue", job),
+        "node n2 dies": lambda: cluster.kill_node("n2"),
+        "kill -9 of rank 1": lambda: kill_rank("n2"),
+        "kill -9 of rank 0 while writing": lambda: kill_rank("n1"),
+        "kill -9 of rank 1 while writing": lambda: kill_rank("n2"),
+    }
+    for fault in faults:
+        if fault.endswith("writing"):
+            run.while_writing(fault, acts[fault], chance.uniform(0, 0.05))
+        else:
+            run.after(3, fault, acts[fault])
     assert cluster.wait_for(job, ("COMPLETED", "FAILED"), timeout=150) == "COMPLETED", cluster.output(job)
     run.check_starts()
-    assert metrics(tmp_path / "out") == uninterrupted(tiny_world, tmp_path, ROUNDS)
+    assert metrics(tmp_path / "out") == uninterrupted(tiny_world, tmp_path, rounds)
     with capsys.disabled():
         print(f"\n{len(run.faults)} faults survived by job {job}: {'; '.join(run.faults)}")
 

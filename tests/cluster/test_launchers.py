@@ -160,6 +160,7 @@ def test_usr1_puts_the_job_back_however_it_comes(
     assert place.starts() == 2
 
 
+@pytest.mark.slow
 def test_the_time_limit_puts_the_job_back(cluster: Cluster, place: Place, submit: Callable[..., str]) -> None:
     # SLURM looks at limits now and then: a signal 50 s before a limit of one minute comes within seconds.
     job = submit("wait", options=("-N2", "--time=1", "--signal=B:USR1@50"))

@@ -81,6 +81,7 @@ def test_with_torchrun_in_an_allocation(
     assert metrics(tmp_path / "out") == local[2]
 
 
+@pytest.mark.slow
 def test_on_a_single_node(tmp_path: Path, local: dict[int, list[dict[str, float]]]) -> None:
     command = ["bash", str(LAUNCHERS / "single_node.sh"), *arguments(tmp_path / "out")]
     environment = os.environ | {"PROCESSES": "2", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
