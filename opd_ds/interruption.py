@@ -27,7 +27,7 @@ class StopRequest:
     """What this process has been asked to do. A second signal, some seconds after the first, ends it at once."""
 
     def __init__(self) -> None:
-        self._asked: set[int] = set()
+        self._asked: frozenset[int] = frozenset()  # replaced, not changed: two threads look at it
         self._first = 0.0
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -50,7 +50,7 @@ class StopRequest:
             os._exit(128 + number)  # what is being written has no name yet: nothing is damaged
         if not self._asked:
             self._first = now
-        self._asked.add(number)
+        self._asked |= {number}
 
     def agreed(self, group: Group) -> int | None:
         """The exit code all ranks are to leave with if any of them was asked to stop, else None: 75 after SIGUSR1, 143
