@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +14,11 @@ import pytest
 import torch
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# One build of DeepSpeed's small CPU op for all tests of a machine; a killed build elsewhere cannot hang us.
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(tempfile.gettempdir()) / f"opd_ds_test_ops_{os.getuid()}"))
+# One build of DeepSpeed's small CPU op for all tests with one environment: with two they would rebuild it in turns.
+os.environ.setdefault(
+    "TORCH_EXTENSIONS_DIR",
+    str(Path(tempfile.gettempdir(), f"opd_ds_test_ops_{hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]}")),
+)
 
 from opd_ds.config import RunConfig
 from opd_ds.engine import Group, init_group
