@@ -75,6 +75,7 @@ CUTS: dict[str, dict[str, Any]] = {
     },
 }
 PLACEMENTS = ("resident", "zero_inference")
+KILLED = {"run__rounds": 8, "run__checkpoint_every": 2}
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,7 @@ def on_two_ranks(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         teacher = {"path": str(tiny_world / "base"), "guidance": 2.0, "placement": placement}
         task = {"teacher": teacher, "prompts": str(tiny_world / "prompts.txt")}
         settings[placement] = {"precision": "bf16", "tasks": {"self": task}, "run__rounds": 2}
+    settings |= {f"whole {kind}": {"student__kind": kind, **KILLED} for kind in ("full", "lora")}
     files = [
         write_config(root / f"{number}.yaml", run_settings(tiny_world, root / name, **changes))
         for number, (name, changes) in enumerate(settings.items())
@@ -110,10 +112,12 @@ def test_its_own_teacher_is_exactly_zero_on_two_ranks_in_bf16(
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_kill_9_and_resume_is_bit_for_bit(tiny_world: Path, tmp_path: Path, kind: str) -> None:
+def test_kill_9_and_resume_is_bit_for_bit(
+    tiny_world: Path, tmp_path: Path, on_two_ranks: dict[str, list[dict[str, float]]], kind: str
+) -> None:
     """Invariant 2: a rank is killed within a round; the resumed rounds equal the uninterrupted ones."""
-    changes = {"student__kind": kind, "run__rounds": 8, "run__checkpoint_every": 2}
-    expected = run(tiny_world, tmp_path / "whole", 2, **changes)
+    changes = {"student__kind": kind, **KILLED}
+    expected = on_two_ranks[f"whole {kind}"]
 
     folder = tmp_path / "killed"
     folder.mkdir()

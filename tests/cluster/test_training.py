@@ -90,6 +90,7 @@ def test_on_a_single_node(tmp_path: Path, local: dict[int, list[dict[str, float]
     assert metrics(tmp_path / "out") == local[2]
 
 
+@pytest.mark.slow
 def test_the_doctor_examines_an_allocation(cluster: Cluster, tmp_path: Path) -> None:
     command = ["srun", "-N2", "--ntasks-per-node=1", "opd-ds", "doctor", "--json", *arguments(tmp_path)]
     said = cluster.on("login", *command, cwd=tmp_path, timeout=240).stdout
