@@ -119,13 +119,17 @@ def launch(
     check: bool = True,
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; with `check` a failure shows the run's output."""
-    process = start(ranks, *arguments, script=script, command=command)
+    return finish(start(ranks, *arguments, script=script, command=command), timeout, check)
+
+
+def finish(process: subprocess.Popen[str], timeout: float, check: bool) -> subprocess.CompletedProcess[str]:
+    """Wait for a process that leads its own group; past `timeout` seconds the whole group is killed."""
     try:
         out, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         out, _ = process.communicate()
-        raise AssertionError(f"still running after {timeout} s:\n{out[-4000:]}") from None
+        raise AssertionError(f"{process.args}: still running after {timeout} s:\n{out[-4000:]}") from None
     if check:
         assert process.returncode == 0, out[-6000:]
     return subprocess.CompletedProcess(process.args, process.returncode, out)

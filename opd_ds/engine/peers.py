@@ -43,10 +43,9 @@ class Failure:
 
 @dataclass
 class _Beat:
-    """A sign of life. `got_on`: how often the rank has reported progress; `idle`: seconds since it last did."""
+    """A sign of life. `idle`: seconds since the rank last reported progress."""
 
     count: int
-    got_on: int
     doing: str
     idle: float
 
@@ -64,7 +63,7 @@ class Peers:
         self._lock = threading.Lock()  # a store's client has one conversation at a time
         self._closing = threading.Event()
         self._leaving = False
-        self._beat = _Beat(0, 0, "starting", 0.0)
+        self._beat = _Beat(0, "starting", 0.0)
         self._last_progress = time.monotonic()
         self._hang_seconds: float | None = None
         self._hang_folder: Path | None = None
@@ -77,7 +76,6 @@ class Peers:
     def progress(self, doing: str) -> None:
         """This rank gets on. `doing` is shown when it does not any more."""
         self._beat.doing, self._last_progress = doing, time.monotonic()
-        self._beat.got_on += 1
 
     def watch_hangs(self, seconds: float, folder: Path) -> None:
         """When no rank has got on for `seconds`, every rank leaves its stacks in `folder` and the job ends."""

@@ -26,7 +26,7 @@ class StudentEngine:
         self._group = group
         self.zero_stage = zero_stage(ds_config)
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._engine, _, _, self._scheduler = deepspeed.initialize(
+        self._engine, *_ = deepspeed.initialize(
             model=module, model_parameters=trainable, config=ds_config, dist_init_required=False
         )
         self._engine.train()

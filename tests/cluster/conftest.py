@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import finish
+
 HERE = Path(__file__).parent
 COMMANDS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "sshd", "ssh-keygen", "pdsh", "unshare", "nsenter")
 
@@ -44,15 +46,7 @@ class Cluster:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on a node, to its end; its two outputs are returned as one."""
         with self.start(node, *command, env=env, cwd=cwd) as process:
-            try:
-                output, _ = process.communicate(timeout=timeout)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                output, _ = process.communicate()
-                raise AssertionError(f"{command} on {node} took over {timeout} s:\n{output}") from None
-        if check:
-            assert process.returncode == 0, f"{command} on {node}: exit code {process.returncode}\n{output}"
-        return subprocess.CompletedProcess(command, process.returncode, output)
+            return finish(process, timeout, check)
 
     def start(
         self, node: str, *command: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
