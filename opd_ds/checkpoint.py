@@ -310,7 +310,8 @@ def refuse_other_run(saved: dict[str, Any], current: dict[str, Any], checkpoint:
         UserError: naming the first differing entry and both values.
     """
     before, now = _flat(saved), _flat(current)
-    for key in sorted(before.keys() | now.keys()):
+    # The run config first: what the ds_config says mostly comes from it, and users set it there.
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (key.startswith("ds_config."), key)):
         if before.get(key) != now.get(key):
             raise UserError(
                 f"resume from {checkpoint.name}: {key} was {before.get(key)!r} and is now {now.get(key)!r}; "
