@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from opd_ds.export import STUDENT_ADAPTER
 from opd_ds.loading import resolve_path
 from opd_ds.models import ModelFamily, lora
 from opd_ds.preparation import load_family, student_module
+from opd_ds.release import CARD, base_name, model_card, refuse_occupied
 
 _BASE_LAYER = ".base_layer."
 
@@ -53,8 +53,7 @@ def export_checkpoint(config: RunConfig, checkpoint: Path, folder: Path, *, aver
     Raises:
         UserError: the checkpoint is damaged or another run's, the folder is not empty, nothing to merge.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists and is not an empty folder; give another one")
+    refuse_occupied(folder)
     state = read_state(checkpoint)
     refuse_damaged(checkpoint)
     kind = state["run"]["student"]["kind"]
@@ -70,7 +69,7 @@ def export_checkpoint(config: RunConfig, checkpoint: Path, folder: Path, *, aver
     else:
         family.save_full(_merged(network), folder)
     form = "merged" if merge else kind
-    (folder / "README.md").write_text(_card(config, state, checkpoint, form, averaged=averaged), encoding="utf-8")
+    (folder / CARD).write_text(_card(config, state, checkpoint, form, averaged=averaged), encoding="utf-8")
 
 
 @torch.no_grad()
@@ -88,28 +87,23 @@ def _card(config: RunConfig, state: dict[str, Any], checkpoint: Path, form: str,
     """What the weights are and where they come from, for whoever finds the folder."""
     run = state["run"]
     results = checkpoint.parent.parent / "summary.json"
-    lines = [
-        "---",
-        "library_name: diffusers",
-        f"base_model: {json.dumps(config.model.path)}",
-        "---",
-        "",
-        f"# {config.model.path.rstrip('/').split('/')[-1]}, distilled from {len(run['tasks'])} teachers",
-        "",
+    card = model_card(
+        f"{base_name(config.model.path)}, distilled from {len(run['tasks'])} teachers",
         f"On-policy distillation (arXiv 2605.15055) by opd_ds: {form} weights after {state['round']} rounds"
         + (", averaged (EMA)." if averaged and state["ema"] is not None else "."),
-        "",
-        "| | | SHA-256 |",
-        "|---|---|---|",
-        f"| base | `{config.model.path}` | `{run['base']['sha256']}` |",
-    ]
-    for name, task in run["tasks"].items():
-        lines.append(f"| teacher of {name} | `{config.tasks[name].teacher.path}` | `{task['teacher_sha256']}` |")
-    settings = {key: run[key] for key in ("seed", "precision", "student", "optimizer", "rollout", "objective")}
-    lines += ["", "## Settings", "", "```yaml", yaml.safe_dump(settings, sort_keys=False).rstrip(), "```"]
+        base=config.model.path,
+        sources=[
+            ("base", config.model.path, run["base"]["sha256"]),
+            *(
+                (f"teacher of {name}", config.tasks[name].teacher.path, task["teacher_sha256"])
+                for name, task in run["tasks"].items()
+            ),
+        ],
+        settings={key: run[key] for key in ("seed", "precision", "student", "optimizer", "rollout", "objective")},
+    )
     if state["round"] == config.run.rounds and results.is_file():
         scores = json.loads(results.read_text(encoding="utf-8"))["tasks"]
-        lines += [
+        lines = [
             "",
             "## Mean reward on held-out prompts",
             "",
@@ -119,4 +113,5 @@ def _card(config: RunConfig, state: dict[str, Any], checkpoint: Path, form: str,
         for name, row in scores.items():
             cells = ["-" if row[key] is None else f"{row[key]:.3f}" for key in ("base", "teacher", "student")]
             lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        card += "\n".join(lines) + "\n"
+    return card
