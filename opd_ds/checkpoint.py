@@ -25,7 +25,7 @@ STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
 LATEST_FILE = "latest"
 CHECKPOINTS_FOLDER = "checkpoints"
-FORMAT = 2
+FORMAT = 3
 _NAME = re.compile(r"^round-(\d{6})$")
 
 # File name -> size in bytes and SHA-256.

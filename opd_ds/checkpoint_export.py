@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from opd_ds.checkpoint import read_state, refuse_damaged
 from opd_ds.config import RunConfig, StudentSection
@@ -19,8 +18,7 @@ from opd_ds.loading import resolve_path
 from opd_ds.models import ModelFamily, lora
 from opd_ds.preparation import load_family, student_module
 from opd_ds.release import CARD, base_name, model_card, refuse_occupied
-
-_BASE_LAYER = ".base_layer."
+from opd_ds.teach.config import TeachConfig
 
 
 def checkpointed_student(family: ModelFamily, checkpoint: Path, *, averaged: bool = True) -> nn.Module:
@@ -33,7 +31,7 @@ def checkpointed_student(family: ModelFamily, checkpoint: Path, *, averaged: boo
         UserError: not a checkpoint, or of another student.
     """
     state = read_state(checkpoint)
-    network = student_module(StudentSection.model_validate(state["run"]["student"]), 0, family)
+    network = student_module(_as_begun(state), 0, family, None)
     weights = consolidated_weights(checkpoint, state["shapes"], averaged=averaged)
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     lacking = sorted(trained - weights.keys())
@@ -44,6 +42,11 @@ def checkpointed_student(family: ModelFamily, checkpoint: Path, *, averaged: boo
             f"are unknown, the first: {(lacking + unknown)[0]!r}"
         )
     return network
+
+
+def _as_begun(state: dict[str, Any]) -> StudentSection:
+    """The student's settings; where it started from is in its weights by now."""
+    return StudentSection.model_validate(state["run"]["student"] | {"start": None})
 
 
 def export_checkpoint(config: RunConfig, checkpoint: Path, folder: Path, *, averaged: bool, merge: bool) -> None:
@@ -67,39 +70,33 @@ def export_checkpoint(config: RunConfig, checkpoint: Path, folder: Path, *, aver
         weights = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
         family.save_lora(lora.strip_adapter_name(weights), lora.adapter_config(network, STUDENT_ADAPTER), folder)
     else:
-        family.save_full(_merged(network), folder)
+        family.save_full(lora.merged_weights(network), folder)
     form = "merged" if merge else kind
     (folder / CARD).write_text(_card(config, state, checkpoint, form, averaged=averaged), encoding="utf-8")
-
-
-@torch.no_grad()
-def _merged(network: nn.Module) -> dict[str, Tensor]:
-    """The weights of the plain network, adapters added to what they adapt; computed in float32."""
-    network.float()
-    for module in network.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
-    plain = {key: value for key, value in network.state_dict().items() if ".lora_" not in key}
-    return {key.replace(_BASE_LAYER, "."): value for key, value in plain.items()}
 
 
 def _card(config: RunConfig, state: dict[str, Any], checkpoint: Path, form: str, *, averaged: bool) -> str:
     """What the weights are and where they come from, for whoever finds the folder."""
     run = state["run"]
     results = checkpoint.parent.parent / "summary.json"
+    if isinstance(config, TeachConfig):
+        how, method = f"taught {', '.join(run['tasks'])}", f"Reinforcement learning ({config.teach.algorithm})"
+    else:
+        how = f"distilled from {len(run['tasks'])} teachers"
+        method = "On-policy distillation (arXiv 2605.15055)"
     card = model_card(
-        f"{base_name(config.model.path)}, distilled from {len(run['tasks'])} teachers",
-        f"On-policy distillation (arXiv 2605.15055) by opd_ds: {form} weights after {state['round']} rounds"
-        + (", averaged (EMA)." if averaged and state["ema"] is not None else "."),
+        f"{base_name(config.model.path)}, {how}",
+        f"{method} by opd_ds: {form} weights after {state['round']} rounds"
+        + (", averaged (EMA)." if averaged and "ema" in state["copies"] else "."),
         base=config.model.path,
         sources=[
             ("base", config.model.path, run["base"]["sha256"]),
             *(
-                (f"teacher of {name}", config.tasks[name].teacher.path, task["teacher_sha256"])
-                for name, task in run["tasks"].items()
+                (f"teacher of {name}", teacher.path, run["tasks"][name]["teacher_sha256"])
+                for name, teacher in config.teachers.items()
             ),
         ],
-        settings={key: run[key] for key in ("seed", "precision", "student", "optimizer", "rollout", "objective")},
+        settings={key: run[key] for key in ("seed", *config.deciding)},
     )
     if state["round"] == config.run.rounds and results.is_file():
         scores = json.loads(results.read_text(encoding="utf-8"))["tasks"]

@@ -12,9 +12,10 @@ from opd_ds.errors import Interrupted
 from opd_ds.evaluation.cli import evaluate
 from opd_ds.export_cli import export
 from opd_ds.failures import leave
-from opd_ds.launch import prepare_environment, who_am_i
+from opd_ds.merge_cli import merge
 from opd_ds.rewards.cli import app as rewards_app
 from opd_ds.slurm import launch
+from opd_ds.train_cli import teach, train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 miniature = typer.Typer(no_args_is_help=True, help="The embedded world: a tiny SD3 on handwritten digits.")
@@ -24,46 +25,15 @@ app.command("eval")(evaluate)
 app.command()(doctor)
 app.command("launch")(launch)
 app.command()(export)
+app.command()(merge)
+app.command()(train)
+app.command()(teach)
 
 
 @app.callback()
 def common(local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0) -> None:
-    """Distil several diffusion teachers into one student."""
+    """Teach diffusion models tasks; distil several such teachers into one student."""
     # The deepspeed launcher puts --local_rank before the sub-command; LOCAL_RANK says the same and is what we read.
-
-
-@app.command()
-def train(
-    recipe: Annotated[str | None, typer.Option(help="a shipped recipe, see `opd-ds recipes`")] = None,
-    config: Annotated[Path | None, typer.Option(help="your own YAML run config")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, repeatable")] = None,
-    resume: Annotated[str, typer.Option(help="never, auto, or the folder of a checkpoint")] = "never",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved run and start nothing")] = False,
-) -> None:
-    """Distil: one process by itself, or one per device under deepspeed, torchrun or srun."""
-    from opd_ds.interruption import listen
-    from opd_ds.loading import load_config
-
-    listen()  # first of all: a signal that comes while libraries and models load must not be lost
-    world = who_am_i()
-    settings = load_config(recipe, config, overrides or [])
-    if dry_run:
-        from opd_ds.dry_run import describe
-
-        if world.is_main:
-            typer.echo(describe(settings, world))
-        return
-    prepare_environment(world)
-    from datetime import timedelta
-
-    from opd_ds.engine import init_group
-    from opd_ds.quiet import quiet_libraries
-    from opd_ds.run import train as run_training
-
-    quiet_libraries()
-    # The watch over hangs speaks first; a collective's own timeout is only there in case it cannot.
-    with init_group(world, timedelta(minutes=settings.run.hang_minutes + 10)) as group:
-        run_training(settings, group, resume)
 
 
 @app.command()

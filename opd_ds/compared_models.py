@@ -53,7 +53,7 @@ def contestants(
     """
     sources: dict[str, str] = {}
     if requests.defaults:
-        keywords = ["base", *(f"teacher:{task}" for task in config.tasks)]
+        keywords = ["base", *(f"teacher:{task}" for task in config.teachers)]
         if (config.run.output_dir / EXPORT_FOLDER).is_dir():
             keywords.append("student")
         sources = {keyword: keyword for keyword in keywords}
@@ -74,7 +74,7 @@ def contestants(
         load = _loader(family, path)
         by_set = student_guidance(config, sets)
         if source.startswith("teacher:"):
-            by_set = dict.fromkeys(sets, config.tasks[source.removeprefix("teacher:")].teacher.guidance)
+            by_set = dict.fromkeys(sets, config.teachers[source.removeprefix("teacher:")].guidance)
         if name in guidance:
             by_set = dict.fromkeys(sets, guidance[name])
         model = Contestant(name, weights_sha256(path), by_set, partial(_loaded, load, device))
@@ -109,9 +109,10 @@ def _find(config: RunConfig, name: str, source: str) -> Path:
             raise UserError(f"--model {name}={source}: {run / EXPORT_FOLDER} does not exist; has the run finished?")
         return run / EXPORT_FOLDER
     if kind == "teacher":
-        if which not in config.tasks:
-            raise UserError(f"--model {name}={source}: no such task; there are {', '.join(config.tasks)}")
-        return resolve_path(config.tasks[which].teacher.path, f"tasks.{which}.teacher.path")
+        if which not in config.teachers:
+            there = ", ".join(config.teachers) or "no teachers in this run"
+            raise UserError(f"--model {name}={source}: no such task; there are {there}")
+        return resolve_path(config.teachers[which].path, f"tasks.{which}.teacher.path")
     if kind == "checkpoint":
         return _find_checkpoint(run / CHECKPOINTS_FOLDER, name, which)
     try:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -67,6 +68,9 @@ class EmaSection(Section):
 
 class StudentSection(Section):
     kind: Literal["full", "lora"] = "full"
+    start: str | None = Field(
+        None, description="weights to start from instead of the base's: a LoRA, or a full checkpoint where kind is full"
+    )
     lora: LoraSection = LoraSection()
     gradient_checkpointing: bool = False
     ema: EmaSection = EmaSection()
@@ -90,9 +94,14 @@ class TrainedSteps(Section):
     fraction: float | None = Field(None, gt=0, le=1, description="the first int(steps * fraction) steps")
     steps: tuple[NonNegativeInt, ...] | None = Field(None, description="these steps, counted from the noise end")
     queries: PositiveInt | None = Field(None, description="this many random steps per trajectory")
+    favour: Literal["none", "low_noise"] = Field(
+        "none", description="where random queries fall: everywhere alike, or by Beta(5, 2) towards the picture's end"
+    )
 
     @model_validator(mode="after")
     def _one(self) -> TrainedSteps:
+        if self.favour != "none" and self.queries is None:
+            raise ValueError(f"favour = {self.favour!r} is for random steps: give queries, not fraction or steps")
         if sum(value is not None for value in (self.fraction, self.steps, self.queries)) != 1:
             raise ValueError("give exactly one of fraction, steps, queries")
         return self
@@ -130,11 +139,22 @@ class RolloutSection(Section):
 
 
 class ObjectiveSection(Section):
+    method: Literal["closed_form", "ppo", "sft"] = Field(
+        "closed_form",
+        description="the exact KL per step on the student's states; its policy-gradient estimator, for comparison; or "
+        "flow matching on pictures that the teacher draws (off-policy)",
+    )
     target: Literal["transition", "velocity", "x0"] = "transition"
     weighting: Literal["kl", "uniform", "normalized"] = "kl"
+    clip: PositiveFloat = Field(1e-4, description="of the likelihood ratio; read with method = 'ppo' only")
 
     @model_validator(mode="after")
     def _consistent(self) -> ObjectiveSection:
+        if self.method != "closed_form" and (self.target, self.weighting) != ("transition", "kl"):
+            raise ValueError(
+                f"method = {self.method!r} has an objective of its own; leave target and weighting out, or use "
+                "method = 'closed_form'"
+            )
         if self.weighting == "kl" and self.target != "transition":
             raise ValueError(f"weighting = 'kl' belongs to target = 'transition', not {self.target!r}; use 'uniform'")
         return self
@@ -168,6 +188,12 @@ class TeacherSection(Section):
         return self
 
 
+class AnchorSection(TeacherSection):
+    """A frozen teacher that every task is also held to, with a small weight (Flow-OPD, arXiv 2605.08063)."""
+
+    weight: PositiveFloat = Field(0.02, description="factor on the anchor's part beside the task teacher's")
+
+
 class RewardSection(Section):
     """One reward; a bare name stands for a mapping with that name."""
 
@@ -183,20 +209,34 @@ class RewardSection(Section):
         return {"label": value["name"], **value} if isinstance(value, dict) and "name" in value else value
 
 
-class TaskSection(Section):
-    teacher: TeacherSection
-    prompts: str = Field(description="training prompts, .txt or .jsonl")
+class EvaluatedSection(Section):
+    """What is drawn and judged: a task, or a probe."""
+
     eval_prompts: str | None = Field(None, description="held-out prompts")
-    weight: PositiveFloat = Field(1.0, description="factor on this task's loss")
-    guidance: float | None = Field(None, ge=0, description="the student's on this task; default rollout.guidance")
+    guidance: float | None = Field(None, ge=0, description="the student's on these; default rollout.guidance")
     rewards: tuple[RewardSection, ...] = Field(
-        (), description="they monitor and never decide a gradient; the first is the task's headline"
+        (), description="they monitor and never decide a gradient; the first is the headline"
     )
 
     @property
     def headline(self) -> str | None:
         """The label of the reward that stands for the task in summaries."""
         return self.rewards[0].label if self.rewards else None
+
+
+class ProbeSection(EvaluatedSection):
+    """A prompt set that is drawn and judged beside the tasks and never trained on."""
+
+    eval_prompts: str = Field(description="held-out prompts")
+
+
+class TrainedSection(EvaluatedSection):
+    prompts: str = Field(description="training prompts, .txt, .jsonl, .parquet or .csv")
+    weight: PositiveFloat = Field(1.0, description="factor on this task's loss")
+
+
+class TaskSection(TrainedSection):
+    teacher: TeacherSection
 
 
 class EvaluationSection(Section):
@@ -217,7 +257,12 @@ class WatchSection(Section):
 
 
 class RunConfig(Section):
-    """One run. Batch sizes named `samples` are global; those named `micro_batch` are per rank and change no result."""
+    """What all runs have. Batch sizes named `samples` are global; those named `micro_batch` are per rank and change no
+    result.
+    """
+
+    # The sections that, beside tasks and base, decide a run's numbers: a resume with others is refused.
+    deciding: ClassVar[tuple[str, ...]] = ("precision", "student", "optimizer", "rollout")
 
     run: RunSection
     model: ModelSection
@@ -226,53 +271,103 @@ class RunConfig(Section):
     student: StudentSection = StudentSection()
     optimizer: OptimizerSection = OptimizerSection()
     rollout: RolloutSection
-    objective: ObjectiveSection = ObjectiveSection()
     train: TrainSection = TrainSection()
     scoring: ScoringSection = ScoringSection()
-    tasks: dict[str, TaskSection] = Field(min_length=1)
+    tasks: Mapping[str, TrainedSection] = Field(min_length=1)
+    probes: dict[str, ProbeSection] = Field(
+        default_factory=dict, description="further prompt sets to draw and judge, by name"
+    )
     evaluation: EvaluationSection = EvaluationSection()
     watch: WatchSection = WatchSection()
 
     @model_validator(mode="after")
-    def _consistent(self) -> RunConfig:
-        for name, task in self.tasks.items():
-            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-                raise ValueError(f"tasks: the name {name!r} may hold letters, digits, '_' and '-' only")
-            if self.rollout.mode == "fused" and task.teacher.placement != "resident":
-                raise ValueError(
-                    f"rollout.mode = 'fused' asks every teacher at every step, but tasks.{name}.teacher.placement = "
-                    f"{task.teacher.placement!r} is brought in once a round; set it to 'resident' or rollout.mode to "
-                    "'buffered'"
-                )
+    def _names_and_labels(self) -> RunConfig:
+        for section in ("tasks", "probes"):
+            for name in getattr(self, section):
+                if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                    raise ValueError(f"{section}: the name {name!r} may hold letters, digits, '_' and '-' only")
+        both = self.tasks.keys() & self.probes.keys()
+        if both:
+            raise ValueError(f"probes: {min(both)!r} is a task as well; give it another name")
         self._check_reward_labels()
-        if self.rollout.mode == "fused" and self.train.inner_epochs > 1:
-            raise ValueError(
-                f"rollout.mode = 'fused' trains while it rolls out, so train.inner_epochs = {self.train.inner_epochs} "
-                "is not possible; set it to 1 or rollout.mode to 'buffered'"
-            )
         return self
 
     def _check_reward_labels(self) -> None:
         seen: dict[str, RewardSection] = {}
-        for name, task in self.tasks.items():
-            labels = [reward.label for reward in task.rewards]
-            for reward in task.rewards:
+        for name, judged in self.evaluated.items():
+            labels = [reward.label for reward in judged.rewards]
+            for reward in judged.rewards:
                 if not re.fullmatch(r"[A-Za-z0-9_.-]+", reward.label):
                     raise ValueError(
                         f"tasks.{name}.rewards: the label {reward.label!r} may hold letters, digits, '_', '.', '-' only"
                     )
-                if labels.count(reward.label) > 1 or seen.setdefault(reward.label, reward) != reward:
+                first = seen.setdefault(reward.label, reward)
+                if labels.count(reward.label) > 1 or (first.name, first.options) != (reward.name, reward.options):
                     raise ValueError(
                         f"tasks.{name}.rewards: the label {reward.label!r} stands for two rewards; give one of them "
                         "another `label`"
                     )
 
     @property
+    def evaluated(self) -> dict[str, EvaluatedSection]:
+        """Tasks, then probes."""
+        return {**self.tasks, **self.probes}
+
+    @property
     def rewards(self) -> dict[str, RewardSection]:
-        """All tasks' rewards by label."""
-        return {reward.label: reward for task in self.tasks.values() for reward in task.rewards}
+        """All rewards by label."""
+        return {reward.label: reward for judged in self.evaluated.values() for reward in judged.rewards}
 
     @property
     def scoring_micro_batch(self) -> int:
-        """Pairs per teacher forward; equal to the training micro-batch unless told otherwise."""
+        """Pairs per forward of a frozen network; equal to the training micro-batch unless told otherwise."""
         return self.scoring.micro_batch or self.train.micro_batch
+
+    @property
+    def teachers(self) -> dict[str, TeacherSection]:
+        """By task; none where tasks are learned from rewards."""
+        return {}
+
+
+class DistilConfig(RunConfig):
+    """Several teachers into one student: `opd-ds train`."""
+
+    deciding: ClassVar[tuple[str, ...]] = (*RunConfig.deciding, "objective")
+
+    objective: ObjectiveSection = ObjectiveSection()
+    anchor: AnchorSection | None = None
+    tasks: dict[str, TaskSection] = Field(min_length=1)
+
+    @property
+    def teachers(self) -> dict[str, TeacherSection]:
+        return {name: task.teacher for name, task in self.tasks.items()}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DistilConfig:
+        if self.objective.method == "ppo" and self.rollout.noise_level == 0:
+            raise ValueError(
+                "objective.method = 'ppo' weighs drawn transitions by their likelihood, and rollout.noise_level = 0 "
+                f"draws none; set a kernel with noise ({', '.join(STOCHASTIC_KERNELS)}) and a noise_level above 0"
+            )
+        if self.rollout.mode != "fused":
+            return self
+        asked = {f"tasks.{name}.teacher": teacher for name, teacher in self.teachers.items()}
+        asked |= {"anchor": self.anchor} if self.anchor else {}
+        for name, teacher in asked.items():
+            if teacher.placement != "resident":
+                raise ValueError(
+                    f"rollout.mode = 'fused' asks every teacher at every step, but {name}.placement = "
+                    f"{teacher.placement!r} is brought in once a round; set it to 'resident' or rollout.mode to "
+                    "'buffered'"
+                )
+        if self.train.inner_epochs > 1:
+            raise ValueError(
+                f"rollout.mode = 'fused' trains while it rolls out, so train.inner_epochs = {self.train.inner_epochs} "
+                "is not possible; set it to 1 or rollout.mode to 'buffered'"
+            )
+        if self.objective.method != "closed_form":
+            raise ValueError(
+                f"rollout.mode = 'fused' knows objective.method = 'closed_form' only, not {self.objective.method!r}; "
+                "set rollout.mode to 'buffered'"
+            )
+        return self

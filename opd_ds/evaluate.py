@@ -76,11 +76,11 @@ def _rewards(config: RunConfig, requested: list[str]) -> dict[str, RewardSection
 
 
 def _prompts(config: RunConfig, requested: list[str]) -> dict[str, PromptSet]:
-    """The tasks' held-out prompts, then the requested sets."""
+    """The held-out prompts of tasks and probes, then the requested sets."""
     files = {
-        name: resolve_path(task.eval_prompts, f"tasks.{name}.eval_prompts")
-        for name, task in config.tasks.items()
-        if task.eval_prompts is not None
+        name: resolve_path(judged.eval_prompts, f"tasks.{name}.eval_prompts")
+        for name, judged in config.evaluated.items()
+        if judged.eval_prompts is not None
     }
     for request in requested:
         name, separator, value = request.partition("=")
@@ -100,7 +100,7 @@ def _set(config: RunConfig, name: str, prompts: PromptSet, labels: list[str], ch
     only the command line names; a free set's are all of them.
     """
     own = list(labels)
-    if name in config.tasks:
-        named = [reward.label for reward in config.tasks[name].rewards if reward.label in labels]
+    if name in config.evaluated:
+        named = [reward.label for reward in config.evaluated[name].rewards if reward.label in labels]
         own = named + [label for label in labels if label not in config.rewards]
     return EvaluationSet.of(prompts, tuple(labels), tuple(own), config.evaluation.samples_per_prompt, choice.limit)

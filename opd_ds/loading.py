@@ -10,10 +10,12 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from opd_ds.config import RunConfig
+from opd_ds.config import DistilConfig, RunConfig
 from opd_ds.errors import UserError, nearest
+from opd_ds.teach.config import GuardSection, NftSection, TeachConfig
 
 PACKAGE_PREFIX = "package:"
+_ALGORITHMS: dict[str, type[BaseModel]] = {"nft": NftSection, "guard": GuardSection}
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(/.+)?$")
 
 
@@ -56,8 +58,8 @@ def _parse_yaml(text: str, name: str) -> Any:
 
 
 def recipe_names() -> list[str]:
-    """Recipes shipped with the package."""
-    return sorted(path.stem for path in (package_root() / "recipes").glob("*.yaml"))
+    """Recipes shipped with the package; files that begin with an underscore are only parts of recipes."""
+    return sorted(path.stem for path in (package_root() / "recipes").glob("[!_]*.yaml"))
 
 
 def recipe_summaries() -> dict[str, str]:
@@ -68,6 +70,9 @@ def recipe_summaries() -> dict[str, str]:
 
 def load_config(recipe: str | None, file: Path | None, overrides: list[str]) -> RunConfig:
     """The run config from a shipped recipe or a YAML file, then `key.path=value` overrides (values are YAML).
+
+    With a section `teach` it is a `TeachConfig`, else a `DistilConfig`. A file may begin from another one with
+    `extends: NAME`, a file beside it without its ending: sections are merged, values replaced.
 
     Raises:
         UserError: one line per problem, each with key, value, what is allowed and the nearest valid key.
@@ -80,17 +85,45 @@ def load_config(recipe: str | None, file: Path | None, overrides: list[str]) -> 
             raise UserError(f"recipe {recipe!r}: unknown; allowed: {', '.join(allowed)}.{nearest(recipe, allowed)}")
         file = package_root() / "recipes" / f"{recipe}.yaml"
     assert file is not None
+    data = _read_config_file(file)
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_config(data)
+
+
+def parse_config(data: dict[str, Any]) -> RunConfig:
+    """The checked config.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    kind = TeachConfig if "teach" in data else DistilConfig
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(kind, problem) for problem in error.errors())) from error
+
+
+def _read_config_file(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"config file {file} does not exist")
+    if file in seen:
+        raise UserError(f"config file {file} extends itself, by way of {seen[-1].name}")
     data = _parse_yaml(file.read_text(encoding="utf-8"), str(file))
     if not isinstance(data, dict):
         raise UserError(f"config file {file}: needs a mapping of sections at the top level")
-    for override in overrides:
-        _apply_override(data, override)
-    try:
-        return RunConfig.model_validate(data)
-    except ValidationError as error:
-        raise UserError("\n".join(_explain(problem) for problem in error.errors())) from error
+    parent = data.pop("extends", None)
+    if parent is None:
+        return data
+    return _merged(_read_config_file(file.with_name(f"{parent}.yaml"), (*seen, file)), data)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
@@ -113,37 +146,50 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     node[parts[-1]] = value
 
 
-def _explain(problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
+def _explain(kind: type[RunConfig], problem: Any) -> str:
+    # A union's error names the chosen branch, which is no key.
+    location = [str(part) for part in problem["loc"] if part not in _ALGORITHMS]
     key = ".".join(location)
     value = problem["input"]
     shown = "" if isinstance(value, dict | BaseModel) else f" = {value!r}"
     if problem["type"] == "extra_forbidden":
-        fields = _fields_at(location[:-1])
-        similar = nearest(location[-1], fields) or nearest(key, _all_keys())
+        fields = _fields_at(kind, location[:-1], problem["loc"])
+        similar = nearest(location[-1], fields) or nearest(key, _all_keys(kind))
         return f"{key}{shown}: unknown key; allowed here: {', '.join(fields)}.{similar}"
     if problem["type"] == "missing":
         return f"{key}: required and missing; add it to the config or give --set {key}=..."
+    if problem["type"].startswith("union_tag"):
+        found = value.get("algorithm") if isinstance(value, dict) else value
+        return f"{key}.algorithm = {found!r}: allowed are {', '.join(_ALGORITHMS)}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key}{shown}: {message}" if key else message
 
 
-def _fields_at(location: list[str]) -> list[str]:
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that an annotation such as `dict[str, TaskSection]` or `NftSection | GuardSection` holds."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for argument in getattr(annotation, "__args__", ()) for section in _sections(argument)]
+
+
+def _fields_at(kind: type[RunConfig], location: list[str], where: tuple[Any, ...]) -> list[str]:
     """The keys that are valid in the section at `location`."""
-    model: Any = RunConfig
+    model: type[BaseModel] = kind
     skip = False
     for part in location:
-        if skip:  # the free name of a task
+        if skip or part.isdecimal():  # the free name of a task, the place in a list
             skip = False
             continue
         annotation = model.model_fields[part].annotation
-        arguments = getattr(annotation, "__args__", (annotation,))
-        model = next(a for a in (annotation, *arguments) if isinstance(a, type) and issubclass(a, BaseModel))
-        skip = annotation is not model
+        model, *others = _sections(annotation)
+        for other in others:
+            if model.model_fields.get("algorithm") and _ALGORITHMS.get(str(where[1])) is other:
+                model = other
+        skip = "[str, " in str(annotation)
     return list(model.model_fields)
 
 
-def _all_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)

@@ -1,4 +1,4 @@
-"""What people watch: progress bar, TensorBoard, metrics.jsonl. Only rank 0 shows anything."""
+"""What people watch: progress bar, TensorBoard, metrics.jsonl, scores.jsonl. Only rank 0 shows anything."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from opd_ds.watch import Look
 
 METRICS_FILE = "metrics.jsonl"
 LOOKS_FILE = "rewards.jsonl"
+SCORES_FILE = "scores.jsonl"
 
 
 class Monitor:
@@ -47,10 +48,10 @@ class Monitor:
         folder.mkdir(parents=True, exist_ok=True)
         resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         (folder / "config.yaml").write_text(resolved)
-        for name in (METRICS_FILE, LOOKS_FILE):
+        for name in (METRICS_FILE, LOOKS_FILE, SCORES_FILE):
             _drop_rounds_after(folder / name, start_round)
         self._metrics = (folder / METRICS_FILE).open("a", encoding="utf-8")
-        self._looks = folder / LOOKS_FILE
+        self._looks, self._scores = folder / LOOKS_FILE, folder / SCORES_FILE
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_round + 1)
         self._writer.add_text("config", f"```yaml\n{resolved}\n```", start_round)
         self._progress = Progress(
@@ -108,9 +109,11 @@ class Monitor:
                     self._writer.add_scalar(f"watch/{look.source}/{look.task}/{look.label}", look.mean, look.round)
 
     def scores(self, round_index: int, scores: Means) -> None:
-        """Held-out rewards of the student by task and label."""
+        """Held-out rewards of the student by task and label, also as one object a time in scores.jsonl."""
         flat = {f"{task}/{label}": value for task, labels in scores.items() for label, value in labels.items()}
         if self._active:
+            with self._scores.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"round": round_index} | flat) + "\n")
             for key, value in flat.items():
                 self._writer.add_scalar(f"reward/{key}", value, round_index)
         shown = ", ".join(f"{key} {value:.3f}" for key, value in flat.items())
@@ -125,14 +128,16 @@ class Monitor:
         for key, value in row.items():
             if key != "round":
                 self._writer.add_scalar(key, value, report.round)
-        for task, values in report.losses.step_kl.items():
-            for step, value in enumerate(values.tolist()):
-                if value == value:  # a step that was not trained is NaN
-                    self._writer.add_scalar(f"step_kl/{task}/{step:02d}", value, report.round)
+        for task, measures in report.losses.by_step.items():
+            for name, values in measures.items():
+                for step, value in enumerate(values.tolist()):
+                    if value == value:  # a step that was not trained is NaN
+                        self._writer.add_scalar(f"step_{name}/{task}/{step:02d}", value, report.round)
 
     def _show(self, report: RoundReport, rate: float) -> None:
-        kls = " ".join(f"{task} {kl:.2e}" for task, kl in report.losses.task_kl.items())
-        status = f"loss {report.losses.loss:.3e}  kl {kls}  {rate:.1f} samples/s"
+        told = [f"{task} kl {means['kl']:.2e}" for task, means in report.losses.means.items() if "kl" in means]
+        told += [f"{key} {value:.3f}" for key, value in report.scores.items() if key.endswith("/mean")]
+        status = f"loss {report.losses.loss:.3e}  {'  '.join(told)}  {rate:.1f} samples/s"
         self._progress.update(self._bar, completed=report.round, status=status)
         every = max(1, self._rounds // 20)
         if not self.console.is_terminal and (report.round % every == 0 or report.round in (1, self._rounds)):
@@ -143,7 +148,9 @@ class Monitor:
 
 def _metrics_row(report: RoundReport, rate: float) -> dict[str, Any]:
     row: dict[str, Any] = {"round": report.round, "loss": report.losses.loss, "grad_norm": report.grad_norm}
-    row |= {f"task/{task}/kl": kl for task, kl in report.losses.task_kl.items()}
+    row |= {f"task/{task}/{name}": x for task, means in report.losses.means.items() for name, x in means.items()}
+    row |= {f"rollout/{key}": value for key, value in report.scores.items()}
+    row |= {f"passes/{kind}": count for kind, count in report.passes.items()}
     row |= {"learning_rate": report.learning_rate, "samples_per_s": rate}
     row |= {f"seconds/{phase}": seconds for phase, seconds in report.seconds.items()}
     # ru_maxrss is in KiB on Linux, in bytes on macOS.

@@ -11,7 +11,8 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from opd_ds.config import RewardSection, RunConfig, StudentSection
+from opd_ds.config import DistilConfig, RewardSection, RunConfig, StudentSection, TeacherSection
+from opd_ds.distillation import Distillation
 from opd_ds.engine import Group, ShardedEma, StudentEngine, frozen_ds_config, read_ds_config, student_ds_config
 from opd_ds.errors import UserError
 from opd_ds.evaluation.benchmark import Benchmark, EvaluationSet
@@ -24,7 +25,9 @@ from opd_ds.loading import resolve_ds_config, resolve_path
 from opd_ds.models import ModelFamily, build_family, lora
 from opd_ds.prompts import PromptSet
 from opd_ds.rewards import Reward, build, check
-from opd_ds.teachers import TeacherPool, TeacherSpec, check_teacher
+from opd_ds.teach.config import TeachConfig
+from opd_ds.teach.trainer import Reinforcement
+from opd_ds.teachers import ANCHOR, TeacherPool, TeacherSpec, check_weights
 from opd_ds.trainer import Trainer
 
 EVALUATION_FOLDER = "eval"
@@ -36,6 +39,7 @@ class RunFiles:
     """Everything a run reads, found and checked."""
 
     model: Path
+    start: Path | None
     teachers: dict[str, TeacherSpec]
     prompts: dict[str, PromptSet]
     eval_prompts: dict[str, PromptSet]
@@ -66,31 +70,37 @@ def find_files(config: RunConfig, world: World) -> RunFiles:
     ds_path = resolve_ds_config(config.deepspeed, "deepspeed")
     ds_config = student_ds_config(read_ds_config(ds_path), config, world, str(ds_path))
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {})
-    if offload.get("device") == "nvme" and config.student.ema.decay > 0:
+    if offload.get("device") == "nvme" and (config.student.ema.decay > 0 or isinstance(config, TeachConfig)):
         raise UserError(
-            f"deepspeed = {config.deepspeed!r} keeps the master weights on NVMe, where an EMA cannot follow them; "
-            "set student.ema.decay = 0 or offload the optimizer to cpu"
+            f"deepspeed = {config.deepspeed!r} keeps the master weights on NVMe, where no average or earlier policy "
+            "can follow them; offload the optimizer to cpu (a distillation may set student.ema.decay = 0 instead)"
         )
-    for name, task in config.tasks.items():
-        for reward in task.rewards:
+    for name, judged in config.evaluated.items():
+        for reward in judged.rewards:
             check(reward.name, f"tasks.{name}.rewards", reward.options)
     prompts = {n: PromptSet.read(resolve_path(t.prompts, f"tasks.{n}.prompts")) for n, t in config.tasks.items()}
     eval_prompts = {
-        name: PromptSet.read(resolve_path(task.eval_prompts, f"tasks.{name}.eval_prompts"))
-        for name, task in config.tasks.items()
-        if task.eval_prompts is not None
+        name: PromptSet.read(resolve_path(judged.eval_prompts, f"tasks.{name}.eval_prompts"))
+        for name, judged in config.evaluated.items()
+        if judged.eval_prompts is not None
     }
     model = resolve_path(config.model.path, "model.path")
-    teachers = {}
-    for name, task in config.tasks.items():
-        teacher_ds = None
-        if task.teacher.placement == "zero_inference":
-            value = task.teacher.deepspeed or "zero_inference_gpu"
-            path = resolve_ds_config(value, f"tasks.{name}.teacher.deepspeed")
-            teacher_ds = frozen_ds_config(read_ds_config(path), config.precision, world.size, str(path))
-        found = resolve_path(task.teacher.path, f"tasks.{name}.teacher.path")
-        teachers[name] = TeacherSpec(task.teacher, found, teacher_ds)
-    return RunFiles(model, teachers, prompts, eval_prompts, ds_config)
+    start = resolve_path(config.student.start, "student.start") if config.student.start else None
+    teachers = {
+        name: _find_teacher(config, f"tasks.{name}.teacher", teacher, world)
+        for name, teacher in config.teachers.items()
+    }
+    if isinstance(config, DistilConfig) and config.anchor:
+        teachers[ANCHOR] = _find_teacher(config, "anchor", config.anchor, world)
+    return RunFiles(model, start, teachers, prompts, eval_prompts, ds_config)
+
+
+def _find_teacher(config: RunConfig, key: str, teacher: TeacherSection, world: World) -> TeacherSpec:
+    ds_config = None
+    if teacher.placement == "zero_inference":
+        path = resolve_ds_config(teacher.deepspeed or "zero_inference_gpu", f"{key}.deepspeed")
+        ds_config = frozen_ds_config(read_ds_config(path), config.precision, world.size, str(path))
+    return TeacherSpec(teacher, resolve_path(teacher.path, f"{key}.path"), ds_config)
 
 
 def prepare(config: RunConfig, group: Group) -> Parts:
@@ -102,25 +112,29 @@ def prepare(config: RunConfig, group: Group) -> Parts:
     with group.agreed():
         files = find_files(config, group.world)
         family = load_family(config, files.model, group.device)
-        for name, spec in files.teachers.items():
-            check_teacher(family, name, spec, config.model.path)
+        _check_weights(config, files, family)
         identity = run_identity(config, files) if group.world.is_main else None
     with group.agreed():
-        module = student_module(config.student, config.run.seed, family)
+        module = student_module(config.student, config.run.seed, family, files.start)
         if group.device.type == "cuda":
             module.to(group.device)
     student = StudentEngine(module, files.student_ds_config, group)
     ema = ShardedEma(student, config.student.ema) if config.student.ema.decay > 0 else None
     teachers = TeacherPool(family, files.teachers, group.device)
-    trainer = Trainer(config, group, family, student, ema, teachers, files.prompts)
     rewards = build_rewards(config.rewards, group.device)
+    trainer: Trainer
+    if isinstance(config, TeachConfig):
+        trainer = Reinforcement(config, group, family, student, ema, files.prompts, rewards)
+    else:
+        assert isinstance(config, DistilConfig)
+        trainer = Distillation(config, group, family, student, ema, files.prompts, teachers)
     painter = Painter(config, family, group)
     evaluator = Evaluator(config, group, painter, files.eval_prompts, rewards)
     identity = group.gather(identity)[0]
     sets = {
         name: EvaluationSet.of(prompts, own, own, config.evaluation.samples_per_prompt)
         for name, prompts in files.eval_prompts.items()
-        for own in [tuple(reward.label for reward in config.tasks[name].rewards)]
+        for own in [tuple(reward.label for reward in config.evaluated[name].rewards)]
     }
     folder = config.run.output_dir / EVALUATION_FOLDER
     benchmark = Benchmark(folder, group, painter, identity["base"]["sha256"], sets, rewards)
@@ -147,12 +161,51 @@ def load_family(config: RunConfig, path: Path, device: torch.device) -> ModelFam
     )
 
 
-def student_module(settings: StudentSection, seed: int, family: ModelFamily) -> nn.Module:
-    """The student's network as it is before the first round, on the CPU."""
-    module = family.load_transformer()
+def _check_weights(config: RunConfig, files: RunFiles, family: ModelFamily) -> None:
+    for name, spec in files.teachers.items():
+        key = "anchor.path" if name == ANCHOR else f"tasks.{name}.teacher.path"
+        settings = spec.settings
+        check_weights(family, key, settings.path, spec.path, config.model.path, trust_base=settings.trust_base)
+    if files.start is None:
+        return
+    value, chosen = str(config.student.start), config.student
+    check_weights(family, "student.start", value, files.start, config.model.path, trust_base=True)
+    if chosen.kind != "lora":
+        return
+    if not lora.is_adapter(files.start):
+        raise UserError(
+            f"student.start = {value!r} is a full checkpoint and student.kind = 'lora'; set model.path to it instead, "
+            "or student.kind to 'full'"
+        )
+    theirs = lora.read_adapter(files.start)[0]
+    if (theirs.r, theirs.lora_alpha) != (chosen.lora.rank, chosen.lora.alpha):
+        raise UserError(
+            f"student.start = {value!r} has rank {theirs.r} and alpha {theirs.lora_alpha:g}, student.lora has rank "
+            f"{chosen.lora.rank} and alpha {chosen.lora.alpha:g}; set student.lora to the former"
+        )
+
+
+def student_module(settings: StudentSection, seed: int, family: ModelFamily, start: Path | None) -> nn.Module:
+    """The student's network as it is before the first round, on the CPU.
+
+    Args:
+        start: `settings.start`, found.
+    """
+    adapter = start if start is not None and lora.is_adapter(start) else None
+    module = family.load_transformer(start if adapter is None else None)
+    if adapter is not None and settings.kind == "full":
+        lora.load_adapter(module, STUDENT_ADAPTER, adapter)
+        lora.activate(module, STUDENT_ADAPTER)
+        weights = lora.merged_weights(module)
+        module = family.load_transformer()
+        module.load_state_dict(weights)
     if settings.gradient_checkpointing:
         module.enable_gradient_checkpointing()  # type: ignore[operator]
-    if settings.kind == "lora":
+    if adapter is not None and settings.kind == "lora":
+        module.requires_grad_(False)
+        lora.load_adapter(module, STUDENT_ADAPTER, adapter)
+        lora.activate(module, STUDENT_ADAPTER, trainable=True)
+    elif settings.kind == "lora":
         torch.manual_seed(seed)  # the same start on every rank
         lora_config = LoraConfig(
             r=settings.lora.rank,
@@ -165,25 +218,32 @@ def student_module(settings: StudentSection, seed: int, family: ModelFamily) -> 
 
 
 def run_identity(config: RunConfig, files: RunFiles) -> dict[str, Any]:
-    """What decides a run's numbers: settings, and hashes of base, teachers and prompts. Speed settings are left out."""
+    """What decides a run's numbers: settings, and hashes of all weights and prompts. Speed settings are left out."""
     data = config.model_dump(mode="json")
     for section, keys in {"rollout": ("micro_batch", "mode"), "student": ("gradient_checkpointing",)}.items():
         for key in keys:
             data[section].pop(key)
-    tasks = {
-        name: {
-            "teacher_sha256": weights_sha256(files.teachers[name].path),
-            "teacher_guidance": task.teacher.guidance,
-            "prompts_sha256": files.prompts[name].sha256,
-            "weight": task.weight,
-            "guidance": task.guidance,
-        }
+    if files.start is not None:
+        data["student"]["start"] = weights_sha256(files.start)
+    tasks: dict[str, dict[str, Any]] = {
+        name: {"prompts_sha256": files.prompts[name].sha256, "weight": task.weight, "guidance": task.guidance}
         for name, task in config.tasks.items()
     }
-    kept = {key: data[key] for key in ("precision", "student", "optimizer", "rollout", "objective")}
+    for name in config.teachers:
+        tasks[name] |= _teacher_identity(files.teachers[name])
+    if isinstance(config, TeachConfig):
+        for name in tasks:
+            tasks[name] |= {key: data["tasks"][name][key] for key in ("rewards", "turns")}
+    kept = {key: data[key] for key in config.deciding}
+    if ANCHOR in files.teachers:
+        kept["anchor"] = {"weight": data["anchor"]["weight"], **_teacher_identity(files.teachers[ANCHOR])}
     # What the DeepSpeed JSON may set beside the run config. Which of the Adams computes it is a matter of placement.
     ds_config = copy.deepcopy(files.student_ds_config)
     ds_config["optimizer"]["params"].pop("torch_adam", None)
     kept["ds_config"] = {key: ds_config.get(key) for key in ("optimizer", "scheduler", "gradient_clipping")}
     base = {"sha256": weights_sha256(files.model), "negative_prompt": config.model.negative_prompt}
     return {"seed": config.run.seed, "inner_epochs": config.train.inner_epochs, "base": base, "tasks": tasks, **kept}
+
+
+def _teacher_identity(spec: TeacherSpec) -> dict[str, Any]:
+    return {"teacher_sha256": weights_sha256(spec.path), "teacher_guidance": spec.settings.guidance}

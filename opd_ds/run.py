@@ -106,11 +106,13 @@ class _Session:
             "zero_stage": parts.student.zero_stage,
             "shapes": parts.student.shapes,
             "student": parts.student.numbers(),
-            "ema": parts.ema.numbers() if parts.ema is not None else None,
+            "copies": {copy.kind: copy.numbers() for copy in parts.trainer.copies},
             "run": parts.identity,
         }
         self.group.progress(f"the checkpoint of round {done}")
-        entries = parts.student.copy_out() | (parts.ema.copy_out() if parts.ema is not None else {})
+        entries = parts.student.copy_out()
+        for copy in parts.trainer.copies:
+            entries |= copy.copy_out()
         self.store.save(done, state, entries)
         self.saved = done
 
@@ -157,8 +159,8 @@ def _restore(parts: Parts, checkpoint: Path, group: Group) -> int:
         refuse_other_run(state["run"], parts.identity, checkpoint)
         shards = ShardReader(checkpoint)
     parts.student.copy_in(shards, state["student"])
-    if parts.ema is not None:
-        parts.ema.copy_in(shards, state["ema"])
+    for copy in parts.trainer.copies:
+        copy.copy_in(shards, state["copies"][copy.kind])
     return int(state["round"])
 
 
@@ -179,9 +181,9 @@ def _baselines(config: RunConfig, parts: Parts, session: _Session, *, fresh: boo
             dict.fromkeys(benchmark.sets, parts.teachers.guidance(task)),
             partial(parts.teachers.active, task),
         )
-        for task in config.tasks
+        for task in config.teachers
     ]
-    monitor.say("drawing base and teachers on the held-out prompts")
+    monitor.say(f"drawing {'base and teachers' if teachers else 'the base'} on the held-out prompts")
     if not fresh and benchmark.missing(base):
         monitor.say("the base's pictures of the first start are not there: the final table will lack it")
         models = teachers
@@ -242,7 +244,7 @@ def _finish(config: RunConfig, parts: Parts, baselines: list[Contestant], sessio
         models = [*baselines, Contestant("student", identity, guidance, partial(_final_student, parts))]
         scores = _evaluate(config, benchmark, models, session)
     if group.world.is_main:
-        data: dict[str, Any] = summary(scores, {name: task.headline for name, task in config.tasks.items()})
+        data: dict[str, Any] = summary(scores, {name: judged.headline for name, judged in config.evaluated.items()})
         (folder / "summary.json").write_text(json.dumps(data, indent=1) + "\n")
         monitor.say("")
         if scores:

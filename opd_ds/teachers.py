@@ -17,10 +17,13 @@ from opd_ds.engine import FrozenEngine
 from opd_ds.errors import UserError
 from opd_ds.models import ModelFamily, lora
 
+# The name under which the anchor is asked; no task can have it.
+ANCHOR = "(anchor)"
+
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """A task's teacher with its files found: `path` on disk, `ds_config` for ZeRO-Inference."""
+    """A task's teacher, or the anchor, with its files found: `path` on disk, `ds_config` for ZeRO-Inference."""
 
     settings: TeacherSection
     path: Path
@@ -119,25 +122,30 @@ def _adapter_name(path: Path) -> str:
     return f"teacher_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
 
 
-def check_teacher(family: ModelFamily, task: str, spec: TeacherSpec, base: str) -> None:
-    """Refuse a teacher that cannot be compared with the student, before any network loads.
+def check_weights(family: ModelFamily, key: str, value: str, path: Path, base: str, *, trust_base: bool) -> None:
+    """Refuse weights that cannot be compared with the student's, before any network loads.
+
+    Args:
+        key, value: where the run config names them, and as what; `path` is where that was found.
+        base: the student's base, as the run config names it.
 
     Raises:
         UserError: not a checkpoint, another base, scheduler, architecture or latent shape.
     """
-    key = f"tasks.{task}.teacher.path = {spec.settings.path!r}"
-    if spec.is_lora:
-        config, _ = lora.read_adapter(spec.path)
+    if lora.is_adapter(path):
+        config, _ = lora.read_adapter(path)
         theirs = config.base_model_name_or_path
-        if theirs and not spec.settings.trust_base and not _same_base(theirs, base):
+        if theirs and not trust_base and not _same_base(theirs, base):
             raise UserError(
-                f"{key}: the adapter was trained on base {theirs!r}, the student's is {base!r}; if these are one model "
-                f"under two names, set tasks.{task}.teacher.trust_base=true"
+                f"{key} = {value!r}: the adapter was trained on base {theirs!r}, the student's is {base!r}; if these "
+                f"are one model under two names, set {key.rpartition('.')[0]}.trust_base=true"
             )
         return
-    if not any((spec.path / name).is_file() for name in ("transformer/config.json", "config.json")):
-        raise UserError(f"{key}: neither a LoRA nor a checkpoint (no adapter_config.json, no transformer/config.json)")
-    family.check_same_world(spec.path)
+    if not any((path / name).is_file() for name in ("transformer/config.json", "config.json")):
+        raise UserError(
+            f"{key} = {value!r}: neither a LoRA nor a checkpoint (no adapter_config.json, no transformer/config.json)"
+        )
+    family.check_same_world(path)
 
 
 def _same_base(theirs: str, ours: str) -> bool:

@@ -1,10 +1,11 @@
-"""The round: prompts, rollout, teachers, accumulated KL over all tasks, one step."""
+"""The round: prompts, rollout, what is known of the visited states, accumulated loss over all tasks, one step."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_ds.accumulate import RoundAccumulator, RoundLosses, StepObjective
+from opd_ds.accumulate import Loss, RoundAccumulator, RoundLosses
 from opd_ds.buffer import TrajectoryBuffer, choose_steps
 from opd_ds.config import RunConfig
 from opd_ds.diffusion import kernel
-from opd_ds.engine import Group, ShardedEma, StudentEngine
+from opd_ds.engine import Group, ShardedCopy, ShardedEma, StudentEngine
 from opd_ds.errors import NonFiniteError
 from opd_ds.models import Conditioning, ModelFamily, guided_velocity
 from opd_ds.prompts import PromptSet, SampleNoise, Shard, draw_prompts, sample_seed, shard
-from opd_ds.rollout import Trajectory, chunks, rollout
-from opd_ds.teachers import TeacherPool
+from opd_ds.rollout import Trajectory, rollout
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,12 @@ class Rolled:
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What a round measured, equal on all ranks but for `seconds` (this rank's, per phase) and `rolled`."""
+    """What a round measured, equal on all ranks but for `seconds` (this rank's, per phase) and `rolled`.
+
+    Attributes:
+        passes: of the network over one latent, all ranks together: `forward` (a guided velocity is two) and `backward`.
+        scores: what rewards said of the rollouts, where they are learned from.
+    """
 
     round: int
     losses: RoundLosses
@@ -43,7 +48,9 @@ class RoundReport:
     learning_rate: float
     samples: int
     seconds: dict[str, float]
+    passes: dict[str, int]
     rolled: dict[str, Rolled]
+    scores: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,11 @@ class Draw:
         return self.part.total * self.chosen.shape[1]
 
 
-class Trainer:
+class Trainer(ABC):
     """Runs rounds. All randomness is named by (seed, round, task, sample index), so there is no such state to save."""
+
+    measures: Sequence[str]  # what the losses measure beside themselves
+    group_size = 1  # pictures of one prompt
 
     def __init__(
         self,
@@ -72,19 +82,24 @@ class Trainer:
         family: ModelFamily,
         student: StudentEngine,
         ema: ShardedEma | None,
-        teachers: TeacherPool,
         prompts: dict[str, PromptSet],
     ) -> None:
-        self._config, self._group, self._family = config, group, family
-        self._student, self._ema, self._teachers, self._prompts = student, ema, teachers, prompts
-        self._kernel = kernel(config.rollout.kernel, config.rollout.noise_level)
+        self._settings, self._group, self._family = config, group, family
+        self._student, self._ema, self._prompts = student, ema, prompts
         self._sigmas = family.sigmas(config.rollout.steps)
-        coefficients = self._kernel.coefficients(self._sigmas)
-        self._objective = StepObjective(config, coefficients, self._sigmas, group.device)
+        self._coefficients = kernel(config.rollout.kernel, config.rollout.noise_level).coefficients(self._sigmas)
         self._uncond = family.encode([config.model.negative_prompt])
+        self._task_weights = {name: task.weight for name, task in config.tasks.items()}
         self._seconds: dict[str, float] = {}
+        self._passes: dict[str, int] = {}
         self._final: dict[str, Tensor] = {}
+        self._scores: dict[str, float] = {}
         self._round, self._doing = 0, ""
+
+    @property
+    def copies(self) -> list[ShardedCopy]:
+        """Further weights that belong to the run's state."""
+        return [self._ema] if self._ema is not None else []
 
     def run_round(self, index: int) -> RoundReport:
         """Round `index`, counted from 0. Collective.
@@ -92,36 +107,50 @@ class Trainer:
         Raises:
             NonFiniteError: the loss is not finite (raised before the step), or the gradient norm is not.
         """
-        self._seconds = {}
+        self._seconds, self._scores = {}, {}
+        self._passes = {"forward": 0, "backward": 0}
         self._round = index + 1
         with self._phase("encode"):
-            draws = {task: self._draw(index, task) for task in self._config.tasks}
+            draws = {task: self._draw(index, task) for task in self._tasks(index)}
             conds = self._encode(draws)
-        if self._config.rollout.mode == "fused":
-            losses, grad_norm = self._optimize(index, lambda: self._train_fused(draws, conds))
-        else:
-            with self._phase("rollout"):
-                buffers = self._fill_buffers(draws, conds)
-            with self._phase("score"):
-                self._score(buffers)
-            for _ in range(self._config.train.inner_epochs):
-                losses, grad_norm = self._optimize(index, lambda: self._train_buffered(draws, buffers))
-        samples = self._config.rollout.samples * len(draws)
+        losses, grad_norm = self._learn(index, draws, conds)
         rolled = {task: Rolled(draw.prompts, draw.metadata, self._final[task]) for task, draw in draws.items()}
-        learning_rate = self._student.learning_rate
-        return RoundReport(index + 1, losses, grad_norm, learning_rate, samples, dict(self._seconds), rolled)
+        return RoundReport(
+            round=index + 1,
+            losses=losses,
+            grad_norm=grad_norm,
+            learning_rate=self._student.learning_rate,
+            samples=self._settings.rollout.samples * len(draws),
+            seconds=dict(self._seconds),
+            passes={kind: count * self._group.world.size for kind, count in self._passes.items()},
+            rolled=rolled,
+            scores=dict(self._scores),
+        )
+
+    @abstractmethod
+    def _learn(self, index: int, draws: dict[str, Draw], conds: dict[str, Conditioning]) -> tuple[RoundLosses, float]:
+        """Rollout to optimizer step; the losses and gradient norm of the last step. Fills `_final`."""
 
     # ---- the stages, in order ----
 
+    def _tasks(self, index: int) -> list[str]:
+        """The tasks of round `index`."""
+        return list(self._settings.tasks)
+
     def _draw(self, index: int, task: str) -> Draw:
-        settings, seed = self._config.rollout, self._config.run.seed
-        part = shard(settings.samples, self._group.world.rank, self._group.world.size)
+        samples, seed = self._settings.rollout.samples, self._settings.run.seed
+        part = shard(samples, self._group.world.rank, self._group.world.size)
         known = self._prompts[task]
-        drawn = draw_prompts(len(known), settings.samples, seed, index, task)
-        rows = [drawn[i] for i in part.indices]
+        drawn = draw_prompts(len(known), samples // self.group_size, seed, index, task)
+        rows = [drawn[i // self.group_size] for i in part.indices]
         noise = SampleNoise([sample_seed(seed, index, task, i) for i in part.indices], self._family.latent_shape)
-        chosen = choose_steps(settings.trained_steps, settings.steps, seed, index, task, part.indices)
+        chosen = self._choose(index, task, part.indices)
         return Draw(part, [known.prompts[i] for i in rows], [known.metadata[i] for i in rows], noise, chosen)
+
+    def _choose(self, index: int, task: str, samples: list[int]) -> Tensor:
+        """The trained steps of `samples`: int64 [B, K]."""
+        settings = self._settings.rollout
+        return choose_steps(settings.trained_steps, settings.steps, self._settings.run.seed, index, task, samples)
 
     def _encode(self, draws: dict[str, Draw]) -> dict[str, Conditioning]:
         """All tasks' prompts in one pass, so that encoders which are offloaded travel once a round."""
@@ -129,99 +158,57 @@ class Trainer:
         share = len(everything) // len(draws)
         return {task: everything[slice(k * share, (k + 1) * share)] for k, task in enumerate(draws)}
 
-    def _fill_buffers(self, draws: dict[str, Draw], conds: dict[str, Conditioning]) -> dict[str, TrajectoryBuffer]:
-        """Tasks with one student guidance are rolled out together: a step is one forward for all of them."""
-        together: dict[float, list[str]] = {}
-        for task in draws:
-            together.setdefault(self._guidance(task), []).append(task)
-        states: dict[str, Tensor] = {}
-        for guidance, tasks in together.items():
-            cond = Conditioning.cat([conds[task] for task in tasks])
-            noise = SampleNoise.cat([draws[task].noise for task in tasks])
-            rolled = self._roll_out(cond, noise, guidance)
-            assert rolled.states is not None
-            sizes = [len(draws[task].part) for task in tasks]
-            states |= dict(zip(tasks, rolled.states.split(sizes), strict=True))
-            self._final |= dict(zip(tasks, rolled.final.split(sizes), strict=True))
-        return {t: TrajectoryBuffer(states[t], draw.chosen, draw.part.weights, conds[t]) for t, draw in draws.items()}
+    @torch.no_grad()
+    def _roll_out(
+        self, network: Any, cond: Conditioning, noise: SampleNoise, guidance: float, *, transitions: bool = False
+    ) -> Trajectory:
+        """A network's trajectories, states kept."""
+
+        def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
+            return self._velocity(network, x, sigma, cond[rows], guidance)
+
+        return self._rollout(predict, noise, keep=self._family.dtype, transitions=transitions)
 
     @torch.no_grad()
-    def _roll_out(self, cond: Conditioning, noise: SampleNoise, guidance: float) -> Trajectory:
-        """The student's trajectories, states kept."""
-
-        def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
-            return self._velocity(self._student, x, sigma, cond[rows], guidance)
-
-        return self._rollout(predict, noise, states_dtype=self._family.dtype)
-
-    def _score(self, buffers: dict[str, TrajectoryBuffer]) -> None:
-        """One pass per teacher over all steps and samples of the round."""
-        for task, buffer in buffers.items():
-            guidance = self._teachers.guidance(task)
-            with self._teachers.active(task) as teacher, torch.no_grad():
-                for pairs in buffer.micro_batches(self._config.scoring_micro_batch):
-                    states, sigma, cond = buffer.inputs(pairs, self._sigmas)
-                    buffer.teacher_velocity.append(self._velocity(teacher, states, sigma, cond, guidance))
-
-    def _train_buffered(self, draws: dict[str, Draw], buffers: dict[str, TrajectoryBuffer]) -> RoundAccumulator:
-        size = self._config.train.micro_batch
-        work = [(task, buffer, *scored) for task, buffer in buffers.items() for scored in buffer.scored(size)]
-        accumulator = RoundAccumulator(self._student, self._objective, self._group, len(work))
-        for task, buffer, pairs, target in work:
+    def _score(self, name: str, network: Any, buffer: TrajectoryBuffer, guidance: float) -> None:
+        """A frozen network's velocities at the chosen pairs, kept under `name`."""
+        velocities = buffer.scored.setdefault(name, [])
+        for pairs in buffer.micro_batches(self._settings.scoring_micro_batch):
             states, sigma, cond = buffer.inputs(pairs, self._sigmas)
-            velocity = self._velocity(self._student, states, sigma, cond, self._guidance(task))
-            accumulator.add(task, velocity, target, pairs.step, buffer.weights[pairs.sample], draws[task].pairs)
+            velocities.append(self._velocity(network, states, sigma, cond, guidance))
+
+    def _train(self, buffers: dict[str, TrajectoryBuffer], pairs: dict[str, float], loss: Loss) -> RoundAccumulator:
+        """Forward and backward of all pairs of all tasks.
+
+        Args:
+            pairs: by task, how many pairs count, over all ranks.
+        """
+        size = self._settings.train.micro_batch
+        accumulator = self._accumulator(list(buffers), sum(len(b.micro_batches(size)) for b in buffers.values()))
+        for task, buffer in buffers.items():
+            for batch, known in buffer.training_batches(size):
+                states, sigma, cond = buffer.inputs(batch, self._sigmas)
+                velocity = self._velocity(self._student, states, sigma, cond, self._guidance(task))
+                losses, measured = loss(velocity, batch.step, known)
+                accumulator.add(task, losses, measured, batch.step, buffer.weights[batch.sample], pairs[task])
         return accumulator
 
-    def _train_fused(self, draws: dict[str, Draw], conds: dict[str, Conditioning]) -> RoundAccumulator:
-        """The rollout's forward is the training forward: per step one student and one teacher pass, nothing stored."""
-        settings = self._config.rollout
-        # With random queries any step may be some sample's; the others then weigh 0, so that ranks stay in step.
-        first = next(iter(draws.values()))
-        trained = range(settings.steps) if settings.trained_steps.queries else first.chosen[0].tolist()
-        parts = len(chunks(len(first.part), settings.micro_batch)) * len(trained) * len(draws)
-        accumulator = RoundAccumulator(self._student, self._objective, self._group, parts)
-        for task, draw in draws.items():
-            chosen = torch.zeros(len(draw.part), settings.steps).scatter_(1, draw.chosen, 1.0)
-            with self._teachers.active(task) as teacher:
-                predict = self._fused_step(task, draw, conds[task], teacher, chosen, set(trained), accumulator)
-                self._final[task] = self._rollout(predict, draw.noise).final
-        return accumulator
+    def _accumulator(self, tasks: list[str], micro_batches: int) -> RoundAccumulator:
+        weights = {task: self._task_weights[task] for task in tasks}
+        steps = self._settings.rollout.steps
+        return RoundAccumulator(self._student, self._group, weights, self.measures, steps, micro_batches)
 
-    def _fused_step(
-        self,
-        task: str,
-        draw: Draw,
-        cond: Conditioning,
-        teacher: Any,
-        chosen: Tensor,
-        trained: set[int],
-        accumulator: RoundAccumulator,
-    ) -> Callable[[Tensor, Tensor, slice, int], Tensor]:
-        def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
-            state = x.to(self._family.dtype)
-            with torch.set_grad_enabled(step in trained):
-                velocity = self._velocity(self._student, state, sigma, cond[rows], self._guidance(task))
-            if step in trained:
-                with torch.no_grad():
-                    target = self._velocity(teacher, state, sigma, cond[rows], self._teachers.guidance(task))
-                weights = chosen[rows, step] * draw.part.weights[rows]
-                accumulator.add(task, velocity, target, torch.full((len(x),), step), weights, draw.pairs)
-            return velocity.detach()
-
-        return predict
-
-    def _optimize(self, index: int, train: Callable[[], RoundAccumulator]) -> tuple[RoundLosses, float]:
+    def _optimize(self, train: Callable[[], RoundAccumulator]) -> tuple[RoundLosses, float]:
         """Accumulate, check, one optimizer step, EMA."""
         with self._phase("train"):
             losses = train().measure()
         if not math.isfinite(losses.loss):
-            bad = [task for task, kl in losses.task_kl.items() if not math.isfinite(kl)]
-            raise NonFiniteError(f"round {index + 1}: the loss is {losses.loss} (tasks {', '.join(bad)})")
+            bad = [task for task, means in losses.means.items() if not all(map(math.isfinite, means.values()))]
+            raise NonFiniteError(f"round {self._round}: the loss is {losses.loss} (tasks {', '.join(bad)})")
         with self._phase("step"):
             grad_norm = self._student.step()
-            if not math.isfinite(grad_norm) and self._config.precision != "fp16":  # fp16: the scaler skips the step
-                raise NonFiniteError(f"round {index + 1}: the gradient norm is {grad_norm} at loss {losses.loss:g}")
+            if not math.isfinite(grad_norm) and self._settings.precision != "fp16":  # fp16: the scaler skips the step
+                raise NonFiniteError(f"round {self._round}: the gradient norm is {grad_norm} at loss {losses.loss:g}")
             if self._ema is not None:
                 self._ema.update()
         return losses, grad_norm
@@ -229,17 +216,30 @@ class Trainer:
     # ---- shared by the stages ----
 
     def _guidance(self, task: str) -> float:
-        own = self._config.tasks[task].guidance
-        return self._config.rollout.guidance if own is None else own
+        own = self._settings.tasks[task].guidance
+        return self._settings.rollout.guidance if own is None else own
 
     def _velocity(self, network: Any, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float) -> Tensor:
         self._group.progress(self._doing)
-        return guided_velocity(self._family, network, x, sigma, cond, self._uncond, guidance)
+        velocity = guided_velocity(self._family, network, x, sigma, cond, self._uncond, guidance)
+        passes = len(x) * (1 if guidance == 1.0 else 2)
+        self._passes["forward"] += passes
+        self._passes["backward"] += passes if velocity.requires_grad else 0
+        return velocity
 
-    def _rollout(self, predict: Any, noise: SampleNoise, states_dtype: torch.dtype | None = None) -> Trajectory:
-        size, device = self._config.rollout.micro_batch, self._group.device
+    def _rollout(
+        self, predict: Any, noise: SampleNoise, *, keep: torch.dtype | None = None, transitions: bool = False
+    ) -> Trajectory:
+        size, device = self._settings.rollout.micro_batch, self._group.device
         return rollout(
-            predict, noise, self._kernel, self._sigmas, micro_batch=size, device=device, states_dtype=states_dtype
+            predict,
+            noise,
+            self._coefficients,
+            self._sigmas,
+            micro_batch=size,
+            device=device,
+            keep=keep,
+            transitions=transitions,
         )
 
     @contextmanager

@@ -55,7 +55,7 @@ class Watch:
 
     def __init__(self, config: RunConfig, rewards: dict[str, Reward], decode: Callable[[Tensor], Tensor]) -> None:
         self._settings, self._rewards, self._decode = config.watch, rewards, decode
-        self._labels = {name: [reward.label for reward in task.rewards] for name, task in config.tasks.items()}
+        self._labels = {name: [reward.label for reward in judged.rewards] for name, judged in config.evaluated.items()}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="rewards")
         self._pending: list[Future[list[Look]]] = []
 

@@ -20,7 +20,7 @@ os.environ.setdefault(
     str(Path(tempfile.gettempdir(), f"opd_ds_test_ops_{hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]}")),
 )
 
-from opd_ds.config import RunConfig
+from opd_ds.config import DistilConfig, RunConfig
 from opd_ds.engine import Group, init_group
 from opd_ds.launch import World, prepare_environment
 from opd_ds.preparation import Parts, prepare
@@ -52,7 +52,7 @@ def build_run(tiny_world: Path, tmp_path: Path, group: Group) -> Callable[..., t
     """Build a run in this process; keyword arguments as for `run_settings`."""
 
     def build(**changes: Any) -> tuple[RunConfig, Parts]:
-        config = RunConfig.model_validate(run_settings(tiny_world, tmp_path / "out", **changes))
+        config = DistilConfig.model_validate(run_settings(tiny_world, tmp_path / "out", **changes))
         return config, prepare(config, group)
 
     return build

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from opd_ds.checkpoint import CheckpointStore, latest_checkpoint, read_state, refuse_damaged
-from opd_ds.config import RunConfig
+from opd_ds.config import DistilConfig
 from opd_ds.engine import Group, ShardReader
 from opd_ds.errors import DamagedCheckpointError, UserError
 from opd_ds.run import train
@@ -71,7 +71,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
 def run(tiny_world: Path, tmp_path: Path, group: Group) -> Callable[..., list[dict[str, float]]]:
     def start(name: str, resume: str = "auto", **changes: Any) -> list[dict[str, float]]:
         chosen = {"run__rounds": 4, "run__checkpoint_every": 1, "run__keep_checkpoints": 3} | changes
-        train(RunConfig.model_validate(run_settings(tiny_world, tmp_path / name, **chosen)), group, resume)
+        train(DistilConfig.model_validate(run_settings(tiny_world, tmp_path / name, **chosen)), group, resume)
         return metrics(tmp_path / name)
 
     return start

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from opd_ds.config import RunConfig
+from opd_ds.config import DistilConfig
 from opd_ds.engine import frozen_ds_config, read_ds_config, student_ds_config
 from opd_ds.errors import UserError
 from opd_ds.launch import World
@@ -201,7 +201,7 @@ def test_teacher_ds_config_refusals() -> None:
 def test_config_is_plain_data(config_file: Path) -> None:
     """What `config.yaml` in the output folder holds is a config again."""
     config = load_config(None, config_file, [])
-    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+    assert DistilConfig.model_validate(config.model_dump(mode="json")) == config
 
 
 def test_a_reward_is_a_name_or_a_mapping(config_file: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 from opd_ds.cli import app
-from opd_ds.config import RunConfig
+from opd_ds.config import DistilConfig, RunConfig
 from opd_ds.doctor import disk, network, node, weights
 from opd_ds.doctor.examination import Outcome, Subject, examine
 from opd_ds.doctor.findings import Finding, Report, Seen, attempt, merge
@@ -168,7 +168,7 @@ def test_a_check_that_raises_is_a_finding() -> None:
 
 
 def config_of(world: Path, output_dir: Path, **changes: Any) -> RunConfig:
-    return RunConfig.model_validate(run_settings(world, output_dir, **changes))
+    return DistilConfig.model_validate(run_settings(world, output_dir, **changes))
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from opd_ds.config import RunConfig
+from opd_ds.config import DistilConfig
 from opd_ds.engine import Group, consolidated_weights
 from opd_ds.run import train
 from tests.test_multirank import assert_close, metrics
@@ -61,7 +61,7 @@ class Runs:
 
     def here(self, argument: str) -> None:
         file, _, resume = argument.partition(":")
-        train(RunConfig.model_validate(yaml.safe_load(Path(file).read_text())), self.group, resume or "never")
+        train(DistilConfig.model_validate(yaml.safe_load(Path(file).read_text())), self.group, resume or "never")
 
     def rows(self, name: str) -> list[dict[str, float]]:
         return metrics(self.root / name)

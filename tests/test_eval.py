@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from opd_ds import preparation
 from opd_ds.cli import app
 from opd_ds.compared_models import Requests
-from opd_ds.config import RunConfig
+from opd_ds.config import DistilConfig
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.evaluate import Choice, evaluate
@@ -45,7 +45,7 @@ def eval_run(tiny_world: Path, tmp_path: Path, group: Group) -> Evaluate:
     """Evaluate in this process; keyword arguments as for `run_settings`."""
 
     def start(choice: Choice | None = None, folder: str = "out", **changes: Any) -> Results:
-        config = RunConfig.model_validate(settings(tiny_world, tmp_path / folder, **changes))
+        config = DistilConfig.model_validate(settings(tiny_world, tmp_path / folder, **changes))
         return evaluate(config, choice or Choice(), group)
 
     return start
@@ -309,7 +309,7 @@ def test_a_checkpoint_is_its_export(
         optimizer__lr=3e-2,
         student__ema={"decay": 0.5},
     )
-    config = RunConfig.model_validate(data)
+    config = DistilConfig.model_validate(data)
     train(config, group)
     models = Requests(defaults=False, models=["student", "last=checkpoint:latest", "base"])
     evaluate(config, Choice(models, limit=3), group)
@@ -327,7 +327,7 @@ def test_the_runs_own_evaluation_is_this_one(
     tiny_world: Path, tmp_path: Path, group: Group, drawn: list[int], scored: list[int]
 ) -> None:
     """A run ends with results.json and report; `opd-ds eval` afterwards draws nothing and finds the same scores."""
-    config = RunConfig.model_validate(settings(tiny_world, tmp_path / "out", evaluation__baselines=True))
+    config = DistilConfig.model_validate(settings(tiny_world, tmp_path / "out", evaluation__baselines=True))
     train(config, group)
     own = read_results(tmp_path / "out" / "eval" / "results.json")
     assert (tmp_path / "out" / "eval" / "report.html").is_file()
@@ -345,10 +345,10 @@ def test_a_resumed_run_keeps_its_baselines(
     tiny_world: Path, tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"evaluation__baselines": True, "run__checkpoint_every": 1}
-    config = RunConfig.model_validate(settings(tiny_world, tmp_path / "out", **changes, run__rounds=1))
+    config = DistilConfig.model_validate(settings(tiny_world, tmp_path / "out", **changes, run__rounds=1))
     train(config, group)
     before = means(read_results(tmp_path / "out" / "eval" / "results.json"))
-    config = RunConfig.model_validate(settings(tiny_world, tmp_path / "out", **changes, run__rounds=2))
+    config = DistilConfig.model_validate(settings(tiny_world, tmp_path / "out", **changes, run__rounds=2))
     train(config, group, "auto")
     after = means(read_results(tmp_path / "out" / "eval" / "results.json"))
     same = [key for key in before if not key.startswith("student")]
@@ -416,7 +416,7 @@ def test_two_ranks_give_the_results_of_one(tiny_world: Path, tmp_path: Path, gro
     file = write_config(tmp_path / "run.yaml", settings(tiny_world, tmp_path / "two"))
     launch(2, "--config", str(file), command="eval")
     two = read_results(tmp_path / "two" / "eval" / "results.json")
-    one = evaluate(RunConfig.model_validate(settings(tiny_world, tmp_path / "one")), Choice(), group)
+    one = evaluate(DistilConfig.model_validate(settings(tiny_world, tmp_path / "one")), Choice(), group)
     assert means(two) == pytest.approx(means(one), rel=1e-3, nan_ok=True)
     # Each rank judged a part.
     ranks = sorted(path.name for path in (tmp_path / "two" / "eval" / "scores").iterdir())

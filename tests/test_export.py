@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from opd_ds.cli import app
-from opd_ds.config import RunConfig
+from opd_ds.config import DistilConfig
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.run import train
@@ -34,7 +34,7 @@ def trained(
     def run(kind: str) -> tuple[Path, Path]:
         if kind not in done:
             changes: dict[str, Any] = {"student__kind": kind, "optimizer__lr": 1e-2, "student__ema": {"decay": 0.5}}
-            train(RunConfig.model_validate(run_settings(tiny_world, root / kind, **changes)), group)
+            train(DistilConfig.model_validate(run_settings(tiny_world, root / kind, **changes)), group)
             done[kind] = root / kind
         return done[kind], done[kind] / "checkpoints" / "round-000003"
 

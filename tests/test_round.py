@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from opd_ds.config import RunConfig
+from opd_ds.config import DistilConfig, RunConfig
 from opd_ds.engine import Group
 from opd_ds.errors import NonFiniteError, UserError
 from opd_ds.preparation import Parts, prepare
@@ -145,7 +145,7 @@ def test_the_loss_is_the_paper_formula(build_run: Build, tiny_world: Path) -> No
             x = x + dt * ours
     report = parts.trainer.run_round(0)
     assert report.losses.loss == pytest.approx(expected, rel=1e-5)
-    assert report.losses.task_kl == {"one": pytest.approx(expected, rel=1e-5)}
+    assert report.losses.means["one"]["kl"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_one_optimizer_step_a_round(build_run: Build) -> None:
@@ -245,7 +245,7 @@ def test_ema_is_the_average_of_the_masters(build_run: Build, tmp_path: Path, sta
 def test_teachers_that_cannot_be_compared_are_refused(tiny_world: Path, tmp_path: Path, group: Group) -> None:
     def attempt(teacher: Path, **more: Any) -> None:
         task = own_teacher(tiny_world, path=str(teacher), **more)
-        prepare(RunConfig.model_validate(run_settings(tiny_world, tmp_path / "out", tasks={"t": task})), group)
+        prepare(DistilConfig.model_validate(run_settings(tiny_world, tmp_path / "out", tasks={"t": task})), group)
 
     foreign = write_lora(tiny_world / "base", tmp_path / "foreign", base_name="someone/another-model")
     with pytest.raises(UserError, match=r"tasks\.t\.teacher\.path.*'someone/another-model'.*trust_base=true"):
@@ -278,4 +278,4 @@ def test_an_adapter_without_lora_b_is_refused(tiny_world: Path, tmp_path: Path, 
     save_file({key: value for key, value in load_file(weights).items() if "lora_B" not in key}, weights)
     config = run_settings(tiny_world, tmp_path / "out", tasks={"t": own_teacher(tiny_world, path=str(folder))})
     with pytest.raises(UserError, match=r"missing, the first: .*lora_B"):
-        prepare(RunConfig.model_validate(config), group)
+        prepare(DistilConfig.model_validate(config), group)

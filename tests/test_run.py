@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typer.testing import CliRunner
 
 from opd_ds.cli import app
-from opd_ds.config import RunConfig
+from opd_ds.config import DistilConfig
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.evaluation.tables import gain_kept
@@ -31,7 +31,7 @@ Run = Callable[..., Path]
 def run(tiny_world: Path, tmp_path: Path, group: Group) -> Run:
     def start(name: str, resume: str = "never", **changes: Any) -> Path:
         folder = tmp_path / name
-        train(RunConfig.model_validate(run_settings(tiny_world, folder, **changes)), group, resume)
+        train(DistilConfig.model_validate(run_settings(tiny_world, folder, **changes)), group, resume)
         return folder
 
     return start
@@ -60,7 +60,7 @@ def test_a_run_leaves_what_it_promises(run: Run, tiny_world: Path) -> None:
     assert data["tasks"].keys() == {"one"}
     assert all(isinstance(data["tasks"]["one"][key], float) for key in ("base", "teacher", "student"))
     assert data["models"].keys() == {"base", "teacher:one", "student"}
-    resolved = RunConfig.model_validate(yaml.safe_load((folder / "config.yaml").read_text()))
+    resolved = DistilConfig.model_validate(yaml.safe_load((folder / "config.yaml").read_text()))
     assert resolved.run.rounds == 4
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()

@@ -56,7 +56,7 @@ def test_euler_rollout_gives_the_latents_and_pictures_of_diffusers(
         trajectory = rollout(
             lambda x, sigma, rows, step: guided_velocity(ours, network, x, sigma, cond[rows], uncond, guidance),
             SampleNoise(seeds, ours.latent_shape),
-            kernel("euler"),
+            kernel("euler").coefficients(ours.sigmas(10)),
             ours.sigmas(10),
             micro_batch=2,
             device=CPU,

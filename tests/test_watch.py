@@ -11,7 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from opd_ds.config import RunConfig
+from opd_ds.config import DistilConfig
 from opd_ds.engine import Group
 from opd_ds.rewards import Needs
 from opd_ds.run import train
@@ -60,7 +60,7 @@ def reward() -> Brightness:
 def watch(tiny_world: Path, tmp_path: Path, reward: Brightness) -> Watch:
     task = {"teacher": "x", "prompts": "y", "rewards": [{"name": "anything", "label": "light"}]}
     settings = run_settings(tiny_world, tmp_path, tasks={"one": task}, watch={"every": 1, "rollouts": 2})
-    return Watch(RunConfig.model_validate(settings), {"light": reward}, decode)
+    return Watch(DistilConfig.model_validate(settings), {"light": reward}, decode)
 
 
 def test_scores_come_later_with_the_round_they_belong_to(watch: Watch, reward: Brightness) -> None:
@@ -107,7 +107,7 @@ def test_a_watched_run_trains_what_an_unwatched_one_trains(
 
     def run(name: str, **changes: Any) -> Path:
         settings = run_settings(tiny_world, tmp_path / name, tasks={"one": task}, rollout__mode=mode, **changes)
-        train(RunConfig.model_validate(settings), group)
+        train(DistilConfig.model_validate(settings), group)
         return tmp_path / name
 
     watched, plain = run("watched", watch={"every": 1, "held_out": 3, "rollouts": 2}), run("plain")

@@ -1,9 +1,17 @@
 """Schedules, transition kernels and objectives: pure torch, no model, no DeepSpeed."""
 
-from opd_ds.diffusion.kernels import Coefficients, TransitionKernel, kernel, kernel_names
+from opd_ds.diffusion.kernels import (
+    Coefficients,
+    TransitionKernel,
+    kernel,
+    kernel_names,
+    predicted_picture,
+)
 from opd_ds.diffusion.objective import (
+    clipped_surrogate,
     gaussian_kl,
     kl_weight,
+    log_ratio,
     mean_matching,
     ppo_style_loss,
     step_weights,
@@ -13,12 +21,15 @@ from opd_ds.diffusion.objective import (
 __all__ = [
     "Coefficients",
     "TransitionKernel",
+    "clipped_surrogate",
     "gaussian_kl",
     "kernel",
     "kernel_names",
     "kl_weight",
+    "log_ratio",
     "mean_matching",
     "ppo_style_loss",
+    "predicted_picture",
     "step_weights",
     "velocity_error",
 ]

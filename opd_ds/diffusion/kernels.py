@@ -6,7 +6,7 @@ v = noise - x0, every sampler here has the form
     x' = a * x + b * v(x, sigma) + c * h + std * eps,          eps ~ N(0, I)
 
 where a, b, c and std depend only on the sampler and on the pair (sigma, sigma'), and h is the sampler's
-history: the picture predicted at the previous step (`TransitionKernel.history`), a constant as far as the
+history: the picture predicted at the previous step (`predicted_picture`), a constant as far as the
 current velocity is concerned. Rollout, objective, policy-gradient comparison and evaluation all read this
 one table, so they cannot disagree. All coefficients are float64.
 
@@ -57,6 +57,11 @@ class Coefficients:
             mean = mean + c * history
         return mean
 
+    def where(self, steps: Tensor, others: Coefficients) -> Coefficients:
+        """These on the steps of the mask `steps` bool [T], those of `others` elsewhere."""
+        pairs = zip((self.a, self.b, self.c, self.std), (others.a, others.b, others.c, others.std), strict=True)
+        return Coefficients(*(torch.where(steps, mine, theirs) for mine, theirs in pairs))
+
 
 @dataclass(frozen=True)
 class TransitionKernel:
@@ -80,10 +85,10 @@ class TransitionKernel:
             raise ValueError(f"sigmas must decrease strictly within [0, 1], from noise to image; got {grid.tolist()}")
         return Coefficients(*self._function(grid[:-1], grid[1:], self.noise_level))
 
-    @staticmethod
-    def history(x: Tensor, velocity: Tensor, sigma: float) -> Tensor:
-        """What a multistep sampler remembers of a step: the predicted picture x0 = x - sigma * v."""
-        return x - sigma * velocity
+
+def predicted_picture(x: Tensor, velocity: Tensor, sigma: float) -> Tensor:
+    """x0 = x - sigma * v: what a multistep sampler remembers of a step."""
+    return x - sigma * velocity
 
 
 def _euler(sigma: Tensor, sigma_next: Tensor, noise_level: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -64,22 +64,42 @@ def gaussian_kl(student_mean: Tensor, teacher_mean: Tensor, std: Tensor | float)
     return ((student_mean - teacher_mean) / std).square().flatten(1).sum(1) / 2
 
 
+def log_ratio(velocity: Tensor, behaviour: Tensor, noise: Tensor, b: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """log pi(x') - log pi_behaviour(x') at x' = mean_behaviour + std * noise, in two forms, as means over latents: [B].
+
+    With D = mean - mean_behaviour = b * (v - v_behaviour) it is mean(D * noise) / std - mean(D^2) / (2 std^2).
+    Returned are mean(D * noise), which GRPO-Guard (arXiv 2510.22319) takes for it (mean zero over the noise, one scale
+    at all steps), and the log-ratio itself. `velocity`, `behaviour`, `noise` [B, ...]; `b`, `std` [B].
+    """
+    difference = b.view(-1, *[1] * (velocity.ndim - 1)) * (velocity.float() - behaviour.float())
+    along = (difference * noise.float()).flatten(1).mean(1)
+    return along, along / std - difference.square().flatten(1).mean(1) / (2 * std**2)
+
+
+def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """-min(rho * A, clip(rho, 1 - clip, 1 + clip) * A): [B] each."""
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
 def ppo_style_loss(
-    student_mean: Tensor, behaviour_mean: Tensor, teacher_mean: Tensor, sample: Tensor, std: float, clip: float = 1e-4
+    velocity: Tensor, behaviour: Tensor, teacher: Tensor, noise: Tensor, b: Tensor, std: Tensor, clip: float = 1e-4
 ) -> Tensor:
     """The policy-gradient estimator that the paper compares with (its section on PPO-style training), for comparison.
 
-    The teacher is a process reward: A = -KL(student || teacher) of this transition (not detached: detached it has no
-    expected gradient on-policy), and the loss is -min(rho * A, clip(rho, 1 - clip, 1 + clip) * A) per sample, with
-    rho the likelihood ratio of the drawn `sample` x' under student and behaviour policy. In expectation the gradient
-    equals that of the closed-form KL; the score-function part only adds variance. Shapes [B, ...]; returns [B].
+    The teacher is a process reward: A = -KL(student || teacher) of this transition in nats (not detached: detached it
+    has no expected gradient on-policy), and the loss is -min(rho * A, clip(rho, 1 - clip, 1 + clip) * A) per sample,
+    with rho the likelihood ratio, under student and behaviour policy, of the transition that was drawn with `noise`. In
+    expectation the gradient equals that of the closed-form KL; the score-function part only adds variance.
 
-    Raises:
-        ValueError: std = 0, where a likelihood ratio does not exist.
+    Args:
+        velocity, behaviour, teacher: of student, behaviour policy and teacher at the same states, [B, ...].
+        noise: that the transition drew, [B, ...].
+        b, std: of the step, [B], std > 0.
+
+    Returns:
+        [B], in nats.
     """
-    if std <= 0:
-        raise ValueError("the PPO-style estimator needs a stochastic kernel: std must be > 0")
-    advantage = -gaussian_kl(student_mean, teacher_mean, std)
-    log_ratio = gaussian_kl(sample, behaviour_mean, std) - gaussian_kl(sample, student_mean, std)
-    ratio = log_ratio.exp()
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    dimensions = velocity[0].numel()
+    advantage = -(b**2 / (2 * std**2)) * velocity_error(velocity, teacher) * dimensions
+    _, mean_log_ratio = log_ratio(velocity, behaviour, noise, b, std)
+    return clipped_surrogate((dimensions * mean_log_ratio).exp(), advantage, clip)

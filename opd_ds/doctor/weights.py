@@ -22,11 +22,15 @@ _TRANSFORMER = "transformer"
 def look_at_files(config: RunConfig) -> list[Seen]:
     """Every model, teacher and prompt file of the run."""
     values = {"model.path": config.model.path}
+    if config.student.start is not None:
+        values["student.start"] = config.student.start
+    for name, teacher in config.teachers.items():
+        values[f"tasks.{name}.teacher.path"] = teacher.path
     for name, task in config.tasks.items():
-        values[f"tasks.{name}.teacher.path"] = task.teacher.path
         values[f"tasks.{name}.prompts"] = task.prompts
-        if task.eval_prompts is not None:
-            values[f"tasks.{name}.eval_prompts"] = task.eval_prompts
+    for name, judged in config.evaluated.items():
+        if judged.eval_prompts is not None:
+            values[f"tasks.{name}.eval_prompts"] = judged.eval_prompts
     return [seen for key, value in values.items() for seen in attempt(key, lambda k=key, v=value: _look(k, v))]  # type: ignore[misc]
 
 

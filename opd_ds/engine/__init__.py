@@ -2,16 +2,19 @@
 
 from opd_ds.engine.comm import Group, init_group
 from opd_ds.engine.consolidate import consolidated_weights
+from opd_ds.engine.copies import ShardedCopy, ShardedEma
 from opd_ds.engine.ds_config import frozen_ds_config, read_ds_config, student_ds_config, zero_stage
-from opd_ds.engine.ema import ShardedEma
 from opd_ds.engine.frozen import FrozenEngine
-from opd_ds.engine.state import ShardReader, write_shard
+from opd_ds.engine.state import OLD_POLICY, START, ShardReader, write_shard
 from opd_ds.engine.student import StudentEngine
 
 __all__ = [
+    "OLD_POLICY",
+    "START",
     "FrozenEngine",
     "Group",
     "ShardReader",
+    "ShardedCopy",
     "ShardedEma",
     "StudentEngine",
     "consolidated_weights",

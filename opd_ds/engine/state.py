@@ -1,7 +1,7 @@
 """What a resume needs, out of the engine and back into it, in terms that know neither ZeRO stage nor rank.
 
 A tensor entry is keyed `kind/start/parameter`: the elements from `start` on of the flattened parameter, fp32, 1-D.
-`kind` is `master`, a moment of the optimizer (`exp_avg`, ...) or `ema`.
+`kind` is `master`, a moment of the optimizer (`exp_avg`, ...), or the name of a further copy of the weights (`COPIES`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch import Tensor
 from opd_ds.engine.fragments import Fragment, in_memory, inner_optimizer, moments
 from opd_ds.errors import DamagedCheckpointError
 
-MASTER, EMA = "master", "ema"
+MASTER, EMA, OLD_POLICY, START = "master", "ema", "old_policy", "start"
+COPIES = {EMA, OLD_POLICY, START}
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _GROUP_FIELDS = ("lr", "betas", "momentum")  # what schedules move
 _ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -61,7 +62,7 @@ def copy_in(engine: DeepSpeedEngine, held: list[Fragment], shards: ShardReader, 
             stack.enter_context(in_memory(engine.optimizer, parts[0], write=True))
             for part in parts:
                 part.master.copy_(shards.read(MASTER, part.name, part.start, part.numel))
-            kinds = shards.kinds - {MASTER, EMA}
+            kinds = shards.kinds - {MASTER} - COPIES
             if not kinds:  # written before the first step (fp16 skips those that overflow): leave the optimizer alone
                 continue
             flat = parts[0].flat

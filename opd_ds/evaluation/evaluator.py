@@ -64,7 +64,7 @@ class Evaluator:
             wanted = items(self._prompts[task], settings.samples_per_prompt)
             part, mine, images = self._draw(network, wanted, value)
             shown[task] = self._gather(mine, images, settings.grid_prompts)
-            labels = [reward.label for reward in self._config.tasks[task].rewards]
+            labels = [reward.label for reward in self._config.evaluated[task].rewards]
             judged = {label: judge(self._rewards[label], label, images, mine) for label in labels}
             scores[task] = {label: self._mean(values, part.weights) for label, values in judged.items()}
         return EvaluationResult(scores, shown)
@@ -99,7 +99,8 @@ class Evaluator:
 
 def student_guidance(config: RunConfig, tasks: list[str]) -> dict[str, float]:
     """The student's guidance on each of `tasks`; a name that is no task gets the rollout's."""
-    own = {task: config.tasks[task].guidance if task in config.tasks else None for task in tasks}
+    evaluated = config.evaluated
+    own = {task: evaluated[task].guidance if task in evaluated else None for task in tasks}
     return {task: config.rollout.guidance if value is None else value for task, value in own.items()}
 
 

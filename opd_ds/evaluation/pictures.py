@@ -67,6 +67,7 @@ class Painter:
         self._settings, self._negative = config.evaluation, config.model.negative_prompt
         self._family, self._group = family, group
         self._sigmas = family.sigmas(self._settings.steps)
+        self._table = kernel("euler").coefficients(self._sigmas)
         self.settings: dict[str, Any] = {
             "steps": self._settings.steps,
             "seed": self._settings.seed,
@@ -97,7 +98,7 @@ class Painter:
 
         self._group.progress("drawing pictures")
         noise = SampleNoise([item.seed(self._settings.seed) for item in part], self._family.latent_shape)
-        drawn = rollout(predict, noise, kernel("euler"), self._sigmas, micro_batch=len(part), device=self._group.device)
+        drawn = rollout(predict, noise, self._table, self._sigmas, micro_batch=len(part), device=self._group.device)
         return map(to_image, self._family.decode(drawn.final).cpu())
 
 

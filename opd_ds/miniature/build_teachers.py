@@ -68,7 +68,9 @@ def sample_latents(
         return guided_velocity(family, network, x, sigma, cond[rows], uncond, guidance)
 
     noise, sigmas = SampleNoise(seeds, family.latent_shape), family.sigmas(SAMPLING_STEPS)
-    return rollout(predict, noise, kernel("euler"), sigmas, micro_batch=192, device=family.device).final
+    return rollout(
+        predict, noise, kernel("euler").coefficients(sigmas), sigmas, micro_batch=192, device=family.device
+    ).final
 
 
 def judge(family: SD3, latents: Tensor, prompts: list[str], reward: Reward) -> Tensor:

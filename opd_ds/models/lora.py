@@ -147,6 +147,17 @@ def strip_adapter_name(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{m['module']}.{m['part']}.weight": value.detach().to(torch.float32) for m, value in matches if m}
 
 
+@torch.no_grad()
+def merged_weights(transformer: nn.Module) -> dict[str, Tensor]:
+    """The weights of the plain network, adapters added to what they adapt; computed in float32, in place."""
+    transformer.float()
+    for module in transformer.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    plain = {key: value for key, value in transformer.state_dict().items() if ".lora_" not in key}
+    return {key.replace(".base_layer.", "."): value for key, value in plain.items()}
+
+
 def adapter_config(transformer: nn.Module, name: str) -> LoraConfig:
     """The configuration that `new_adapter` or `load_adapter` injected under `name`."""
     return transformer.peft_config[name]  # type: ignore[index]

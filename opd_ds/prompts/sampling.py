@@ -78,6 +78,12 @@ class SampleNoise:
     def __len__(self) -> int:
         return len(self._generators)
 
+    def __getitem__(self, rows: slice) -> SampleNoise:
+        """The samples `rows`; they go on drawing from the same generators."""
+        part = SampleNoise([], self._shape)
+        part._generators = self._generators[rows]
+        return part
+
     def draw(self, rows: slice) -> Tensor:
         """The next noise of the samples `rows`: [b, *shape]."""
         return torch.stack([torch.randn(self._shape, generator=g) for g in self._generators[rows]])

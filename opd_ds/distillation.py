@@ -1,0 +1,187 @@
+"""On-policy distillation (DiffusionOPD, arXiv 2605.15055): the task's teacher is asked at the states visited."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from opd_ds.accumulate import RoundAccumulator, RoundLosses
+from opd_ds.buffer import TrajectoryBuffer, noised_states
+from opd_ds.config import DistilConfig
+from opd_ds.diffusion import Coefficients, kl_weight, ppo_style_loss, step_weights, velocity_error
+from opd_ds.engine import Group, ShardedEma, StudentEngine
+from opd_ds.models import Conditioning, ModelFamily
+from opd_ds.prompts import PromptSet, SampleNoise, sample_seed
+from opd_ds.rollout import chunks
+from opd_ds.teachers import ANCHOR, TeacherPool
+from opd_ds.trainer import Draw, Trainer
+
+
+class DistillationLoss:
+    """The run's objective at one micro-batch of pairs; a `Loss`.
+
+    The part that is compared with the teacher, plus `anchor_weight` times the same with the anchor. Measured as `kl`:
+    the exact KL to the teacher (without noise: mean matching), whatever is minimised.
+    """
+
+    def __init__(self, config: DistilConfig, coefficients: Coefficients, sigmas: Tensor, device: torch.device) -> None:
+        chosen = config.objective
+        self._method, self._clip = chosen.method, chosen.clip
+        self._anchor_weight = config.anchor.weight if config.anchor else 0.0
+        weights = step_weights(coefficients, sigmas, chosen.target, chosen.weighting)
+        if chosen.method == "sft":  # flow matching is the plain squared error
+            weights = torch.full_like(weights, 0.5)
+        tables = (weights, kl_weight(coefficients), coefficients.b, coefficients.std)
+        self._weights, self._kl, self._b, self._std = (table.to(device, torch.float32) for table in tables)
+
+    def __call__(self, velocity: Tensor, steps: Tensor, known: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        steps = steps.to(velocity.device)
+        error = velocity_error(velocity, known["teacher"])
+        loss = self._policy_gradient(velocity, steps, known) if self._method == "ppo" else self._weights[steps] * error
+        measured = {"kl": self._kl[steps] * error}
+        if self._anchor_weight:
+            anchor = velocity_error(velocity, known["anchor"])
+            loss = loss + self._anchor_weight * self._weights[steps] * anchor
+            measured["anchor_kl"] = self._kl[steps] * anchor
+        return loss, measured
+
+    def _policy_gradient(self, velocity: Tensor, steps: Tensor, known: dict[str, Tensor]) -> Tensor:
+        """Per latent dimension, as the closed form is; a step without noise has no likelihood: there it is that one."""
+        std = self._std[steps]
+        noisy = std > 0
+        drawn = ppo_style_loss(
+            velocity,
+            known["velocity"],
+            known["teacher"],
+            known["noise"],
+            self._b[steps],
+            torch.where(noisy, std, 1.0),
+            self._clip,
+        )
+        exact = self._weights[steps] * velocity_error(velocity, known["teacher"])
+        return torch.where(noisy, drawn / velocity[0].numel(), exact)
+
+
+class Distillation(Trainer):
+    """Rounds of several teachers into one student."""
+
+    def __init__(
+        self,
+        config: DistilConfig,
+        group: Group,
+        family: ModelFamily,
+        student: StudentEngine,
+        ema: ShardedEma | None,
+        prompts: dict[str, PromptSet],
+        teachers: TeacherPool,
+    ) -> None:
+        super().__init__(config, group, family, student, ema, prompts)
+        self._config, self._teachers = config, teachers
+        self._loss = DistillationLoss(config, self._coefficients, self._sigmas, group.device)
+        self.measures = ("kl", "anchor_kl") if config.anchor else ("kl",)
+
+    def _learn(self, index: int, draws: dict[str, Draw], conds: dict[str, Conditioning]) -> tuple[RoundLosses, float]:
+        if self._config.rollout.mode == "fused":
+            return self._optimize(lambda: self._train_fused(draws, conds))
+        with self._phase("rollout"):
+            if self._config.objective.method == "sft":
+                buffers = self._drawn_by_teachers(index, draws, conds)
+            else:
+                buffers = self._drawn_by_student(draws, conds)
+        with self._phase("score"):
+            self._ask_teachers(buffers)
+        pairs: dict[str, float] = {task: draw.pairs for task, draw in draws.items()}
+        for _ in range(self._config.train.inner_epochs):
+            losses, grad_norm = self._optimize(lambda: self._train(buffers, pairs, self._loss))
+        return losses, grad_norm
+
+    def _drawn_by_student(self, draws: dict[str, Draw], conds: dict[str, Conditioning]) -> dict[str, TrajectoryBuffer]:
+        """Tasks with one student guidance are rolled out together: a step is one forward for all of them."""
+        with_noise = self._config.objective.method == "ppo"
+        together: dict[float, list[str]] = {}
+        for task in draws:
+            together.setdefault(self._guidance(task), []).append(task)
+        buffers = {}
+        for guidance, tasks in together.items():
+            cond = Conditioning.cat([conds[task] for task in tasks])
+            noise = SampleNoise.cat([draws[task].noise for task in tasks])
+            rolled = self._roll_out(self._student, cond, noise, guidance, transitions=with_noise)
+            for task, own in zip(tasks, rolled.split([len(draws[task].part) for task in tasks]), strict=True):
+                assert own.states is not None
+                self._final[task] = own.final
+                buffers[task] = TrajectoryBuffer(own.states, draws[task].chosen, draws[task].part.weights, conds[task])
+                if own.velocity is not None and own.noise is not None:
+                    buffers[task].kept = {"velocity": own.velocity, "noise": own.noise}
+        return {task: buffers[task] for task in draws}
+
+    def _drawn_by_teachers(
+        self, index: int, draws: dict[str, Draw], conds: dict[str, Conditioning]
+    ) -> dict[str, TrajectoryBuffer]:
+        """The teachers' pictures, noised afresh, with the velocity that flow matching asks for as the teacher's."""
+        buffers = {}
+        for task, draw in draws.items():
+            with self._teachers.active(task) as teacher:
+                final = self._roll_out(teacher, conds[task], draw.noise, self._teachers.guidance(task)).final
+            seeds = [sample_seed(self._config.run.seed, index, f"{task}/noised", i) for i in draw.part.indices]
+            noised = noised_states(
+                final, SampleNoise(seeds, self._family.latent_shape), self._sigmas, self._family.dtype
+            )
+            assert noised.states is not None
+            assert noised.velocity is not None
+            self._final[task] = final
+            buffers[task] = TrajectoryBuffer(noised.states, draw.chosen, draw.part.weights, conds[task])
+            buffers[task].kept = {"teacher": noised.velocity}
+        return buffers
+
+    def _ask_teachers(self, buffers: dict[str, TrajectoryBuffer]) -> None:
+        """One pass per teacher over all steps and samples of the round; the anchor over all tasks."""
+        if self._config.objective.method != "sft":
+            for task, buffer in buffers.items():
+                with self._teachers.active(task) as teacher:
+                    self._score("teacher", teacher, buffer, self._teachers.guidance(task))
+        if self._config.anchor:
+            with self._teachers.active(ANCHOR) as anchor:
+                for buffer in buffers.values():
+                    self._score("anchor", anchor, buffer, self._teachers.guidance(ANCHOR))
+
+    # ---- fused: the rollout's forward is the training forward ----
+
+    def _train_fused(self, draws: dict[str, Draw], conds: dict[str, Conditioning]) -> RoundAccumulator:
+        """Per step one student and one teacher pass, nothing stored."""
+        settings = self._config.rollout
+        # With random queries any step may be some sample's; the others then weigh 0, so that ranks stay in step.
+        first = next(iter(draws.values()))
+        trained = range(settings.steps) if settings.trained_steps.queries else first.chosen[0].tolist()
+        parts = len(chunks(len(first.part), settings.micro_batch)) * len(trained) * len(draws)
+        accumulator = self._accumulator(list(draws), parts)
+        for task, draw in draws.items():
+            predict = self._fused_step(task, draw, conds[task], set(trained), accumulator)
+            self._final[task] = self._rollout(predict, draw.noise).final
+        return accumulator
+
+    def _fused_step(
+        self, task: str, draw: Draw, cond: Conditioning, trained: set[int], accumulator: RoundAccumulator
+    ) -> Callable[[Tensor, Tensor, slice, int], Tensor]:
+        chosen = torch.zeros(len(draw.part), self._config.rollout.steps).scatter_(1, draw.chosen, 1.0)
+
+        def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
+            state = x.to(self._family.dtype)
+            with torch.set_grad_enabled(step in trained):
+                velocity = self._velocity(self._student, state, sigma, cond[rows], self._guidance(task))
+            if step in trained:
+                steps = torch.full((len(x),), step)
+                known = {"teacher": self._asked(task, state, sigma, cond[rows])}
+                if self._config.anchor:
+                    known["anchor"] = self._asked(ANCHOR, state, sigma, cond[rows])
+                weights = chosen[rows, step] * draw.part.weights[rows]
+                accumulator.add(task, *self._loss(velocity, steps, known), steps, weights, draw.pairs)
+            return velocity.detach()
+
+        return predict
+
+    @torch.no_grad()
+    def _asked(self, teacher: str, state: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        with self._teachers.active(teacher) as network:
+            return self._velocity(network, state, sigma, cond, self._teachers.guidance(teacher))

@@ -1,0 +1,1 @@
+"""Making teachers: reinforcement learning of a diffusion model from rewards (DiffusionNFT, GRPO-Guard)."""

@@ -1,0 +1,48 @@
+"""From rewards to what is learned from: how much better a picture is than others of its prompt."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Optimality = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
+
+
+def group_advantages(rewards: Tensor, group: int, std: Literal["batch", "group"], eps: float = 1e-4) -> Tensor:
+    """(reward - mean of its group) / (standard deviation + eps), the deviation that of all rewards or of the group.
+
+    Args:
+        rewards: [N], consecutive `group` of one prompt; NaN where a picture could not be judged.
+
+    Returns:
+        float64 [N], 0 where the reward is NaN or has nothing to be compared with.
+    """
+    by_prompt = rewards.double().view(-1, group)
+    judged = torch.isfinite(by_prompt)
+    count = judged.sum(1, keepdim=True)
+    values = torch.where(judged, by_prompt, 0.0)
+    offset = torch.where(judged, values - values.sum(1, keepdim=True) / count.clamp_min(1), 0.0)
+    if std == "group":
+        spread = (offset.square().sum(1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
+    else:
+        everything = rewards.double()[torch.isfinite(rewards)]
+        spread = everything.std() if len(everything) > 1 else torch.zeros((), dtype=torch.float64)
+    return torch.where(count > 1, offset / (spread + eps), 0.0).flatten()
+
+
+def optimality(advantages: Tensor, clip: float, mode: Optimality = "all") -> Tensor:
+    """DiffusionNFT's probability r in [0, 1] of a good picture (arXiv 2509.16117): clamp(A / clip, -1, 1) / 2 + 1/2.
+
+    r = 1/2 teaches nothing. `positive_only` and `negative_only` cut the other side of A off, `one_only` counts every A
+    above 0 as 1, `binary` keeps the sign of A.
+    """
+    chosen = {
+        "all": advantages,
+        "positive_only": advantages.clamp(min=0),
+        "negative_only": advantages.clamp(max=0),
+        "one_only": (advantages > 0).to(advantages.dtype),
+        "binary": advantages.sign(),
+    }[mode]
+    return (chosen / clip).clamp(-1, 1) / 2 + 0.5

@@ -1,0 +1,73 @@
+"""`opd-ds train` and `opd-ds teach`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from opd_ds.errors import UserError
+
+Recipe = Annotated[str | None, typer.Option(help="a shipped recipe, see `opd-ds recipes`")]
+Config = Annotated[Path | None, typer.Option(help="your own YAML run config")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, repeatable")]
+Resume = Annotated[str, typer.Option(help="never, auto, or the folder of a checkpoint")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved run and start nothing")]
+
+
+def train(
+    recipe: Recipe = None,
+    config: Config = None,
+    overrides: Overrides = None,
+    resume: Resume = "never",
+    dry_run: DryRun = False,
+) -> None:
+    """Run a config: distil, or learn from rewards where it has a section `teach` (as `opd-ds teach`).
+
+    One process by itself, or one per device under deepspeed, torchrun or srun.
+    """
+    _start(recipe, config, overrides or [], resume, dry_run=dry_run, only_teach=False)
+
+
+def teach(
+    recipe: Recipe = None,
+    config: Config = None,
+    overrides: Overrides = None,
+    resume: Resume = "never",
+    dry_run: DryRun = False,
+) -> None:
+    """Make a specialist by reinforcement learning from rewards; starts like `opd-ds train`."""
+    _start(recipe, config, overrides or [], resume, dry_run=dry_run, only_teach=True)
+
+
+def _start(
+    recipe: str | None, config: Path | None, overrides: list[str], resume: str, *, dry_run: bool, only_teach: bool
+) -> None:
+    from opd_ds.interruption import listen
+    from opd_ds.launch import prepare_environment, who_am_i
+    from opd_ds.loading import load_config
+    from opd_ds.teach.config import TeachConfig
+
+    listen()  # first of all: a signal that comes while libraries and models load must not be lost
+    world = who_am_i()
+    settings = load_config(recipe, config, overrides)
+    if only_teach and not isinstance(settings, TeachConfig):
+        raise UserError(f"{recipe or config}: has no section `teach`; distillations start with `opd-ds train`")
+    if dry_run:
+        from opd_ds.dry_run import describe
+
+        if world.is_main:
+            typer.echo(describe(settings, world))
+        return
+    prepare_environment(world)
+    from datetime import timedelta
+
+    from opd_ds.engine import init_group
+    from opd_ds.quiet import quiet_libraries
+    from opd_ds.run import train as run_training
+
+    quiet_libraries()
+    # The watch over hangs speaks first; a collective's own timeout is only there in case it cannot.
+    with init_group(world, timedelta(minutes=settings.run.hang_minutes + 10)) as group:
+        run_training(settings, group, resume)
