@@ -1,0 +1,48 @@
+"""The bench from start to end: jobs, then tables, claims, plots and a page about them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from opd_ds.bench.claims import summary
+from opd_ds.bench.jobs import run_jobs
+from opd_ds.bench.paper_miniature import EVALUATION_STEPS, GRADIENTS, Plan, jobs
+from opd_ds.bench.plots import draw_all
+from opd_ds.bench.real import real_rewards
+from opd_ds.bench.report import as_markdown
+from opd_ds.bench.table import Findings, collect, rows, write_csv
+
+
+def bench(plan: Plan, folder: Path, parallel: int, say: Callable[[str], None]) -> None:
+    """Run what is missing in `folder`, then write everything.
+
+    Raises:
+        UserError: a job failed, or `folder` holds another plan's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    planned = jobs(plan)
+    minutes = sum(job.seconds for job in planned) / 60 / parallel
+    say(f"{len(planned)} jobs, {parallel} at a time: about {minutes:.0f} minutes if nothing is finished yet")
+    run_jobs(planned, folder, parallel, say)
+    real = real_rewards()
+    if real is None:
+        say("scikit-learn is not installed: no scores of real pictures (pip install 'opd-ds[miniature]')")
+    gradients = json.loads((folder / GRADIENTS / f"{GRADIENTS}.json").read_text(encoding="utf-8"))
+    write(collect(plan, folder, real, gradients), plan, folder)
+    say((folder / "README.md").read_text(encoding="utf-8").partition("## Pictures")[0])
+    say(f"report: {folder / 'README.md'}")
+
+
+def write(findings: Findings, plan: Plan, folder: Path) -> None:
+    """table.csv, summary.json, plots with their CSVs, README.md."""
+    settings = asdict(plan) | {"evaluation_steps": EVALUATION_STEPS}
+    # Through JSON, so that the page is made of what the file says.
+    text = json.dumps(summary(findings, settings), indent=1)
+    (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
+    found = json.loads(text)
+    write_csv(folder / "table.csv", rows(findings.outcomes))
+    draw_all(findings, found["methods"], folder)
+    (folder / "README.md").write_text(as_markdown(found), encoding="utf-8")

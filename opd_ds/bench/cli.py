@@ -1,0 +1,33 @@
+"""`opd-ds bench`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def _bench() -> None:
+    """Claims of the paper, checked by runs of our own."""
+
+
+@app.command("paper-miniature")
+def paper_miniature(
+    output_dir: Annotated[Path, typer.Option(help="runs, table.csv, summary.json, README.md and plots go here")],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="one seed, an eighth of the rounds: shows that it runs, not what is true")
+    ] = False,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="jobs at a time, each on one core; default: the cores, at most 4")
+    ] = None,
+) -> None:
+    """Does distilling specialists beat joint and cascaded learning? In the miniature; the same command goes on."""
+    from opd_ds.bench.bench import bench
+    from opd_ds.bench.paper_miniature import FULL, QUICK
+
+    bench(QUICK if quick else FULL, output_dir, parallel or min(4, os.cpu_count() or 1), typer.echo)

@@ -1,0 +1,68 @@
+"""README.md of a bench: tables, claims and pictures, made from summary.json alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opd_ds.miniature.world import TASKS
+
+PICTURES = {
+    "methods.png": "Mean reward by task; whiskers: standard deviation over seeds",
+    "reward_against_passes.png": "Held-out reward along each run; distillation without its teachers",
+    "ode_sde.png": "The same distillation with states of the ODE and of SDEs",
+    "gradient_variance.png": "Total variance of the gradient by step, over rollouts and noise",
+}
+
+
+def as_markdown(summary: dict[str, Any]) -> str:
+    """The whole page; pictures stand beside it."""
+    claims = [
+        f"- **{'holds' if one['holds'] else 'DOES NOT HOLD'}**: {one['claim']}. {_said(one)}"
+        for one in summary["claims"]
+    ]
+    notes = [f"- Left out: {text}" for text in summary["left_out"]]
+    if summary["passes_other_than_planned"]:
+        names = ", ".join(summary["passes_other_than_planned"])
+        notes.append(f"- The budget was made with other passes than were measured: {names}")
+    settings = ", ".join(f"{key} {value}" for key, value in summary["settings"].items())
+    parts = [
+        "# Distilling against joint and cascaded learning, in the miniature",
+        "Mean reward on held-out prompts, all methods on the same noise, without guidance (± standard deviation over "
+        "seeds). *average*: mean over tasks of min-max normalised means, over base, teachers, opd, joint and cascade. "
+        "Budgets are compared in pass units: a forward pass is 1, a backward pass 2. Seconds are those of rounds, "
+        "several jobs at a time.",
+        _table(summary["methods"]),
+        f"Settings: {settings}.",
+        "## Claims",
+        "\n".join([*claims, *notes]),
+        "## Pictures",
+        *(f"{title}:\n\n![{title}]({name})" for name, title in PICTURES.items()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(methods: dict[str, Any]) -> str:
+    head = ["method", *TASKS, "average", "passes", "pass units", "seconds"]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for name, found in methods.items():
+        average = "-" if found["average"] is None else f"{found['average']:.3f}"
+        costs = [f"{found[key]:,.0f}" for key in ("passes", "pass_units", "seconds")]
+        lines.append([name, *(_cell(found["tasks"][task]) for task in TASKS), average, *costs])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(found: dict[str, Any]) -> str:
+    spread = "" if found["spread"] is None else f" ± {found['spread']:.3f}"
+    return f"{found['mean']:.3f}{spread}"
+
+
+def _said(claim: dict[str, Any]) -> str:
+    """`a: x 1, y 2; b: 3`, nested mappings in brackets."""
+    return "; ".join(f"{name}: {_value(value)}" for name, value in claim["numbers"].items())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        inner = ((key, f"({_value(one)})" if isinstance(one, dict) else _value(one)) for key, one in value.items())
+        return ", ".join(f"{key} {text}" for key, text in inner)
+    return "-" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

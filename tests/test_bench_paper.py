@@ -1,0 +1,466 @@
+"""The bench of the paper's claim: its budget, its jobs, its claims from made-up scores, and gradients that vary."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from opd_ds.bench.bench import write
+from opd_ds.bench.claims import summary
+from opd_ds.bench.cli import app
+from opd_ds.bench.drawing import Bars, Line, Panel, draw
+from opd_ds.bench.gradients import Draws, Spread, gradient_variance
+from opd_ds.bench.jobs import Job, run_jobs
+from opd_ds.bench.paper_miniature import CONVERGENCE, FULL, QUICK, Plan, Run, cascade, jobs, joint, opd, runs, teacher
+from opd_ds.bench.passes import Passes, measured_passes, planned_passes
+from opd_ds.bench.real import real_rewards
+from opd_ds.bench.table import COLUMNS, Findings, Outcome, Point, collect
+from opd_ds.config import RunConfig
+from opd_ds.engine import Group
+from opd_ds.errors import UserError
+from opd_ds.loading import parse_config, resolve_path
+from opd_ds.miniature.world import TASKS
+from opd_ds.models import build_family
+from opd_ds.run import train
+from tests.tiny import PROMPTS, run_settings
+
+# ---- the budget ----
+
+
+def taught(world: Path, folder: Path, **teach: Any) -> dict[str, Any]:
+    data = run_settings(world, folder, run__rounds=5)
+    task = {"prompts": str(world / "prompts.txt"), "rewards": ["jpeg_compressibility"]}
+    data |= {"tasks": {"one": task | {"turns": 2}, "two": task | {"guidance": 1.0}}, "deepspeed": "zero0"}
+    return data | {"teach": {"algorithm": "nft", "group": 2} | teach}
+
+
+def distilled(world: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+    return run_settings(world, folder, run__rounds=2, **changes)
+
+
+@pytest.mark.parametrize("case", ["alternate", "together", "no start", "distil", "anchor", "two epochs"])
+def test_passes_are_known_before_a_run(case: str, tiny_world: Path, tmp_path: Path, group: Group) -> None:
+    folder = tmp_path / "out"
+    anchor = {"path": str(tiny_world / "other"), "guidance": 2.0}
+    data = {
+        "alternate": lambda: taught(tiny_world, folder, schedule="alternate"),
+        "together": lambda: taught(tiny_world, folder),
+        "no start": lambda: taught(tiny_world, folder, kl=0.0),
+        "distil": lambda: distilled(tiny_world, folder, rollout__trained_steps={"queries": 3}),
+        "anchor": lambda: distilled(tiny_world, folder, anchor=anchor, rollout__trained_steps={"steps": [0, 2]}),
+        "two epochs": lambda: distilled(tiny_world, folder, train__inner_epochs=2),
+    }[case]()
+    config: RunConfig = parse_config(data)
+    planned = planned_passes(config)
+    train(config, group)
+    assert planned == measured_passes(folder)
+    assert planned.backward > 0
+
+
+def test_passes_of_other_rounds_are_refused(tiny_world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="fused"):
+        planned_passes(parse_config(distilled(tiny_world, tmp_path, rollout__mode="fused")))
+
+
+@pytest.mark.parametrize("plan", [FULL, QUICK], ids=["full", "quick"])
+def test_joint_and_cascade_have_the_budget_of_distilling(plan: Plan) -> None:
+    by_name = {run.name: run for run in runs(plan)}
+    assert len(by_name) == len(runs(plan))
+    for seed in plan.seeds:
+        counted = [by_name[opd(seed)], *(by_name[teacher(task, seed)] for task in TASKS)]
+        spent = sum((run.passes for run in counted), Passes()).units
+        together = by_name[joint(seed)].passes
+        in_turn = sum((by_name[name].passes for name in cascade(seed)), Passes())
+        assert together == in_turn
+        turn = sum(replace(by_name[teacher(task, seed)], rounds=1).passes.units for task in TASKS)
+        assert spent <= together.units < spent + turn
+        # A look within a round of what the distillation alone spends.
+        every = by_name[joint(seed)].config.run.eval_every
+        unit = turn // len(TASKS)
+        looks = [k * every * unit for k in range(1, 20)]
+        assert any(0 <= by_name[opd(seed)].passes.units - look < 2 * unit for look in looks)
+
+
+def evaluation_of(run: Run) -> tuple[Any, ...]:
+    """Everything that scores depend on beside the weights; a prompt set may be a task or a probe."""
+    evaluated = run.config.evaluated
+    sets = {name: (one.eval_prompts, one.headline, one.guidance) for name, one in sorted(evaluated.items())}
+    return run.config.evaluation, run.config.rollout.guidance, run.config.precision, sets
+
+
+def test_all_methods_are_evaluated_alike() -> None:
+    first, *others = runs(FULL)
+    base = next(job for job in jobs(FULL) if job.name == "base").arguments
+    settings = tuple(base[place + 1] for place, argument in enumerate(base) if argument == "--set")
+    assert all(evaluation_of(run) == evaluation_of(first) for run in others)
+    assert evaluation_of(Run("base", "train", "miniature", 1, settings)) == evaluation_of(first)
+    assert first.config.rollout.guidance == 1.0
+
+
+def test_every_job_is_planned_after_what_it_reads() -> None:
+    everything = jobs(FULL)
+    assert len({job.name for job in everything}) == len(everything)
+    for job in everything:
+        read = {part.split("/")[1] for argument in job.arguments for part in argument.split("=") if "/export" in part}
+        assert read == set(job.needs)
+
+
+def test_the_plans_fit() -> None:
+    minutes = {name: sum(job.seconds for job in jobs(plan)) / 60 / 2 for name, plan in (("f", FULL), ("q", QUICK))}
+    assert minutes["f"] < 80
+    assert minutes["q"] < 10
+
+
+# ---- jobs ----
+
+SCRIPT = """
+import sys, time, pathlib
+name, *fate = sys.argv[1:]
+with open("order.txt", "a") as stream: stream.write(f"start {name}\\n")
+print("working on", name)
+time.sleep(float(fate[1]) if len(fate) > 1 else 0)
+if fate and fate[0] == "fail": sys.exit("it broke")
+with open("order.txt", "a") as stream: stream.write(f"end {name}\\n")
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "work_of_a_job.py").write_text(SCRIPT)
+    return tmp_path
+
+
+def job(name: str, *needs: str, fate: tuple[str, ...] = ()) -> Job:
+    return Job(name, (name, *fate), needs, module="work_of_a_job")
+
+
+def order(place: Path) -> list[str]:
+    file = place / "order.txt"
+    return file.read_text().splitlines() if file.is_file() else []
+
+
+def quiet(text: str) -> None:
+    pass
+
+
+def test_jobs_wait_for_what_they_need(place: Path) -> None:
+    told: list[str] = []
+    run_jobs([job("last", "b", "a"), job("b", "a"), job("a"), job("free")], place, 2, told.append)
+    lines = order(place)
+    assert lines.index("end a") < lines.index("start b")
+    assert lines.index("end b") < lines.index("start last")
+    assert len(lines) == 8
+    assert (place / "a" / "log.txt").read_text() == "working on a\n"
+    assert [line.split("]")[0] for line in told] == ["[1/4", "[2/4", "[3/4", "[4/4"]
+
+
+def test_two_jobs_run_at_a_time_and_no_more(place: Path) -> None:
+    run_jobs([job(name, fate=("ok", "0.5")) for name in "abc"], place, 2, quiet)
+    running, most = 0, 0
+    for line in order(place):
+        running += 1 if line.startswith("start") else -1
+        most = max(most, running)
+    assert most == 2
+
+
+def test_finished_jobs_are_not_repeated_and_a_failure_names_its_log(place: Path) -> None:
+    broken = [job("a"), job("b", "a", fate=("fail",)), job("c", "b")]
+    with pytest.raises(UserError, match=r"job b ended with exit code 1; see .*b/log\.txt"):
+        run_jobs(broken, place, 1, quiet)
+    assert "it broke" in (place / "b" / "log.txt").read_text()
+    assert "start c" not in order(place)
+    (place / "order.txt").unlink()
+    run_jobs([job("a"), job("b", "a"), job("c", "b")], place, 1, quiet)
+    assert order(place) == ["start b", "end b", "start c", "end c"]
+    (place / "order.txt").unlink()
+    run_jobs([job("a"), job("b", "a"), job("c", "b")], place, 1, quiet)
+    assert order(place) == []
+
+
+def test_other_settings_are_not_taken_for_finished(place: Path) -> None:
+    run_jobs([job("a")], place, 1, quiet)
+    with pytest.raises(UserError, match=r"job a was finished with other settings .*other"):
+        run_jobs([job("a", fate=("other",))], place, 1, quiet)
+
+
+def test_needs_that_nobody_fulfils(place: Path) -> None:
+    with pytest.raises(ValueError, match="needs without a job"):
+        run_jobs([job("a", "gone")], place, 1, quiet)
+
+
+def test_sigterm_ends_the_jobs_too(place: Path) -> None:
+    code = (
+        "import pathlib; from opd_ds.bench.jobs import Job, run_jobs\n"
+        "run_jobs([Job('a', ('a', 'ok', '60'), module='work_of_a_job')], pathlib.Path('.'), 1, print)"
+    )
+    bench = subprocess.Popen([sys.executable, "-c", code], cwd=place)
+    deadline = time.monotonic() + 30
+    while not order(place) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert order(place) == ["start a"]
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(bench.pid)], capture_output=True, text=True, check=True
+    )
+    (child,) = [int(pid) for pid in children.stdout.split()]
+    bench.send_signal(signal.SIGTERM)
+    assert bench.wait(timeout=30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+    assert not (place / "a" / "done.json").exists()
+
+
+# ---- claims from made-up scores ----
+
+
+def outcome(method: str, seed: int | None, rewards: tuple[float, float, float], units: int = 0) -> Outcome:
+    return Outcome(method, seed, dict(zip(TASKS, rewards, strict=True)), Passes(units, 0), units / 100)
+
+
+def curve(*points: tuple[int, float]) -> list[Point]:
+    return [Point(Passes(units, 0), dict.fromkeys(TASKS, reward)) for units, reward in points]
+
+
+def findings(opd_look: float = 0.8, early_joint: float = 0.2) -> Findings:
+    outcomes = [outcome("base", None, (0.2, 0.2, 0.2)), outcome("real", None, (1.0, 1.0, 1.0))]
+    curves = {}
+    for seed in (0, 1):
+        outcomes += [
+            outcome("teacher:text", seed, (0.8, 0.1, 0.2), 100),
+            outcome("teacher:composition", seed, (0.1, 0.8, 0.2), 100),
+            outcome("teacher:look", seed, (0.1, 0.1, 0.8), 100),
+            outcome("opd", seed, (0.8, 0.8, opd_look), 60),
+            outcome("opd+teachers", seed, (0.8, 0.8, opd_look), 360),
+            outcome("joint", seed, (0.5 + 0.1 * seed, 0.5, 0.5), 370),
+            outcome("cascade", seed, (0.1, 0.3, 0.8), 370),
+        ]
+        curves["opd", seed] = curve((0, 0.2), (60, 0.8))
+        curves["joint", seed] = curve((0, 0.2), (50, early_joint), (61, 0.95), (370, 0.5))
+        curves["cascade", seed] = curve((0, 0.2), (60, 0.3), (370, 0.4))
+    convergence = {kind: curve((0, 0.2), (50, 0.5)) for kind in CONVERGENCE}
+    steps = [
+        {
+            "step": step,
+            "sigma": 1.0 - step / 2,
+            "closed_form": {"mean_norm2": 1.0, "variance": 0.5, "noise_variance": 0.0},
+            "ppo": {"mean_norm2": 1.5, "variance": 5.0, "noise_variance": 4.0},
+            "ratio": 10.0,
+            "distance2": 0.1,
+            "distance2_expected": 0.1,
+        }
+        for step in range(2)
+    ]
+    return Findings(outcomes, curves, convergence, {"steps": steps, "ratio": 10.0})
+
+
+def held(found: dict[str, Any]) -> list[bool]:
+    return [claim["holds"] for claim in found["claims"]]
+
+
+def test_the_average_is_that_of_the_paper() -> None:
+    """By hand: text from 0.1 (specialists elsewhere) to 0.8; joint's mean over its seeds is 0.55."""
+    found = summary(findings(), {})["methods"]
+    assert found["opd"]["average"] == pytest.approx(1.0)
+    assert found["base"]["average"] == pytest.approx((0.1 / 0.7 + 0.1 / 0.7 + 0.0) / 3)
+    assert found["joint"]["average"] == pytest.approx((0.45 / 0.7 + 0.4 / 0.7 + 0.3 / 0.6) / 3)
+    assert found["real"]["average"] is None
+    assert found["opd+teachers"]["average"] == found["opd"]["average"]
+    assert found["joint"]["tasks"]["text"] == pytest.approx({"mean": 0.55, "spread": 0.1 / 2**0.5})
+    assert found["base"]["tasks"]["text"]["spread"] is None
+
+
+def test_claims_that_hold() -> None:
+    found = summary(findings(), {"seeds": [0, 1]})
+    assert held(found) == [True] * 5
+    assert found["student_by_teacher"]["text"] == {0: 1.0, 1: 1.0}
+    assert found["left_out"] == []
+
+
+def test_claims_that_do_not_hold_are_said() -> None:
+    forgot = summary(findings(opd_look=0.78), {})
+    assert held(forgot) == [False, True, True, True, True]
+    assert forgot["claims"][0]["numbers"]["student / teacher"]["look"][0] == pytest.approx(0.975)
+    # Joint is read at 50 of 60 units: what it does at 61 does not count, what it does at 50 does.
+    early = summary(findings(early_joint=0.9), {})
+    assert held(early) == [True, True, False, True, True]
+    assert early["claims"][2]["numbers"]["pass units by seed"]["joint"] == {0: 50, 1: 50}
+    dear = findings()
+    dear.outcomes[:] = [
+        replace(one, passes=Passes(371, 0)) if (one.method, one.seed) == ("opd+teachers", 1) else one
+        for one in dear.outcomes
+    ]
+    assert held(summary(dear, {})) == [True, False, True, True, True]
+    weak = findings()
+    weak.outcomes[:] = [
+        outcome("teacher:look", 0, (0.1, 0.1, 0.59), 100) if (one.method, one.seed) == ("teacher:look", 0) else one
+        for one in weak.outcomes
+    ]
+    assert held(summary(weak, {})) == [True, True, True, False, True]
+    weak.gradients["ratio"] = 0.9
+    assert held(summary(weak, {})) == [True, True, True, False, False]
+
+
+def test_without_real_pictures_their_claim_is_left_out() -> None:
+    some = findings()
+    some.outcomes[:] = [one for one in some.outcomes if one.method != "real"]
+    found = summary(some, {})
+    assert len(found["claims"]) == 4
+    assert found["left_out"] == ["real pictures: scikit-learn is not installed"]
+
+
+def test_everything_is_written(tmp_path: Path) -> None:
+    write(replace(findings(opd_look=0.78), other_passes=["joint-1"]), FULL, tmp_path)
+    with (tmp_path / "table.csv").open() as stream:
+        table = list(csv.reader(stream))
+    assert tuple(table[0]) == COLUMNS
+    assert ["joint", "1", "text", "0.6", "370", "3.7"] in table
+    assert ["base", "", "look", "0.2", "0", "0.0"] in table
+    assert len(table) == 1 + 3 * 16
+    page = (tmp_path / "README.md").read_text()
+    assert "**DOES NOT HOLD**: the student has at least 98% of each specialist's reward" in page
+    assert page.count("**holds**") == 4
+    assert "other passes than were measured: joint-1" in page
+    assert "| joint | 0.550 ± 0.071 | 0.500 ± 0.000 |" in page
+    for name in ("methods", "reward_against_passes", "ode_sde", "gradient_variance"):
+        assert f"]({name}.png)" in page
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert picture.width > 400
+            assert len(picture.getcolors(1 << 20) or []) > 10
+        with (tmp_path / f"{name}.csv").open() as stream:
+            assert len(list(csv.reader(stream))) > 2
+    with (tmp_path / "reward_against_passes.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert {"name": "joint", "seed": "0", "task": "look", "passes": "61", "pass_units": "61", "reward": "0.95"} in rows
+    assert json.loads((tmp_path / "summary.json").read_text())["settings"]["seeds"] == [0, 1, 2]
+
+
+def test_lines_and_bars_are_where_they_belong(tmp_path: Path) -> None:
+    """The first colour is the higher bar's, and the line that rises ends above where it began."""
+    draw([Panel("t", "", [Bars("a", [1.0], [None]), Bars("b", [0.25], [None])], ["g"])], tmp_path / "bars.png")
+    draw([Panel("t", "x", [Line("a", [0.0, 1.0], [0.0, 1.0])])], tmp_path / "line.png")
+    blue, orange = (31, 119, 180), (217, 95, 2)
+
+    def heights(name: str, colour: tuple[int, int, int]) -> list[tuple[int, int]]:
+        with Image.open(tmp_path / name) as picture:
+            return [(x, y) for x in range(picture.width) for y in range(300) if picture.getpixel((x, y)) == colour]
+
+    tall, small = heights("bars.png", blue), heights("bars.png", orange)
+    ratio = (max(y for _, y in tall) - min(y for _, y in tall)) / (max(y for _, y in small) - min(y for _, y in small))
+    assert ratio == pytest.approx(4, rel=0.05)
+    line = sorted(heights("line.png", blue))
+    assert line[0][1] > line[-1][1] + 100
+
+
+# ---- reading runs ----
+
+
+def fake_run(folder: Path, run: Run, rewards: dict[int, float], *, twice: bool = False) -> None:
+    """Records of `run` with equal passes in each round, scored at the rounds of `rewards`."""
+    place = folder / run.name
+    place.mkdir()
+    one = {"passes/forward": run.passes.forward // run.rounds, "passes/backward": run.passes.backward // run.rounds}
+    lines = [{"round": k, **one, "seconds/rollout": 1.0, "seconds/train": 0.5} for k in range(1, run.rounds + 1)]
+    (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scored = [{"round": k} | {f"{t}/miniature_{t}": value for t in TASKS} for k, value in rewards.items()]
+    scored += scored[-1:] if twice else []
+    (place / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in scored))
+
+
+def test_runs_are_read(tmp_path: Path) -> None:
+    planned = {run.name: run for run in runs(QUICK)}
+    for run in planned.values():
+        fake_run(tmp_path, run, {1: 0.3, run.rounds: 0.6}, twice=run.name == opd(0))
+    (tmp_path / "base" / "eval").mkdir(parents=True)
+    scores = {"base": {task: {f"miniature_{task}": {"mean": 0.1}} for task in TASKS}}
+    (tmp_path / "base" / "eval" / "results.json").write_text(json.dumps({"format": 1, "scores": scores}))
+    found = collect(QUICK, tmp_path, None, {})
+    by_method = {one.method: one for one in found.outcomes}
+    assert set(by_method) == {"base", *(f"teacher:{t}" for t in TASKS), "opd", "opd+teachers", "joint", "cascade"}
+    in_turn = by_method["cascade"]
+    assert in_turn.passes == sum((planned[name].passes for name in cascade(0)), Passes())
+    assert in_turn.seconds == pytest.approx(1.5 * sum(planned[name].rounds for name in cascade(0)))
+    three = sum((planned[teacher(task, 0)].passes for task in TASKS), Passes())
+    assert by_method["opd+teachers"].passes == three + planned[opd(0)].passes
+    stages = found.curves["cascade", 0]
+    assert [point.passes.units for point in stages] == sorted(point.passes.units for point in stages)
+    assert len(stages) == 1 + 2 * 3
+    assert stages[0].rewards["text"] == 0.1
+    assert len(found.curves["opd", 0]) == 3
+    assert found.convergence.keys() == CONVERGENCE.keys()
+    assert found.other_passes == []
+    shorter = replace(QUICK, opd_samples=8)
+    assert opd(0) in collect(shorter, tmp_path, None, {}).other_passes
+    (tmp_path / joint(0) / "scores.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"joint-0: not the records of a whole run"):
+        collect(QUICK, tmp_path, None, {})
+
+
+def test_real_pictures_score_higher_than_what_any_model_is_asked_for() -> None:
+    pytest.importorskip("sklearn")
+    rewards = real_rewards()
+    assert rewards is not None
+    assert rewards.keys() == set(TASKS)
+    assert all(0.85 < value <= 1 for value in rewards.values())
+
+
+# ---- gradients ----
+
+
+def test_spread_is_mean_and_trace_of_the_covariance() -> None:
+    vectors = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    spread = Spread()
+    for vector in vectors:
+        spread.add(vector)
+    torch.testing.assert_close(spread.mean, vectors.double().mean(0))
+    assert spread.variance == pytest.approx(float(torch.cov(vectors.double().T).trace()), rel=1e-9)
+
+
+def test_the_closed_form_varies_less_and_means_the_same(tiny_world: Path) -> None:
+    family = build_family(
+        "sd3", resolve_path(str(tiny_world / "base"), "model.path"), dtype=torch.float32, device=torch.device("cpu"),
+        height=None, width=None, max_text_length=10, text_encoders="resident",
+    )  # fmt: skip
+    student, specialist = family.load_transformer(), family.load_transformer(tiny_world / "other")
+    draws = Draws(batch=4, rollouts=6, transitions=48, steps=3)
+    report = gradient_variance(family, student, specialist, PROMPTS, draws)
+    assert len(report["steps"]) == 3
+    for entry in report["steps"]:
+        assert entry["ppo"]["variance"] > entry["closed_form"]["variance"] > 0
+        assert entry["ratio"] > 1
+        assert entry["closed_form"]["noise_variance"] == 0.0
+        # No bias: the mean of the redrawn is as far from the closed form as their own variance explains.
+        assert 0.2 < entry["distance2"] / entry["distance2_expected"] < 3
+        # And the noise is what the PPO-style one has beyond the closed form.
+        assert entry["ppo"]["noise_variance"] > entry["closed_form"]["variance"]
+    assert report["ratio"] > 1
+    json.dumps(report, allow_nan=False)
+
+
+# ---- the command ----
+
+
+@pytest.mark.slow
+def test_quick_from_start_to_end(tmp_path: Path) -> None:
+    arguments = ["paper-miniature", "--quick", "--output-dir", str(tmp_path)]
+    first = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert first.exit_code == 0
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert found["passes_other_than_planned"] == []
+    assert len(found["claims"]) >= 4
+    assert found["claims"][-1]["holds"]  # the gradients' variance needs no long runs
+    written = (tmp_path / "summary.json").read_text()
+    again = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert f"{len(jobs(QUICK))} of {len(jobs(QUICK))} jobs are finished already" in again.output
+    assert (tmp_path / "summary.json").read_text() == written
