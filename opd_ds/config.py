@@ -324,6 +324,14 @@ class RunConfig(Section):
         return self.scoring.micro_batch or self.train.micro_batch
 
     @property
+    def trained_steps(self) -> int:
+        """How many of each trajectory."""
+        chosen = self.rollout.trained_steps
+        if chosen.queries is not None:
+            return chosen.queries
+        return len(chosen.steps) if chosen.steps is not None else int(self.rollout.steps * (chosen.fraction or 0))
+
+    @property
     def teachers(self) -> dict[str, TeacherSection]:
         """By task; none where tasks are learned from rewards."""
         return {}

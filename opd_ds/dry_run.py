@@ -6,10 +6,11 @@ import json
 
 import yaml
 
-from opd_ds.config import RunConfig
+from opd_ds.config import RunConfig, TrainedSection
 from opd_ds.launch import World
 from opd_ds.preparation import find_files
 from opd_ds.prompts import shard
+from opd_ds.teach.config import TeachConfig
 
 
 def describe(config: RunConfig, world: World) -> str:
@@ -20,25 +21,32 @@ def describe(config: RunConfig, world: World) -> str:
     """
     files = find_files(config, world)
     settings = config.rollout
-    chosen = settings.trained_steps
-    if chosen.queries is not None:
-        trained = chosen.queries
-    else:
-        trained = len(chosen.steps) if chosen.steps is not None else int(settings.steps * (chosen.fraction or 0))
+    trained = config.trained_steps
     part = shard(settings.samples, 0, world.size)
     pairs = len(part) * trained
     filled = len(part) * world.size - settings.samples
     passes = "one pass" if settings.guidance == 1 else "two passes (guidance), batched in one"
-    tasks = ", ".join(f"{name} (teacher {files.teachers[name].path.name})" for name in config.tasks)
+    tasks = ", ".join(
+        f"{name} (teacher {files.teachers[name].path.name})" if name in files.teachers else f"{name} ({_rewards(task)})"
+        for name, task in config.tasks.items()
+    )
+    if isinstance(config, TeachConfig):
+        prompts = settings.samples // config.teach.group
+        group = [f"prompts a round        {prompts} per task, {config.teach.group} pictures of each"]
+    else:
+        group = []
+    frozen = (config.teach.kl > 0) + (config.teach.algorithm == "nft") if isinstance(config, TeachConfig) else 1
+    asked = -(-pairs // config.scoring_micro_batch) * frozen
     lines = [
         f"processes              {world.size}",
         f"tasks                  {len(config.tasks)}: {tasks}",
         f"samples a round        {settings.samples} per task, {settings.samples * len(config.tasks)} in all",
+        *group,
         f"samples per process    {len(part)} per task"
         + (f" ({filled} filling samples at weight 0, because {settings.samples} is not a multiple)" if filled else ""),
         f"trained steps          {trained} of {settings.steps}: {pairs} (state, step) pairs per task and process",
         f"rollout                {settings.steps} steps in micro-batches of {settings.micro_batch}, {passes}",
-        f"scoring                {-(-pairs // config.scoring_micro_batch)} teacher forwards per task and process",
+        f"scoring                {asked} forwards of frozen weights per task and process",
         f"training               {-(-pairs // config.train.micro_batch) * len(config.tasks)} micro-batches of "
         f"{config.train.micro_batch} per process, then one optimizer step",
         f"rounds                 {config.run.rounds}, a checkpoint every {config.run.checkpoint_every}",
@@ -46,3 +54,7 @@ def describe(config: RunConfig, world: World) -> str:
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     ds_config = json.dumps(files.student_ds_config, indent=2)
     return "\n".join(["# run", resolved, "# arithmetic", *lines, "", f"# ds_config ({config.deepspeed})", ds_config])
+
+
+def _rewards(task: TrainedSection) -> str:
+    return " + ".join(reward.label for reward in task.rewards)

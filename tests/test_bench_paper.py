@@ -48,7 +48,7 @@ def taught(world: Path, folder: Path, **teach: Any) -> dict[str, Any]:
 
 
 def distilled(world: Path, folder: Path, **changes: Any) -> dict[str, Any]:
-    return run_settings(world, folder, run__rounds=2, **changes)
+    return run_settings(world, folder, run__rounds=2, deepspeed="zero0", **changes)
 
 
 @pytest.mark.parametrize("case", ["alternate", "together", "no start", "distil", "anchor", "two epochs"])

@@ -313,7 +313,7 @@ def test_a_run_with_background_checkpoints_is_the_same_run(
 
 def test_an_older_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text('{"round": 3}')
-    with pytest.raises(UserError, match="format 1; this version of opd-ds reads format 2"):
+    with pytest.raises(UserError, match="format 1; this version of opd-ds reads format 3"):
         read_state(tmp_path)
 
 

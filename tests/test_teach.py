@@ -197,14 +197,16 @@ def test_two_ranks_learn_what_one_learns_and_go_on_from_its_checkpoint(
         "optimizer": {"lr": 1e-2, "eps": 1e-2},
         "deepspeed": ALL_SHARDED,
     }
+    resumed = []
     for name, teach in (("nft", NFT | {"old_policy": {"rate": 0.3}, "kl": 0.1}), ("guard", GUARD | {"kl": 0.1})):
         train(parse_config(settings(tiny_world, tmp_path / f"{name}-one", teach, **changes)), group)
         data = settings(tiny_world, tmp_path / f"{name}-two", teach, **changes)
         place = tmp_path / f"{name}-two" / "checkpoints" / "round-000002"
         place.parent.mkdir(parents=True)
         shutil.copytree(tmp_path / f"{name}-one" / "checkpoints" / place.name, place)
-        write_config(tmp_path / f"{name}.yaml", data)
-        launch(2, "--config", str(tmp_path / f"{name}.yaml"), "--resume", "auto", command="teach")
+        resumed.append(f"{write_config(tmp_path / f'{name}.yaml', data)}:auto")
+    launch(2, *resumed, script=str(Path(__file__).parent / "train_many.py"))
+    for name in ("nft", "guard"):
         one, two = metrics(tmp_path / f"{name}-one"), metrics(tmp_path / f"{name}-two")
         assert [row["round"] for row in two] == [3, 4]
         assert_close(two, one[2:], rel=1e-3)  # the guard's loss is nearly 0 on-policy, and rounding a part of it
@@ -325,6 +327,8 @@ def test_recipes_of_both_kinds_are_complete() -> None:
         config = load_config(name, None, [])
         assert isinstance(config, TeachConfig)
         assert len(config.evaluated) == 3
+        result = CliRunner().invoke(app, ["teach", "--recipe", name, "--dry-run"], catch_exceptions=False)
+        assert "12 per task, 8 pictures of each" in result.output
 
 
 @pytest.mark.parametrize(

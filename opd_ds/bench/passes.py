@@ -67,7 +67,7 @@ def _passes_of_a_round(config: RunConfig, task: str) -> Passes:
     rollout = config.rollout
     own = config.tasks[task].guidance
     student = _per_velocity(rollout.guidance if own is None else own)
-    pairs = rollout.samples * _trained_steps(config)
+    pairs = rollout.samples * config.trained_steps
     asked = 0
     if isinstance(config, TeachConfig):
         asked += student if isinstance(config.teach, NftSection) else 0  # the old policy
@@ -77,20 +77,6 @@ def _passes_of_a_round(config: RunConfig, task: str) -> Passes:
         asked += _per_velocity(config.anchor.guidance) if config.anchor else 0
     trained = student * pairs * config.train.inner_epochs
     return Passes(student * rollout.samples * rollout.steps + asked * pairs + trained, trained)
-
-
-def _trained_steps(config: RunConfig) -> int:
-    """Of one trajectory."""
-    chosen, steps = config.rollout.trained_steps, config.rollout.steps
-    window = None if not isinstance(config, TeachConfig) else getattr(config.teach, "window", None)
-    if window is not None:
-        return int(window)
-    if chosen.queries is not None:
-        return chosen.queries
-    if chosen.steps is not None:
-        return len(chosen.steps)
-    assert chosen.fraction is not None
-    return int(steps * chosen.fraction)
 
 
 def _per_velocity(guidance: float) -> int:

@@ -81,6 +81,11 @@ class TeachConfig(RunConfig):
     teach: Annotated[NftSection | GuardSection, Field(discriminator="algorithm")]
     tasks: dict[str, LearnedSection] = Field(min_length=1)
 
+    @property
+    def trained_steps(self) -> int:
+        window = self.teach.window if isinstance(self.teach, GuardSection) else None
+        return window or super().trained_steps
+
     @model_validator(mode="after")
     def _consistent(self) -> TeachConfig:
         rollout, teach = self.rollout, self.teach
