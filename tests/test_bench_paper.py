@@ -291,7 +291,7 @@ def test_claims_that_hold() -> None:
 def test_claims_that_do_not_hold_are_said() -> None:
     forgot = summary(findings(opd_look=0.78), {})
     assert held(forgot) == [False, True, True, True, True]
-    assert forgot["claims"][0]["numbers"]["student / teacher"]["look"][0] == pytest.approx(0.975)
+    assert forgot["claims"][0]["numbers"]["student / teacher by seed"]["look"][0] == pytest.approx(0.975)
     # Joint is read at 50 of 60 units: what it does at 61 does not count, what it does at 50 does.
     early = summary(findings(early_joint=0.9), {})
     assert held(early) == [True, True, False, True, True]
@@ -446,6 +446,8 @@ def test_the_closed_form_varies_less_and_means_the_same(tiny_world: Path) -> Non
         assert entry["ppo"]["noise_variance"] > entry["closed_form"]["variance"]
     assert report["ratio"] > 1
     json.dumps(report, allow_nan=False)
+    with pytest.raises(UserError, match="answers as the student does"):
+        gradient_variance(family, student, student, PROMPTS, Draws(batch=2, rollouts=2, transitions=2, steps=1))
 
 
 # ---- the command ----

@@ -65,7 +65,7 @@ def _keeps_teachers(findings: Findings) -> Claim:
     return {
         "claim": f"the student has at least {KEPT:.0%} of each specialist's reward on its own task, with every seed",
         "holds": min(everything) >= KEPT,
-        "numbers": {"student / teacher": ratios},
+        "numbers": {"student / teacher by seed": ratios},
     }
 
 
@@ -109,7 +109,7 @@ def _teachers_gain(findings: Findings) -> Claim:
     return {
         "claim": "each specialist gains at least half of the distance from the base to real pictures, with every seed",
         "holds": all(share >= HALF for by_seed in shares.values() for share in by_seed.values()),
-        "numbers": {"share of the distance": shares},
+        "numbers": {"share of the distance by seed": shares},
     }
 
 

@@ -22,12 +22,18 @@ def paper_miniature(
     quick: Annotated[
         bool, typer.Option("--quick", help="one seed, an eighth of the rounds: shows that it runs, not what is true")
     ] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="how many; default: 3, with --quick 1")] = None,
     parallel: Annotated[
         int | None, typer.Option(min=1, help="jobs at a time, each on one core; default: the cores, at most 4")
     ] = None,
 ) -> None:
     """Does distilling specialists beat joint and cascaded learning? In the miniature; the same command goes on."""
+    from dataclasses import replace
+
     from opd_ds.bench.bench import bench
     from opd_ds.bench.paper_miniature import FULL, QUICK
 
-    bench(QUICK if quick else FULL, output_dir, parallel or min(4, os.cpu_count() or 1), typer.echo)
+    plan = QUICK if quick else FULL
+    if seeds is not None:
+        plan = replace(plan, seeds=tuple(range(seeds)))
+    bench(plan, output_dir, parallel or min(4, os.cpu_count() or 1), typer.echo)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from opd_ds.diffusion import Coefficients, kernel, kl_weight, ppo_style_loss, velocity_error
+from opd_ds.errors import UserError
 from opd_ds.models import Conditioning, ModelFamily
 from opd_ds.prompts import SampleNoise, draw_prompts, sample_seed
 from opd_ds.rollout import Trajectory, rollout
@@ -88,6 +89,9 @@ def gradient_variance(
 
     Returns:
         `settings`, `steps` (one entry a step) and `ratio`, as plain data.
+
+    Raises:
+        UserError: student and teacher answer alike, so that there is no gradient to compare.
     """
     at_states = _Gradients(family, student, teacher, draws)
     spreads = [{"closed_form": Spread(), "ppo": Spread()} for _ in range(draws.steps)]
@@ -107,6 +111,8 @@ def gradient_variance(
                 for _ in range(draws.transitions):
                     over_noise.add(ppo(noise.draw(slice(None))))
                 redrawn.append((over_noise, exact))
+    if not all(spread["closed_form"].variance > 0 for spread in spreads):
+        raise UserError("gradient variance: the teacher answers as the student does; give one that has learned more")
     steps: list[Report] = [
         {"step": step, "sigma": float(at_states.sigmas[step])} | _entry(spread, *redrawn[step])
         for step, spread in enumerate(spreads)
@@ -206,6 +212,11 @@ def main(teacher: str, task: str, out: Path, batch: int, rollouts: int, transiti
 
 
 if __name__ == "__main__":
+    import sys
+
     import typer
 
-    typer.run(main)
+    try:
+        typer.run(main)
+    except UserError as error:
+        sys.exit(f"opd-ds: error: {error}")

@@ -80,8 +80,8 @@ def run_jobs(jobs: Sequence[Job], folder: Path, parallel: int, say: Callable[[st
                     done.add(one.job.name)
                     left = sum(job.seconds for job in [*waiting, *(other.job for other in running)]) / parallel
                     say(
-                        f"[{len(done)}/{len(jobs)}] {one.job.name}: {seconds / 60:.1f} min; at most "
-                        f"{left / 60:.0f} min left by the estimate"
+                        f"[{len(done)}/{len(jobs)}] {one.job.name}: {seconds / 60:.1f} min; about "
+                        f"{left / 60:.0f} min left"
                     )
                 time.sleep(_LOOK_SECONDS)
         finally:

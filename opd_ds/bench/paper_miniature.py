@@ -37,8 +37,8 @@ class Plan:
     """How much is run. A teacher's round is one of `miniature_nft_<task>`, a student's one of `miniature`."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    teacher_rounds: int = 40
-    opd_rounds: int = 110
+    teacher_rounds: tuple[int, ...] = (40, 25, 60)  # in the order of TASKS
+    opd_rounds: int = 150
     opd_samples: int = 16
     convergence_rounds: int = 60
     evaluations: int = 5  # along a run
@@ -49,8 +49,8 @@ class Plan:
 
 FULL = Plan()
 QUICK = replace(
-    FULL, seeds=(0,), teacher_rounds=6, opd_rounds=18, convergence_rounds=8, evaluations=3, samples_per_prompt=1,
-    gradient_rollouts=8, gradient_transitions=8,
+    FULL, seeds=(0,), teacher_rounds=(5, 4, 8), opd_rounds=18, convergence_rounds=8, evaluations=3,
+    samples_per_prompt=1, gradient_rollouts=8, gradient_transitions=8,
 )  # fmt: skip
 
 
@@ -142,8 +142,8 @@ def jobs(plan: Plan) -> list[Job]:
 
 def _of_seed(plan: Plan, seed: int) -> list[Run]:
     teachers = [
-        Run(teacher(task, seed), "teach", f"miniature_nft_{task}", plan.teacher_rounds, _common(plan, seed))
-        for task in TASKS
+        Run(teacher(task, seed), "teach", f"miniature_nft_{task}", rounds, _common(plan, seed))
+        for task, rounds in zip(TASKS, plan.teacher_rounds, strict=True)
     ]
     student = _student(plan, seed, opd(seed), plan.opd_rounds)
     spent = sum((run.passes for run in teachers), student.passes)

@@ -57,12 +57,12 @@ def _cell(found: dict[str, Any]) -> str:
 
 
 def _said(claim: dict[str, Any]) -> str:
-    """`a: x 1, y 2; b: 3`, nested mappings in brackets."""
+    """`a: x = 1, y = 2; b: 3`, nested mappings in brackets."""
     return "; ".join(f"{name}: {_value(value)}" for name, value in claim["numbers"].items())
 
 
 def _value(value: Any) -> str:
     if isinstance(value, dict):
         inner = ((key, f"({_value(one)})" if isinstance(one, dict) else _value(one)) for key, one in value.items())
-        return ", ".join(f"{key} {text}" for key, text in inner)
+        return ", ".join(f"{key} {text}" if text.startswith("(") else f"{key} = {text}" for key, text in inner)
     return "-" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
