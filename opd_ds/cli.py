@@ -53,9 +53,15 @@ def build_miniature(
     seed: int = 0,
 ) -> None:
     """Make the miniature world from scratch (about 25 minutes on 2 cores; needs scikit-learn)."""
+    from opd_ds.engine import init_group
+    from opd_ds.launch import World, prepare_environment
     from opd_ds.miniature.build import build
+    from opd_ds.quiet import quiet_libraries
 
-    build(output_dir, seed=seed)
+    prepare_environment(World())
+    quiet_libraries()
+    with init_group(World()) as group:
+        build(output_dir, group, seed=seed)
 
 
 def main() -> None:

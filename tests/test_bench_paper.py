@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from opd_ds.bench.bench import write
+from opd_ds.bench.bench import refuse_other_settings, write
 from opd_ds.bench.claims import summary
 from opd_ds.bench.cli import app
 from opd_ds.bench.drawing import Bars, Line, Panel, draw
@@ -405,6 +406,23 @@ def test_runs_are_read(tmp_path: Path) -> None:
     (tmp_path / joint(0) / "scores.jsonl").write_text("")
     with pytest.raises(UserError, match=r"joint-0: not the records of a whole run"):
         collect(QUICK, tmp_path, None, {})
+
+
+def test_a_recipe_that_changed_is_noticed(tmp_path: Path) -> None:
+    refuse_other_settings(QUICK, tmp_path)  # nothing there yet
+    for run in runs(QUICK):
+        (tmp_path / run.name).mkdir()
+        (tmp_path / run.name / "done.json").touch()
+        (tmp_path / run.name / "config.yaml").write_text(yaml.safe_dump(run.config.model_dump(mode="json")))
+    refuse_other_settings(QUICK, tmp_path)
+    file = tmp_path / joint(0) / "config.yaml"
+    data = yaml.safe_load(file.read_text())
+    data["teach"]["kl"] *= 2
+    file.write_text(yaml.safe_dump(data))
+    with pytest.raises(UserError, match=r"run joint-0 was finished with other settings .* recipe miniature_nft_joint"):
+        refuse_other_settings(QUICK, tmp_path)
+    (tmp_path / joint(0) / "done.json").unlink()  # not finished: the run itself decides about going on
+    refuse_other_settings(QUICK, tmp_path)
 
 
 def test_real_pictures_score_higher_than_what_any_model_is_asked_for() -> None:

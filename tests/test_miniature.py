@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
+from opd_ds.engine import Group
 from opd_ds.evaluation.pictures import to_image
 from opd_ds.loading import load_config, resolve_path
 from opd_ds.miniature import assets, reader, verify, world
 from opd_ds.miniature.build import BASE, BuildSettings, build
 from opd_ds.miniature.build_base import BaseSettings, Phase
-from opd_ds.miniature.build_teachers import TeacherSettings
 from opd_ds.miniature.networks import Sizes
 from opd_ds.prompts import PromptSet
 from opd_ds.rewards import build as build_reward
@@ -128,24 +128,30 @@ def test_look_falls_with_every_kind_of_dirt(real: world.Batch) -> None:
     assert [clean, *faded] == sorted([clean, *faded], reverse=True)
 
 
-def test_the_build_makes_a_whole_world(tmp_path: Path) -> None:
+def test_the_build_makes_a_whole_world(tmp_path: Path, group: Group) -> None:
     """A few steps of every stage; a second call makes nothing again."""
-    quick = {"iterations": 1, "prompts": 4, "candidates": 2, "steps": 2, "batch": 6, "anchors": 2}
     settings = BuildSettings(
         reader_steps=3,
         vae_pictures=80,
         sizes=Sizes(layers=1, head_dim=8, text_width=32, vae_channels=(8, 8)),
         base=BaseSettings(vae_steps=3, phases=(Phase(3, 1e-3, 0.5, 0.5),), batch=8, pool=80),
-        teachers=(
-            TeacherSettings("text", lora_rank=2, guidance=2.0, lr=1e-3, **quick),  # type: ignore[arg-type]
-            TeacherSettings("composition", lora_rank=None, guidance=1.0, lr=1e-3, **quick),  # type: ignore[arg-type]
+        teach=(
+            "run.rounds=1",
+            "rollout.samples=8",
+            "rollout.steps=4",
+            "evaluation.steps=2",
+            "evaluation.samples_per_prompt=1",
         ),
-        noises=1,
         log=lambda text: None,
     )
-    report = build(tmp_path / "world", settings=settings)
-    assert report["scores"].keys() == {"base", "teacher:text", "teacher:composition"}
+    report = build(tmp_path / "world", group, settings=settings)
+    assert report["scores"].keys() == {"base", *(f"teacher:{task}" for task in world.TASKS)}
     verify(tmp_path / "world")
+    assert {path.name for path in (tmp_path / "world" / "teachers" / "look").iterdir()} == {
+        "transformer",
+        "scheduler",
+        "scores.json",
+    }
     hashes = (tmp_path / "world" / "SHA256SUMS").read_text()
-    build(tmp_path / "world", settings=settings)
+    build(tmp_path / "world", group, settings=settings)
     assert (tmp_path / "world" / "SHA256SUMS").read_text() == hashes

@@ -7,13 +7,17 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import yaml
+
 from opd_ds.bench.claims import summary
-from opd_ds.bench.jobs import run_jobs
-from opd_ds.bench.paper_miniature import EVALUATION_STEPS, GRADIENTS, Plan, jobs
+from opd_ds.bench.jobs import DONE_FILE, run_jobs
+from opd_ds.bench.paper_miniature import EVALUATION_STEPS, GRADIENTS, Plan, jobs, runs
 from opd_ds.bench.plots import draw_all
 from opd_ds.bench.real import real_rewards
 from opd_ds.bench.report import as_markdown
 from opd_ds.bench.table import Findings, collect, rows, write_csv
+from opd_ds.errors import UserError
+from opd_ds.loading import parse_config
 
 
 def bench(plan: Plan, folder: Path, parallel: int, say: Callable[[str], None]) -> None:
@@ -23,6 +27,7 @@ def bench(plan: Plan, folder: Path, parallel: int, say: Callable[[str], None]) -
         UserError: a job failed, or `folder` holds another plan's.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    refuse_other_settings(plan, folder)
     planned = jobs(plan)
     minutes = sum(job.seconds for job in planned) / 60 / parallel
     say(f"{len(planned)} jobs, {parallel} at a time: about {minutes:.0f} minutes if nothing is finished yet")
@@ -34,6 +39,23 @@ def bench(plan: Plan, folder: Path, parallel: int, say: Callable[[str], None]) -
     write(collect(plan, folder, real, gradients), plan, folder)
     say((folder / "README.md").read_text(encoding="utf-8").partition("## Pictures")[0])
     say(f"report: {folder / 'README.md'}")
+
+
+def refuse_other_settings(plan: Plan, folder: Path) -> None:
+    """A job is known by its command, which names a recipe; what the recipe said then must be what it says now.
+
+    Raises:
+        UserError: naming the first finished run with other settings.
+    """
+    for run in runs(plan):
+        place = folder / run.name
+        if not (place / DONE_FILE).is_file():
+            continue
+        if parse_config(yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))) != run.config:
+            raise UserError(
+                f"--output-dir {folder}: run {run.name} was finished with other settings than the plan and the recipe "
+                f"{run.recipe} have now; give another folder, or remove this one"
+            )
 
 
 def write(findings: Findings, plan: Plan, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,31 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from opd_ds.engine import Group
+from opd_ds.export import EXPORT_FOLDER
+from opd_ds.loading import load_config
 from opd_ds.miniature import reader, verify, world, write_hashes
-from opd_ds.miniature.build_base import BaseSettings, encode_pictures, train_base, train_vae
-from opd_ds.miniature.build_teachers import PromptTable, TeacherSettings, held_out_score, train_teacher
+from opd_ds.miniature.build_base import BaseSettings, train_base, train_vae
 from opd_ds.miniature.networks import Sizes, make_pipeline
-from opd_ds.miniature.rewards import CompositionReward, LookReward, TextReward
-from opd_ds.models import lora
-from opd_ds.models.sd3 import SD3
-from opd_ds.rewards import Reward
+from opd_ds.run import train
 
 BASE = "miniature_base"
-STUDENT_GUIDANCE = 2.0
-LORA_TARGETS = [f"attn.{name}" for name in (
-    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-)] + ["ff.net.0.proj", "ff.net.2", "norm1.linear"]  # fmt: skip
-
-TEACHERS = (
-    TeacherSettings("text", lora_rank=16, guidance=2.0, lr=1.5e-3),
-    TeacherSettings("composition", lora_rank=None, guidance=1.0, lr=3e-4),
-    TeacherSettings("look", lora_rank=16, guidance=2.0, lr=1.5e-3),
-)
+SCORES_FILE = "scores.json"
 
 
 @dataclass(frozen=True)
@@ -45,15 +34,15 @@ class BuildSettings:
     vae_pictures: int = 6000
     sizes: Sizes = field(default_factory=Sizes)
     base: BaseSettings = field(default_factory=BaseSettings)
-    teachers: tuple[TeacherSettings, ...] = TEACHERS
-    noises: int = 8  # per held-out prompt, in the report
+    teach: tuple[str, ...] = ()  # overrides of the teachers' recipes, as `--set` takes them
     log: Callable[[str], None] = field(default=print)
 
 
-def build(output_dir: Path, seed: int = 0, settings: BuildSettings | None = None) -> dict[str, Any]:
+def build(output_dir: Path, group: Group, seed: int = 0, settings: BuildSettings | None = None) -> dict[str, Any]:
     """Make reader, base, teachers, prompts and report under `output_dir`; returns the report.
 
-    The report holds every model's mean reward on each task's held-out prompts, and the seconds of each stage.
+    Teachers are made by the recipes `miniature_nft_<task>`. The report holds every model's mean reward on each task's
+    held-out prompts.
 
     Raises:
         UserError: scikit-learn is not installed.
@@ -73,27 +62,12 @@ def build(output_dir: Path, seed: int = 0, settings: BuildSettings | None = None
     if not (output_dir / BASE).is_dir():
         log("base")
         _build_base(output_dir / BASE, strokes["world"], settings, seed, log)
-    family = _family(output_dir / BASE, settings)
-    table = PromptTable(family)
-    rewards: dict[str, Reward] = {
-        "text": TextReward(output_dir),
-        "composition": CompositionReward(),
-        "look": LookReward(),
-    }
-    vae = StableDiffusion3Pipeline.from_pretrained(output_dir / BASE, transformer=None, dtype=torch.float32).vae
-    for teacher in settings.teachers:
-        folder = output_dir / "teachers" / teacher.task
-        if not folder.is_dir():
-            log(f"teacher {teacher.task}")
-            network = family.load_transformer()
-            _prepare_teacher(network, teacher, seed)
-            train_teacher(
-                family, network, table, rewards[teacher.task], teacher, settings.base, strokes["world"],
-                lambda pictures: encode_pictures(vae, pictures), seed, log,
-            )  # fmt: skip
-            _save_teacher(network, teacher, folder, output_dir / BASE)
+    for task in world.TASKS:
+        if not (output_dir / "teachers" / task).is_dir():
+            log(f"teacher {task}")
+            _teach(output_dir.resolve(), task, seed, settings, group)
     log("report")
-    scores = _report(family, table, rewards, settings, output_dir)
+    scores = _report(output_dir)
     report = {"scores": scores, "reader_accuracy": _reader_accuracy(output_dir, strokes["reader_test"]), "seed": seed}
     (output_dir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     write_hashes(output_dir)
@@ -109,11 +83,6 @@ def _write_prompts(output_dir: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, scenes in zip(("train", "test"), world.split_scenes(task), strict=True):
             (folder / f"{name}.txt").write_text("".join(scene.prompt(task) + "\n" for scene in scenes))
-
-
-def _family(folder: Path, settings: BuildSettings) -> SD3:
-    cpu = torch.device("cpu")
-    return SD3(folder, dtype=torch.float32, device=cpu, max_text_length=settings.sizes.text_length)
 
 
 def _build_base(
@@ -137,63 +106,40 @@ def _round_to_half(file: Path) -> None:
     save_file({key: value.half() for key, value in load_file(file).items()}, file, {"format": "pt"})
 
 
-def _prepare_teacher(network: nn.Module, settings: TeacherSettings, seed: int) -> None:
-    if settings.lora_rank is None:
-        network.requires_grad_(True)
-        return
-    torch.manual_seed(seed)
-    config = LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules=LORA_TARGETS)
-    lora.new_adapter(network, settings.task, config)
-
-
-def _save_teacher(network: nn.Module, settings: TeacherSettings, folder: Path, base: Path) -> None:
-    """A LoRA as PEFT saves it; a full checkpoint as a diffusers transformer beside its scheduler."""
-    draft = folder.with_name(f".{folder.name}")
-    draft.mkdir(parents=True)
-    if settings.lora_rank is None:
-        assert isinstance(network, SD3Transformer2DModel)
-        network.save_pretrained(draft / "transformer")
-        _round_to_half(draft / "transformer" / "diffusion_pytorch_model.safetensors")
-        (draft / "scheduler").mkdir()
-        scheduler = "scheduler/scheduler_config.json"
-        (draft / scheduler).write_bytes((base / scheduler).read_bytes())
-    else:
-        state = {
-            f"base_model.model.{key}": value.detach().half()
-            for key, value in lora.adapter_parameters(network, settings.task).items()
-        }
-        save_file(state, draft / lora.PEFT_WEIGHTS, {"format": "pt"})
-        fields = {
-            "peft_type": "LORA",
-            "base_model_name_or_path": base.name,
-            "r": settings.lora_rank,
-            "lora_alpha": 2 * settings.lora_rank,
-            "target_modules": LORA_TARGETS,
-        }
-        (draft / lora.PEFT_CONFIG).write_text(json.dumps(fields, indent=1) + "\n")
-    draft.rename(folder)
-
-
-def _report(
-    family: SD3, table: PromptTable, rewards: dict[str, Reward], settings: BuildSettings, output_dir: Path
-) -> dict[str, dict[str, float]]:
-    """Scores of the base and of the teachers as they were saved."""
-    models: dict[str, tuple[nn.Module, float]] = {"base": (family.load_transformer(), STUDENT_GUIDANCE)}
-    for teacher in settings.teachers:
-        folder = output_dir / "teachers" / teacher.task
-        if teacher.lora_rank is None:
-            network = family.load_transformer(folder)
-        else:
-            network = family.load_transformer()
-            lora.load_adapter(network, teacher.task, folder)
-        models[f"teacher:{teacher.task}"] = (network, teacher.guidance)
-    return {
-        name: {
-            task: held_out_score(family, network, table, task, rewards[task], guidance, settings.noises)
-            for task in world.TASKS
-        }
-        for name, (network, guidance) in models.items()
+def _teach(output_dir: Path, task: str, seed: int, settings: BuildSettings, group: Group) -> None:
+    """The task's recipe, on base and reader as they were built; a diffusers transformer beside its scheduler."""
+    work = output_dir / f".{task}"
+    values: dict[str, Any] = {
+        "run.output_dir": str(work),
+        "run.seed": seed,
+        "model.path": str(output_dir / BASE),
+        "model.max_text_length": settings.sizes.text_length,
+        f"tasks.{task}.prompts": str(output_dir / "prompts" / task / "train.txt"),
     }
+    for name in world.TASKS:
+        section = "tasks" if name == task else "probes"
+        values[f"{section}.{name}.eval_prompts"] = str(output_dir / "prompts" / name / "test.txt")
+        options = {"folder": str(output_dir)} if name == "text" else {}
+        values[f"{section}.{name}.rewards"] = [{"name": f"miniature_{name}", "options": options}]
+    overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    train(load_config(f"miniature_nft_{task}", None, [*overrides, *settings.teach]), group, resume="auto")
+    export, draft = work / EXPORT_FOLDER, output_dir / "teachers" / f".{task}"
+    for part in ("transformer", "scheduler"):
+        shutil.copytree(export / part, draft / part)
+    _round_to_half(draft / "transformer" / "diffusion_pytorch_model.safetensors")
+    models = json.loads((work / "summary.json").read_text())["models"]
+    (draft / SCORES_FILE).write_text(json.dumps(models, indent=1) + "\n")
+    draft.rename(output_dir / "teachers" / task)
+    shutil.rmtree(work)
+
+
+def _report(output_dir: Path) -> dict[str, dict[str, float]]:
+    """Mean rewards on the held-out prompts, by model and task, as the runs that made the teachers found them."""
+    scores: dict[str, dict[str, float]] = {}
+    for task in world.TASKS:
+        models = json.loads((output_dir / "teachers" / task / SCORES_FILE).read_text())
+        scores |= {"base": models["base"], f"teacher:{task}": models["student"]}
+    return scores
 
 
 def _reader_accuracy(folder: Path, strokes: tuple[Tensor, Tensor]) -> float:

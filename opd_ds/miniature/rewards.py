@@ -43,8 +43,8 @@ class TextReward:
     name = "miniature_text"
     needs: ClassVar[Needs] = Needs()
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._file = (folder or assets()) / READER_FILE
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self._file = Path(folder or assets()) / READER_FILE
         self._reader = load_reader(self._file.parent)
 
     def identity(self) -> dict[str, Any]:
