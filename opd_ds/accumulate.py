@@ -69,7 +69,7 @@ class RoundAccumulator:
         self._left -= 1
         self._student.accumulate((loss * weights).sum() * (self._weights[task] / pairs), last=self._left == 0)
         values = {"count": torch.ones_like(weights), "loss": loss, **measured}
-        # Not a product with the weight: what does not count may be NaN.
+        # Not a product with the weight alone: 0 times what overflowed would be NaN, in what is only measured too.
         rows = [torch.where(weights > 0, values[name].detach() * weights, 0.0) for name in self._rows]
         self._sums[task].index_add_(1, steps, torch.stack(rows))
 

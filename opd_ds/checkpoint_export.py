@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import nn
 
 from opd_ds.checkpoint import read_state, refuse_damaged
-from opd_ds.config import RunConfig, StudentSection
+from opd_ds.config import DistilConfig, RunConfig
 from opd_ds.engine import consolidated_weights
 from opd_ds.errors import UserError
 from opd_ds.export import STUDENT_ADAPTER
 from opd_ds.loading import resolve_path
 from opd_ds.models import ModelFamily, lora
-from opd_ds.preparation import load_family, student_module
+from opd_ds.preparation import load_family
 from opd_ds.release import CARD, base_name, model_card, refuse_occupied
 from opd_ds.teach.config import TeachConfig
 
@@ -31,7 +32,9 @@ def checkpointed_student(family: ModelFamily, checkpoint: Path, *, averaged: boo
         UserError: not a checkpoint, or of another student.
     """
     state = read_state(checkpoint)
-    network = student_module(_as_begun(state), 0, family, None)
+    network = family.load_transformer()
+    if state["adapter"] is not None:
+        lora.new_adapter(network, STUDENT_ADAPTER, LoraConfig(**state["adapter"]))
     weights = consolidated_weights(checkpoint, state["shapes"], averaged=averaged)
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     lacking = sorted(trained - weights.keys())
@@ -44,11 +47,6 @@ def checkpointed_student(family: ModelFamily, checkpoint: Path, *, averaged: boo
     return network
 
 
-def _as_begun(state: dict[str, Any]) -> StudentSection:
-    """The student's settings; where it started from is in its weights by now."""
-    return StudentSection.model_validate(state["run"]["student"] | {"start": None})
-
-
 def export_checkpoint(config: RunConfig, checkpoint: Path, folder: Path, *, averaged: bool, merge: bool) -> None:
     """Write `folder`: a diffusers folder (full student, or a LoRA merged into its base), or
     `pytorch_lora_weights.safetensors`; with a model card.
@@ -59,6 +57,8 @@ def export_checkpoint(config: RunConfig, checkpoint: Path, folder: Path, *, aver
     refuse_occupied(folder)
     state = read_state(checkpoint)
     refuse_damaged(checkpoint)
+    if not set(config.deciding) <= state["run"].keys():
+        raise UserError(f"{checkpoint}: is of another kind of run than the config; give the one in its run's folder")
     kind = state["run"]["student"]["kind"]
     if merge and kind != "lora":
         raise UserError("--merge: the student has all its parameters trained, there is no LoRA to merge")
@@ -91,10 +91,12 @@ def _card(config: RunConfig, state: dict[str, Any], checkpoint: Path, form: str,
         base=config.model.path,
         sources=[
             ("base", config.model.path, run["base"]["sha256"]),
+            *([("start", str(config.student.start), run["student"]["start"])] if run["student"]["start"] else []),
             *(
                 (f"teacher of {name}", teacher.path, run["tasks"][name]["teacher_sha256"])
                 for name, teacher in config.teachers.items()
             ),
+            *([("anchor", _anchor(config), run["anchor"]["teacher_sha256"])] if "anchor" in run else []),
         ],
         settings={key: run[key] for key in ("seed", *config.deciding)},
     )
@@ -112,3 +114,7 @@ def _card(config: RunConfig, state: dict[str, Any], checkpoint: Path, form: str,
             lines.append(f"| {name} | {' | '.join(cells)} |")
         card += "\n".join(lines) + "\n"
     return card
+
+
+def _anchor(config: RunConfig) -> str:
+    return config.anchor.path if isinstance(config, DistilConfig) and config.anchor else ""

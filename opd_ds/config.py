@@ -296,17 +296,24 @@ class RunConfig(Section):
         seen: dict[str, RewardSection] = {}
         for name, judged in self.evaluated.items():
             labels = [reward.label for reward in judged.rewards]
+            key = f"{self.place(name)}.rewards"
             for reward in judged.rewards:
                 if not re.fullmatch(r"[A-Za-z0-9_.-]+", reward.label):
-                    raise ValueError(
-                        f"tasks.{name}.rewards: the label {reward.label!r} may hold letters, digits, '_', '.', '-' only"
-                    )
+                    raise ValueError(f"{key}: the label {reward.label!r} may hold letters, digits, '_', '.', '-' only")
                 first = seen.setdefault(reward.label, reward)
                 if labels.count(reward.label) > 1 or (first.name, first.options) != (reward.name, reward.options):
                     raise ValueError(
-                        f"tasks.{name}.rewards: the label {reward.label!r} stands for two rewards; give one of them "
-                        "another `label`"
+                        f"{key}: the label {reward.label!r} stands for two rewards; give one of them another `label`"
                     )
+
+    def place(self, name: str) -> str:
+        """The key of a task or probe."""
+        return f"{'tasks' if name in self.tasks else 'probes'}.{name}"
+
+    @property
+    def weight_copies(self) -> int:
+        """Further sets of the trained weights that a run keeps beside the masters."""
+        return int(self.student.ema.decay > 0)
 
     @property
     def evaluated(self) -> dict[str, EvaluatedSection]:

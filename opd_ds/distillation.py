@@ -23,12 +23,14 @@ class DistillationLoss:
     """The run's objective at one micro-batch of pairs; a `Loss`.
 
     The part that is compared with the teacher, plus `anchor_weight` times the same with the anchor. Measured as `kl`:
-    the exact KL to the teacher (without noise: mean matching), whatever is minimised.
+    the exact KL to the teacher (without noise: mean matching), whatever is minimised; as `flow_error`, for `sft`, the
+    same weight times the distance to what flow matching asks for.
     """
 
     def __init__(self, config: DistilConfig, coefficients: Coefficients, sigmas: Tensor, device: torch.device) -> None:
         chosen = config.objective
         self._method, self._clip = chosen.method, chosen.clip
+        self.measure = "flow_error" if chosen.method == "sft" else "kl"
         self._anchor_weight = config.anchor.weight if config.anchor else 0.0
         weights = step_weights(coefficients, sigmas, chosen.target, chosen.weighting)
         if chosen.method == "sft":  # flow matching is the plain squared error
@@ -40,7 +42,7 @@ class DistillationLoss:
         steps = steps.to(velocity.device)
         error = velocity_error(velocity, known["teacher"])
         loss = self._policy_gradient(velocity, steps, known) if self._method == "ppo" else self._weights[steps] * error
-        measured = {"kl": self._kl[steps] * error}
+        measured = {self.measure: self._kl[steps] * error}
         if self._anchor_weight:
             anchor = velocity_error(velocity, known["anchor"])
             loss = loss + self._anchor_weight * self._weights[steps] * anchor
@@ -80,7 +82,7 @@ class Distillation(Trainer):
         super().__init__(config, group, family, student, ema, prompts)
         self._config, self._teachers = config, teachers
         self._loss = DistillationLoss(config, self._coefficients, self._sigmas, group.device)
-        self.measures = ("kl", "anchor_kl") if config.anchor else ("kl",)
+        self.measures = (self._loss.measure, "anchor_kl") if config.anchor else (self._loss.measure,)
 
     def _learn(self, index: int, draws: dict[str, Draw], conds: dict[str, Conditioning]) -> tuple[RoundLosses, float]:
         if self._config.rollout.mode == "fused":

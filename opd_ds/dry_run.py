@@ -6,7 +6,7 @@ import json
 
 import yaml
 
-from opd_ds.config import RunConfig, TrainedSection
+from opd_ds.config import DistilConfig, RunConfig, TrainedSection
 from opd_ds.launch import World
 from opd_ds.preparation import find_files
 from opd_ds.prompts import shard
@@ -35,19 +35,19 @@ def describe(config: RunConfig, world: World) -> str:
         group = [f"prompts a round        {prompts} per task, {config.teach.group} pictures of each"]
     else:
         group = []
-    frozen = (config.teach.kl > 0) + (config.teach.algorithm == "nft") if isinstance(config, TeachConfig) else 1
-    asked = -(-pairs // config.scoring_micro_batch) * frozen
+    asked = -(-pairs // config.scoring_micro_batch) * _asked(config)
+    at_once = 1 if isinstance(config, TeachConfig) and config.teach.schedule == "alternate" else len(config.tasks)
     lines = [
         f"processes              {world.size}",
         f"tasks                  {len(config.tasks)}: {tasks}",
-        f"samples a round        {settings.samples} per task, {settings.samples * len(config.tasks)} in all",
+        f"samples a round        {settings.samples} per task, {settings.samples * at_once} in all",
         *group,
         f"samples per process    {len(part)} per task"
         + (f" ({filled} filling samples at weight 0, because {settings.samples} is not a multiple)" if filled else ""),
         f"trained steps          {trained} of {settings.steps}: {pairs} (state, step) pairs per task and process",
         f"rollout                {settings.steps} steps in micro-batches of {settings.micro_batch}, {passes}",
         f"scoring                {asked} forwards of frozen weights per task and process",
-        f"training               {-(-pairs // config.train.micro_batch) * len(config.tasks)} micro-batches of "
+        f"training               {-(-pairs // config.train.micro_batch) * at_once} micro-batches of "
         f"{config.train.micro_batch} per process, then one optimizer step",
         f"rounds                 {config.run.rounds}, a checkpoint every {config.run.checkpoint_every}",
     ]
@@ -58,3 +58,12 @@ def describe(config: RunConfig, world: World) -> str:
 
 def _rewards(task: TrainedSection) -> str:
     return " + ".join(reward.label for reward in task.rewards)
+
+
+def _asked(config: RunConfig) -> int:
+    """Frozen weights that are asked at every trained state."""
+    if isinstance(config, TeachConfig):
+        return (config.teach.algorithm == "nft") + (config.teach.kl > 0)
+    if isinstance(config, DistilConfig):
+        return (config.objective.method != "sft") + (config.anchor is not None)
+    return 0

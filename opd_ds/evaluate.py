@@ -78,7 +78,7 @@ def _rewards(config: RunConfig, requested: list[str]) -> dict[str, RewardSection
 def _prompts(config: RunConfig, requested: list[str]) -> dict[str, PromptSet]:
     """The held-out prompts of tasks and probes, then the requested sets."""
     files = {
-        name: resolve_path(judged.eval_prompts, f"tasks.{name}.eval_prompts")
+        name: resolve_path(judged.eval_prompts, f"{config.place(name)}.eval_prompts")
         for name, judged in config.evaluated.items()
         if judged.eval_prompts is not None
     }

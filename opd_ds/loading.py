@@ -115,7 +115,7 @@ def _read_config_file(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]
     parent = data.pop("extends", None)
     if parent is None:
         return data
-    return _merged(_read_config_file(file.with_name(f"{parent}.yaml"), (*seen, file)), data)
+    return _merged(_read_config_file(file.parent / f"{parent}.yaml", (*seen, file)), data)
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 def _explain(kind: type[RunConfig], problem: Any) -> str:
     # A union's error names the chosen branch, which is no key.
-    location = [str(part) for part in problem["loc"] if part not in _ALGORITHMS]
+    location = [str(part) for place, part in enumerate(problem["loc"]) if place != 1 or problem["loc"][0] != "teach"]
     key = ".".join(location)
     value = problem["input"]
     shown = "" if isinstance(value, dict | BaseModel) else f" = {value!r}"

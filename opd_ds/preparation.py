@@ -25,7 +25,7 @@ from opd_ds.loading import resolve_ds_config, resolve_path
 from opd_ds.models import ModelFamily, build_family, lora
 from opd_ds.prompts import PromptSet
 from opd_ds.rewards import Reward, build, check
-from opd_ds.teach.config import TeachConfig
+from opd_ds.teach.config import TeachConfig, WeightedReward
 from opd_ds.teach.trainer import Reinforcement
 from opd_ds.teachers import ANCHOR, TeacherPool, TeacherSpec, check_weights
 from opd_ds.trainer import Trainer
@@ -70,17 +70,18 @@ def find_files(config: RunConfig, world: World) -> RunFiles:
     ds_path = resolve_ds_config(config.deepspeed, "deepspeed")
     ds_config = student_ds_config(read_ds_config(ds_path), config, world, str(ds_path))
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {})
-    if offload.get("device") == "nvme" and (config.student.ema.decay > 0 or isinstance(config, TeachConfig)):
+    if offload.get("device") == "nvme" and config.weight_copies:
         raise UserError(
             f"deepspeed = {config.deepspeed!r} keeps the master weights on NVMe, where no average or earlier policy "
-            "can follow them; offload the optimizer to cpu (a distillation may set student.ema.decay = 0 instead)"
+            "can follow them; offload the optimizer to cpu (or keep none: student.ema.decay = 0 and, with "
+            "teach.algorithm = 'guard', teach.kl = 0)"
         )
     for name, judged in config.evaluated.items():
         for reward in judged.rewards:
-            check(reward.name, f"tasks.{name}.rewards", reward.options)
+            check(reward.name, f"{config.place(name)}.rewards", reward.options)
     prompts = {n: PromptSet.read(resolve_path(t.prompts, f"tasks.{n}.prompts")) for n, t in config.tasks.items()}
     eval_prompts = {
-        name: PromptSet.read(resolve_path(judged.eval_prompts, f"tasks.{name}.eval_prompts"))
+        name: PromptSet.read(resolve_path(judged.eval_prompts, f"{config.place(name)}.eval_prompts"))
         for name, judged in config.evaluated.items()
         if judged.eval_prompts is not None
     }
@@ -131,6 +132,9 @@ def prepare(config: RunConfig, group: Group) -> Parts:
     painter = Painter(config, family, group)
     evaluator = Evaluator(config, group, painter, files.eval_prompts, rewards)
     identity = group.gather(identity)[0]
+    if isinstance(config, TeachConfig):
+        for name, task in config.tasks.items():
+            identity["tasks"][name]["rewards"] = [_reward_identity(r, rewards[r.label]) for r in task.rewards]
     sets = {
         name: EvaluationSet.of(prompts, own, own, config.evaluation.samples_per_prompt)
         for name, prompts in files.eval_prompts.items()
@@ -233,7 +237,8 @@ def run_identity(config: RunConfig, files: RunFiles) -> dict[str, Any]:
         tasks[name] |= _teacher_identity(files.teachers[name])
     if isinstance(config, TeachConfig):
         for name in tasks:
-            tasks[name] |= {key: data["tasks"][name][key] for key in ("rewards", "turns")}
+            tasks[name]["turns"] = data["tasks"][name]["turns"]
+        data["teach"].pop("reward_attempts")
     kept = {key: data[key] for key in config.deciding}
     if ANCHOR in files.teachers:
         kept["anchor"] = {"weight": data["anchor"]["weight"], **_teacher_identity(files.teachers[ANCHOR])}
@@ -247,3 +252,9 @@ def run_identity(config: RunConfig, files: RunFiles) -> dict[str, Any]:
 
 def _teacher_identity(spec: TeacherSpec) -> dict[str, Any]:
     return {"teacher_sha256": weights_sha256(spec.path), "teacher_guidance": spec.settings.guidance}
+
+
+def _reward_identity(section: WeightedReward, reward: Reward) -> dict[str, Any]:
+    """What decides its numbers; not where it is served, which may change from one start to the next."""
+    what = {key: value for key, value in reward.identity().items() if key != "served_at"}
+    return {"name": section.name, "label": section.label, "weight": section.weight, "identity": what}

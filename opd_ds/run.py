@@ -26,9 +26,10 @@ from opd_ds.evaluation.publish import publish
 from opd_ds.evaluation.report import REPORT_FILE
 from opd_ds.evaluation.results import means
 from opd_ds.evaluation.tables import comparison_grid, print_table, summary
-from opd_ds.export import EXPORT_FOLDER, export_student
+from opd_ds.export import EXPORT_FOLDER, STUDENT_ADAPTER, export_student
 from opd_ds.hashing import weights_sha256
 from opd_ds.interruption import StopRequest, deaf, listen
+from opd_ds.models import lora
 from opd_ds.monitor import METRICS_FILE, Monitor, read_metrics
 from opd_ds.preparation import Parts, prepare
 from opd_ds.trainer import RoundReport
@@ -105,6 +106,7 @@ class _Session:
             "world_size": self.group.world.size,
             "zero_stage": parts.student.zero_stage,
             "shapes": parts.student.shapes,
+            "adapter": lora.config_fields(parts.student.module, STUDENT_ADAPTER),
             "student": parts.student.numbers(),
             "copies": {copy.kind: copy.numbers() for copy in parts.trainer.copies},
             "run": parts.identity,
@@ -168,12 +170,15 @@ def _restore(parts: Parts, checkpoint: Path, group: Group) -> int:
 
 
 def _baselines(config: RunConfig, parts: Parts, session: _Session, *, fresh: bool) -> list[Contestant]:
-    """Base and teachers, their pictures drawn. At the start of a run the student still is the base."""
+    """Base (or start) and teachers, their pictures drawn."""
     benchmark, tasks, monitor = parts.benchmark, parts.identity["tasks"], session.monitor
     if not config.evaluation.baselines or not benchmark.sets:
         return []
     guidance = student_guidance(config, list(benchmark.sets))
-    base = Contestant("base", parts.identity["base"]["sha256"], guidance, partial(nullcontext, parts.student))
+    # Before the first round the student is the base, or what it starts from instead.
+    started_from = parts.identity["student"]["start"]
+    name, sha256 = ("start", started_from) if started_from else ("base", parts.identity["base"]["sha256"])
+    base = Contestant(name, sha256, guidance, partial(nullcontext, parts.student))
     teachers = [
         Contestant(
             f"teacher:{task}",
@@ -183,9 +188,9 @@ def _baselines(config: RunConfig, parts: Parts, session: _Session, *, fresh: boo
         )
         for task in config.teachers
     ]
-    monitor.say(f"drawing {'base and teachers' if teachers else 'the base'} on the held-out prompts")
+    monitor.say(f"drawing {name}{' and teachers' if teachers else ''} on the held-out prompts")
     if not fresh and benchmark.missing(base):
-        monitor.say("the base's pictures of the first start are not there: the final table will lack it")
+        monitor.say(f"pictures of the {name} were not drawn at the first start: the final table will lack it")
         models = teachers
     else:
         models = [base, *teachers]

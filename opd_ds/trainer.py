@@ -137,11 +137,15 @@ class Trainer(ABC):
         """The tasks of round `index`."""
         return list(self._settings.tasks)
 
+    def _visit(self, index: int, task: str) -> int:
+        """Rounds on `task` before round `index`: its prompts are walked through without repetition."""
+        return index
+
     def _draw(self, index: int, task: str) -> Draw:
         samples, seed = self._settings.rollout.samples, self._settings.run.seed
         part = shard(samples, self._group.world.rank, self._group.world.size)
         known = self._prompts[task]
-        drawn = draw_prompts(len(known), samples // self.group_size, seed, index, task)
+        drawn = draw_prompts(len(known), samples // self.group_size, seed, self._visit(index, task), task)
         rows = [drawn[i // self.group_size] for i in part.indices]
         noise = SampleNoise([sample_seed(seed, index, task, i) for i in part.indices], self._family.latent_shape)
         chosen = self._choose(index, task, part.indices)

@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Before torch is imported: `set_num_threads` comes too late for OpenMP's pool, whose threads then fight over the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # One build of DeepSpeed's small CPU op for all tests with one environment: with two they would rebuild it in turns.
 os.environ.setdefault(
     "TORCH_EXTENSIONS_DIR",
     str(Path(tempfile.gettempdir(), f"opd_ds_test_ops_{hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]}")),
 )
+
+import pytest
+import torch
 
 from opd_ds.config import DistilConfig, RunConfig
 from opd_ds.engine import Group, init_group

@@ -314,8 +314,9 @@ def test_a_cascade_starts_from_the_last_result(tiny_world: Path, tmp_path: Path,
     )
     train(parse_config(second), group)
     before, after = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("first", "second"))
-    assert after["tasks"]["held"]["base"] == pytest.approx(before["tasks"]["held"]["student"], rel=1e-6)
-    assert before["tasks"]["held"]["base"] != before["tasks"]["held"]["student"]
+    assert after["models"]["start"]["held"] == pytest.approx(before["models"]["student"]["held"], rel=1e-6)
+    assert before["models"]["base"]["held"] != before["models"]["student"]["held"]
+    assert "base" not in after["models"]  # nobody has drawn it
     assert json.loads((tmp_path / "first" / "scores.jsonl").read_text().splitlines()[-1])["round"] == 1
 
 

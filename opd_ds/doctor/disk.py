@@ -14,8 +14,6 @@ from opd_ds.doctor.findings import Finding, Seen, one_line, size_text, who
 from opd_ds.errors import UserError
 
 WRITTEN = 64 * 2**20
-# fp32 master, two Adam moments and the EMA shard: 4 bytes each.
-BYTES_PER_PARAMETER = 16
 SHARED = "same output folder"
 
 
@@ -63,7 +61,8 @@ def write_speed(folder: Path) -> float:
 def checkpoint_bytes(config: RunConfig, folder: Path, parameters: int) -> int:
     """What is still to come in the output folder: the checkpoints that are kept, and the next one beside them."""
     there = len(list((folder.expanduser() / "checkpoints").glob("round-*")))
-    return max(1, config.run.keep_checkpoints + 1 - there) * parameters * BYTES_PER_PARAMETER
+    bytes_each = 4 * (3 + config.weight_copies)  # fp32 master, two Adam moments, averages and the like
+    return max(1, config.run.keep_checkpoints + 1 - there) * parameters * bytes_each
 
 
 class Token:

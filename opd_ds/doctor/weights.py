@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from opd_ds.config import RunConfig, StudentSection
+from opd_ds.config import DistilConfig, RunConfig, StudentSection
 from opd_ds.doctor.findings import Seen, attempt, size_text
 from opd_ds.errors import UserError
 from opd_ds.loading import PACKAGE_PREFIX, resolve_path
@@ -24,13 +24,15 @@ def look_at_files(config: RunConfig) -> list[Seen]:
     values = {"model.path": config.model.path}
     if config.student.start is not None:
         values["student.start"] = config.student.start
+    if isinstance(config, DistilConfig) and config.anchor:
+        values["anchor.path"] = config.anchor.path
     for name, teacher in config.teachers.items():
         values[f"tasks.{name}.teacher.path"] = teacher.path
     for name, task in config.tasks.items():
         values[f"tasks.{name}.prompts"] = task.prompts
     for name, judged in config.evaluated.items():
         if judged.eval_prompts is not None:
-            values[f"tasks.{name}.eval_prompts"] = judged.eval_prompts
+            values[f"{config.place(name)}.eval_prompts"] = judged.eval_prompts
     return [seen for key, value in values.items() for seen in attempt(key, lambda k=key, v=value: _look(k, v))]  # type: ignore[misc]
 
 

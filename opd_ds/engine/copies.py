@@ -12,6 +12,7 @@ from torch import Tensor
 from opd_ds.config import EmaSection
 from opd_ds.engine.state import EMA, ShardReader, entry
 from opd_ds.engine.student import StudentEngine
+from opd_ds.errors import Interrupted
 
 
 class ShardedCopy:
@@ -33,12 +34,17 @@ class ShardedCopy:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Inside, the student's network holds these weights. Collective; do not train inside."""
+        """Inside, the student's network holds these weights. Collective; do not train inside.
+
+        An error of one rank leaves them there: exchanging back is a collective that the other ranks would not join.
+        """
         self._exchange()
         try:
             yield
-        finally:
+        except Interrupted:  # of all ranks together; the state is saved or about to be
             self._exchange()
+            raise
+        self._exchange()
 
     @torch.no_grad()
     def _exchange(self) -> None:

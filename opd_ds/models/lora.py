@@ -24,6 +24,7 @@ PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 _PREFIX = re.compile(r"^(base_model\.model\.|transformer\.)")
+_FIELDS = ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora")
 _ADAPTER_KEY = re.compile(r"^(?P<module>.+)\.(?P<part>lora_[AB])\.(?:(?P<adapter>[^.]+)\.)?weight$")
 
 
@@ -70,8 +71,7 @@ def _adapter_config(file: Path, metadata: dict[str, str], state: dict[str, Tenso
         rank = next(value.shape[0] for key, value in state.items() if ".lora_A." in key)
         modules = sorted({match["module"] for key in state if (match := _ADAPTER_KEY.match(key))})
         fields = {"r": rank, "lora_alpha": rank, "target_modules": modules}
-    known = ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora")
-    config = LoraConfig(**{key: fields[key] for key in known if fields.get(key) is not None})
+    config = LoraConfig(**{key: fields[key] for key in _FIELDS if fields.get(key) is not None})
     config.base_model_name_or_path = fields.get("base_model_name_or_path")
     return config
 
@@ -156,6 +156,15 @@ def merged_weights(transformer: nn.Module) -> dict[str, Tensor]:
             module.merge()
     plain = {key: value for key, value in transformer.state_dict().items() if ".lora_" not in key}
     return {key.replace(".base_layer.", "."): value for key, value in plain.items()}
+
+
+def config_fields(transformer: nn.Module, name: str) -> dict[str, Any] | None:
+    """What `LoraConfig` is made again from, fit for JSON; None where there is no adapter `name`."""
+    config = getattr(transformer, "peft_config", {}).get(name)
+    if config is None:
+        return None
+    values = {field: getattr(config, field) for field in _FIELDS}
+    return {field: sorted(value) if isinstance(value, set) else value for field, value in values.items()}
 
 
 def adapter_config(transformer: nn.Module, name: str) -> LoraConfig:

@@ -11,7 +11,8 @@ Optimality = Literal["all", "positive_only", "negative_only", "one_only", "binar
 
 
 def group_advantages(rewards: Tensor, group: int, std: Literal["batch", "group"], eps: float = 1e-4) -> Tensor:
-    """(reward - mean of its group) / (standard deviation + eps), the deviation that of all rewards or of the group.
+    """(reward - mean of its group) / (standard deviation + eps), the (population) deviation that of all rewards or of
+    the group.
 
     Args:
         rewards: [N], consecutive `group` of one prompt; NaN where a picture could not be judged.
@@ -25,10 +26,10 @@ def group_advantages(rewards: Tensor, group: int, std: Literal["batch", "group"]
     values = torch.where(judged, by_prompt, 0.0)
     offset = torch.where(judged, values - values.sum(1, keepdim=True) / count.clamp_min(1), 0.0)
     if std == "group":
-        spread = (offset.square().sum(1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
+        spread = (offset.square().sum(1, keepdim=True) / count.clamp_min(1)).sqrt()
     else:
         everything = rewards.double()[torch.isfinite(rewards)]
-        spread = everything.std() if len(everything) > 1 else torch.zeros((), dtype=torch.float64)
+        spread = everything.std(correction=0) if len(everything) else torch.zeros((), dtype=torch.float64)
     return torch.where(count > 1, offset / (spread + eps), 0.0).flatten()
 
 

@@ -24,7 +24,8 @@ class LearnedSection(TrainedSection):
 
 class OldPolicySection(Section):
     """The policy that NFT samples with follows the trained one: after each round old = d * old + (1 - d) * new with
-    d = min(rate * max(0, s - start), maximum), s counting optimizer steps.
+    d = min(rate * max(0, s - start), maximum), s counting optimizer steps
+    (in fp16 those that were skipped too).
     """
 
     start: NonNegativeInt = 0
@@ -65,7 +66,7 @@ class GuardSection(_FromRewards):
     clip: PositiveFloat = Field(1e-4, description="of the likelihood ratio, on both sides of 1")
     ratio: Literal["normalized", "plain"] = Field("normalized", description="plain is Flow-GRPO's own")
     step_weighting: Literal["none", "inverse_dt"] = Field(
-        "none", description="inverse_dt evens out the gradients of short and long steps"
+        "none", description="inverse_dt divides by a step's length, as GRPO-Guard's code does: short steps count more"
     )
     window: PositiveInt | None = Field(
         None, description="only so many steps in a row, from a random one on, draw noise and are trained; default: all"
@@ -80,6 +81,10 @@ class TeachConfig(RunConfig):
 
     teach: Annotated[NftSection | GuardSection, Field(discriminator="algorithm")]
     tasks: dict[str, LearnedSection] = Field(min_length=1)
+
+    @property
+    def weight_copies(self) -> int:
+        return super().weight_copies + (self.teach.algorithm == "nft") + (self.teach.kl > 0)
 
     @property
     def trained_steps(self) -> int:

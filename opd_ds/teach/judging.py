@@ -45,9 +45,12 @@ class Judge:
 
     @staticmethod
     def collect(pending: list[Future[Tensor]], waiting: Callable[[], None]) -> Tensor:
-        """The scores of consecutive parts; calls `waiting` now and then until they are there."""
-        while wait(pending, timeout=_WAIT_SECONDS).not_done:
-            waiting()
+        """The scores of consecutive parts; calls `waiting` whenever one has arrived: a reward that hangs is a hang."""
+        finished = -1
+        while (state := wait(pending, timeout=_WAIT_SECONDS)).not_done:
+            if len(state.done) > finished:
+                finished = len(state.done)
+                waiting()
         return torch.cat([part.result() for part in pending])
 
     def _judge(

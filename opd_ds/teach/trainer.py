@@ -18,7 +18,7 @@ from opd_ds.prompts import PromptSet, SampleNoise, sample_seed
 from opd_ds.rewards import Reward
 from opd_ds.rollout import Trajectory, chunks
 from opd_ds.teach.advantages import group_advantages, optimality
-from opd_ds.teach.config import NftSection, TeachConfig
+from opd_ds.teach.config import GuardSection, NftSection, TeachConfig
 from opd_ds.teach.guard import GuardLoss
 from opd_ds.teach.judging import Judge
 from opd_ds.teach.nft import NftLoss
@@ -91,6 +91,12 @@ class Reinforcement(Trainer):
             return super()._tasks(index)
         return [self._turns[index % len(self._turns)]]
 
+    def _visit(self, index: int, task: str) -> int:
+        if self._teach.schedule == "together":
+            return index
+        cycles, place = divmod(index, len(self._turns))
+        return cycles * self._turns.count(task) + self._turns[:place].count(task)
+
     def _behaviour(self) -> AbstractContextManager[None]:
         """Inside, the network is the policy that draws."""
         return nullcontext() if self._old is None else self._old.swapped_in()
@@ -131,8 +137,11 @@ class Reinforcement(Trainer):
         asked = self._config.tasks[task].rewards
         mine = Judge.collect(pending, lambda: self._group.progress(f"{self._doing}, waiting for the rewards of {task}"))
         scores = torch.full((draw.part.total, len(asked)), torch.nan, dtype=torch.float64)
-        for indices, values in self._group.gather((draw.part.indices, mine)):
-            scores[indices] = values
+        # A sample that only fills up a rank's share is another rank's too, and counts there.
+        own = draw.part.weights > 0
+        indices = torch.tensor(draw.part.indices)
+        for places, values in self._group.gather((indices[own], mine[own])):
+            scores[places] = values
         rewards = scores @ torch.tensor([reward.weight for reward in asked], dtype=torch.float64)
         judged = torch.isfinite(rewards)
         if not judged.any():
@@ -148,9 +157,10 @@ class Reinforcement(Trainer):
             worth = {"optimality": optimality(advantages, clip, self._teach.optimality)}
         else:
             worth = {"advantage": advantages.clamp(-clip, clip)}
-        rows = torch.tensor(draw.part.indices)
-        buffer.per_sample = {name: values[rows].to(self._group.device, torch.float32) for name, values in worth.items()}
-        buffer.weights = draw.part.weights * judged[rows]
+        buffer.per_sample = {
+            name: values[indices].to(self._group.device, torch.float32) for name, values in worth.items()
+        }
+        buffer.weights = draw.part.weights * judged[indices]
         return float(judged.sum()) * draw.chosen.shape[1]
 
     def _report(self, task: str, scores: Tensor, rewards: Tensor) -> None:
@@ -177,9 +187,10 @@ class Reinforcement(Trainer):
         length = None if isinstance(self._teach, NftSection) else self._teach.window
         if length is None:
             return None
+        noisy = (self._stochastic.std > 0).tolist()
+        starts = [first for first in range(len(noisy) - length + 1) if all(noisy[first : first + length])]
         generator = torch.Generator().manual_seed(sample_seed(self._config.run.seed, index, "window", 0))
-        places = self._config.rollout.steps - length + 1
-        first = int(torch.randint(places, (), generator=generator))
+        first = starts[int(torch.randint(len(starts), (), generator=generator))]
         return range(first, first + length)
 
     def _table(self, index: int) -> Coefficients:
@@ -199,8 +210,15 @@ class Reinforcement(Trainer):
     def _refuse_steps_without_noise(self) -> None:
         """A step that draws nothing has no likelihood to learn from."""
         settings = self._config.rollout
-        still = {step for step, std in enumerate(self._coefficients.std.tolist()) if std == 0}
-        if self._window(0) is not None or settings.trained_steps.queries is not None:
+        still = {step for step, std in enumerate(self._stochastic.std.tolist()) if std == 0}
+        if self._config.trained_steps > settings.steps - len(still):
+            raise UserError(
+                f"rollout.kernel = {settings.kernel!r} draws noise on {settings.steps - len(still)} of its "
+                f"{settings.steps} steps, fewer than are to be trained ({self._config.trained_steps})"
+            )
+        if isinstance(self._teach, GuardSection) and self._teach.window is not None:
+            return
+        if settings.trained_steps.queries is not None:
             trained = set(range(settings.steps))
         else:
             trained = set(self._choose(0, "", [0])[0].tolist())
