@@ -367,7 +367,12 @@ def test_guards_contradictions_are_named(
 
 def test_guard_refuses_steps_that_draw_nothing(build: Build, redness: Redness) -> None:
     with pytest.raises(UserError, match="'cps' draws no noise on step 3"):
+        build(GUARD, rollout__kernel="cps", rollout__trained_steps={"steps": [0, 3]})
+    with pytest.raises(UserError, match="draws noise on 3 of its 4 steps, fewer than are to be trained"):
         build(GUARD, rollout__kernel="cps", rollout__trained_steps={"fraction": 1.0})
+    _, parts = build(GUARD | {"window": 2}, rollout__kernel="cps", rollout__trained_steps={"fraction": 1.0})
+    for index in range(5):  # windows lie where noise is drawn
+        assert torch.isnan(parts.trainer.run_round(index).losses.by_step["bright"]["ratio"][3])
 
 
 def test_a_config_may_extend_another(tmp_path: Path, tiny_world: Path) -> None:
