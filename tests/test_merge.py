@@ -312,15 +312,15 @@ def test_ties_of_full_checkpoints(tiny_world: Path, base: Path, loras: list[Path
 
 
 def test_the_miniatures_teachers(tmp_path: Path) -> None:
-    """Half-precision files, two LoRAs and a full checkpoint without text encoders: average of all three."""
+    """Half-precision files, full checkpoints without text encoders: average of all three."""
     teachers = "package:miniature/assets/teachers"
     names = [f"{teachers}/{name}" for name in ("text", "look", "composition")]
     base = package_root() / "miniature" / "assets" / "miniature_base"
     run(tmp_path / "out", *names, "--base", "package:miniature/assets/miniature_base")
     start = transformer(base).state_dict()
     folder = package_root() / "miniature" / "assets" / "teachers"
-    full = {k: v.double() - start[k].double() for k, v in transformer(folder / "composition").state_dict().items()}
-    parts = [full, dense(base, folder / "text"), dense(base, folder / "look")]
+    ends = [transformer(folder / name).state_dict() for name in ("text", "look", "composition")]
+    parts = [{key: value.double() - start[key].double() for key, value in end.items()} for end in ends]
     wanted = added(start, *((1 / 3, part) for part in parts))
     assert_same(transformer(tmp_path / "out").state_dict(), wanted)
     assert StableDiffusion3Pipeline.from_pretrained(tmp_path / "out").vae is not None

@@ -37,7 +37,7 @@ def scenes(batch: world.Batch) -> list[world.Scene]:
 
 def test_the_shipped_assets_are_whole_and_small() -> None:
     verify(assets())
-    assert sum(path.stat().st_size for path in assets().rglob("*")) < 12e6
+    assert sum(path.stat().st_size for path in assets().rglob("*")) < 14e6
 
 
 def test_a_changed_asset_is_found(tmp_path: Path) -> None:
@@ -56,13 +56,12 @@ def test_diffusers_draws_with_the_base() -> None:
 
 
 def test_specialists_are_ahead_on_their_own_task() -> None:
-    """As recorded by the build, on held-out prompts; one LoRA, one full checkpoint, one without guidance."""
+    """As recorded by the build, on held-out prompts: at least half of the way from the base to a perfect score."""
     scores = json.loads((assets() / "report.json").read_text())["scores"]
     for task in world.TASKS:
-        assert scores[f"teacher:{task}"][task] > scores["base"][task] + 0.15
-    kinds = {task: (assets() / "teachers" / task / "adapter_config.json").is_file() for task in world.TASKS}
-    assert kinds == {"text": True, "composition": False, "look": True}
-    assert load_config("miniature", None, []).tasks["composition"].teacher.guidance == 1.0
+        assert scores[f"teacher:{task}"][task] > (1 + scores["base"][task]) / 2
+    teachers = load_config("miniature", None, []).teachers
+    assert [teacher.guidance for teacher in teachers.values()] == [1.0, 1.0, 1.0]  # as they were made
 
 
 def test_prompts_parse_and_test_prompts_are_held_out() -> None:
