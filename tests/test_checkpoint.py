@@ -181,7 +181,7 @@ def test_a_checkpoint_names_its_files(tmp_path: Path, group: Group) -> None:
     assert manifest.keys() == {SHARD, "state.json"}
     assert manifest[SHARD]["bytes"] == (folder / SHARD).stat().st_size
     assert (tmp_path / "checkpoints" / "latest").read_text() == "round-000007\n"
-    assert read_state(folder)["format"] == 2
+    assert read_state(folder)["format"] == 3
     refuse_damaged(folder)
     modes = {file.stat().st_mode & 0o777 for file in folder.iterdir()}
     assert len(modes) == 1
