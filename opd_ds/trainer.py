@@ -38,7 +38,8 @@ class RoundReport:
     """What a round measured, equal on all ranks but for `seconds` (this rank's, per phase) and `rolled`.
 
     Attributes:
-        passes: of the network over one latent, all ranks together: `forward` (a guided velocity is two) and `backward`.
+        passes: of the network over one latent, all ranks together: `forward` (a guided velocity is two) and `backward`;
+            samples that fill up a rank's share are passed as well.
         scores: what rewards said of the rollouts, where they are learned from.
     """
 

@@ -219,11 +219,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tiny_world: Path, tmp_path:
     train(config, group)
     whole = metrics(tmp_path / "out")
     train(config, group, str(tmp_path / "out" / "checkpoints" / "round-000002"))
-    timings = ("seconds", "samples_per_s", "memory")
-    for again, row in zip(metrics(tmp_path / "out"), whole, strict=True):
-        assert {k: v for k, v in again.items() if not k.startswith(timings)} == {
-            k: v for k, v in row.items() if not k.startswith(timings)
-        }
+    assert metrics(tmp_path / "out") == whole
 
 
 # ---- rewards ----
