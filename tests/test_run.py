@@ -19,7 +19,7 @@ from opd_ds.config import DistilConfig
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.evaluation.tables import gain_kept
-from opd_ds.loading import load_config
+from opd_ds.loading import load_config, recipe_names
 from opd_ds.run import train
 from tests.test_multirank import metrics
 from tests.tiny import run_settings, write_config
@@ -172,5 +172,6 @@ def test_recipes_are_listed() -> None:
     result = CliRunner().invoke(app, ["recipes"])
     lines = result.output.splitlines()
     assert any(line.startswith("mopd_sd35m ") and "SD3.5-Medium" in line for line in lines)
-    assert len(lines) == 5
+    assert len(lines) == len(recipe_names())
+    assert not any(line.startswith("_") for line in lines)  # parts of recipes
     assert load_config("miniature", None, []).deepspeed == "ds_configs/miniature.json"
