@@ -28,8 +28,8 @@ app.command()(doctor)
 app.command("launch")(launch)
 app.command()(export)
 app.command()(merge)
-app.command()(train)
-app.command()(teach)
+app.command("train")(train)
+app.command("teach")(teach)
 
 
 @app.callback()

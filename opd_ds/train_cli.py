@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -16,29 +17,18 @@ Resume = Annotated[str, typer.Option(help="never, auto, or the folder of a check
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved run and start nothing")]
 
 
-def train(
-    recipe: Recipe = None,
-    config: Config = None,
-    overrides: Overrides = None,
-    resume: Resume = "never",
-    dry_run: DryRun = False,
-) -> None:
-    """Run a config: distil, or learn from rewards where it has a section `teach` (as `opd-ds teach`).
+def _command(only_teach: bool, text: str) -> Callable[..., None]:
+    def command(
+        recipe: Recipe = None,
+        config: Config = None,
+        overrides: Overrides = None,
+        resume: Resume = "never",
+        dry_run: DryRun = False,
+    ) -> None:
+        _start(recipe, config, overrides or [], resume, dry_run=dry_run, only_teach=only_teach)
 
-    One process by itself, or one per device under deepspeed, torchrun or srun.
-    """
-    _start(recipe, config, overrides or [], resume, dry_run=dry_run, only_teach=False)
-
-
-def teach(
-    recipe: Recipe = None,
-    config: Config = None,
-    overrides: Overrides = None,
-    resume: Resume = "never",
-    dry_run: DryRun = False,
-) -> None:
-    """Make a specialist by reinforcement learning from rewards; starts like `opd-ds train`."""
-    _start(recipe, config, overrides or [], resume, dry_run=dry_run, only_teach=True)
+    command.__doc__ = text
+    return command
 
 
 def _start(
@@ -71,3 +61,13 @@ def _start(
     # The watch over hangs speaks first; a collective's own timeout is only there in case it cannot.
     with init_group(world, timedelta(minutes=settings.run.hang_minutes + 10)) as group:
         run_training(settings, group, resume)
+
+
+train = _command(
+    False,
+    """Run a config: distil, or learn from rewards where it has a section `teach` (as `opd-ds teach`).
+
+    One process by itself, or one per device under deepspeed, torchrun or srun.
+    """,
+)
+teach = _command(True, "Make a specialist by reinforcement learning from rewards; starts like `opd-ds train`.")

@@ -25,7 +25,7 @@ from opd_ds.run import train
 from opd_ds.teach.config import TeachConfig, WeightedReward
 from opd_ds.teach.judging import Judge
 from tests.test_multirank import assert_close, metrics
-from tests.tiny import ALL_SHARDED, launch, run_settings, write_config
+from tests.tiny import ALL_SHARDED, launch, run_settings, with_changes, write_config
 
 NFT: dict[str, Any] = {"algorithm": "nft", "group": 4}
 GUARD: dict[str, Any] = {"algorithm": "guard", "group": 4, "clip": 0.1}
@@ -73,13 +73,7 @@ def settings(world: Path, folder: Path, teach: dict[str, Any], **changes: Any) -
     data["rollout"] = {"samples": 8, "steps": 4, "guidance": 1.0, "micro_batch": 4}
     if teach["algorithm"] == "guard":
         data["rollout"] |= SDE | {"trained_steps": {"fraction": 0.99}}
-    for dotted, value in changes.items():
-        *parents, key = dotted.split("__")
-        node = data
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[key] = value
-    return data
+    return with_changes(data, changes)
 
 
 Build = Callable[..., tuple[TeachConfig, Parts]]

@@ -84,6 +84,11 @@ def run_settings(world: Path, output_dir: Path, **changes: Any) -> dict[str, Any
         },
         "evaluation": {"steps": 4, "baselines": False},
     }
+    return with_changes(data, changes)
+
+
+def with_changes(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`data`, changed in place; keys are dotted with '__' for '.'."""
     for dotted, value in changes.items():
         *parents, key = dotted.split("__")
         node = data
