@@ -151,6 +151,7 @@ def test_sigterm_saves_and_the_run_goes_on(tiny_world: Path, tmp_path: Path) -> 
     process = start(2, "--config", str(file))
     _wait_for_rounds(tmp_path / "out", 2)
     ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "opd_ds.cli" in " ".join(p.cmdline())]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{os.getuid()}_*")), "DeepSpeed leaves it behind for ever"
     for rank in (p for p in ranks if any(argument.startswith("--local_rank") for argument in p.cmdline())):
         rank.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)

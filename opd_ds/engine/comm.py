@@ -137,6 +137,8 @@ def init_group(world: World, timeout: timedelta = timedelta(minutes=30)) -> Grou
             f"{timeout.total_seconds():.0f} s ({str(error).splitlines()[0]}); are all of them started, and may they "
             "connect to it?"
         ) from error
+    if on_cpu:
+        _unlink_shm_buffer(world)
     return Group(world, device, watch_peers(world) if world.size > 1 else None)
 
 
@@ -179,6 +181,18 @@ def _build_shm_op() -> None:
             fcntl.flock(ours, fcntl.LOCK_EX)
         _wait_for_stranger(folder / "lock", STALE_LOAD_SECONDS if any(folder.glob("*.so")) else STALE_BUILD_SECONDS)
         build_shm_op()
+
+
+def _unlink_shm_buffer(world: World) -> None:
+    """Take the name from this rank's 66 MiB of shared memory once all ranks have mapped it: it then ends with them.
+
+    DeepSpeed 0.19.8 (csrc/cpu/comm/shm.cpp) never unlinks it: every start on CPUs, however it ends, would leave one
+    per rank in memory until the machine is restarted.
+    """
+    torch.distributed.barrier()
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{world.rank}"
+    (Path("/dev/shm") / name).unlink(missing_ok=True)  # there is none where the ranks are on several nodes
 
 
 def _wait_for_stranger(lock: Path, seconds: float) -> None:
