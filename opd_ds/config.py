@@ -9,16 +9,6 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-PAPER_LORA_TARGETS = (
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-)
 STOCHASTIC_KERNELS = ("flow", "dance", "ddim", "cps")
 
 
@@ -45,11 +35,12 @@ class RunSection(Section):
 
 
 class ModelSection(Section):
-    family: Literal["sd3"] = "sd3"
+    family: str = Field("sd3", description="`opd-ds models` lists them")
     path: str = Field(description="diffusers folder, hub id, or package:<path inside opd_ds>")
     height: PositiveInt | None = Field(None, description="pixels; default: the transformer's own size")
     width: PositiveInt | None = Field(None, description="pixels; default: the transformer's own size")
-    max_text_length: PositiveInt = Field(128, description="T5 tokens")
+    frames: PositiveInt | None = Field(None, description="of a video; default: the family's own")
+    max_text_length: PositiveInt = Field(128, description="tokens of a prompt; T5's where there are several encoders")
     negative_prompt: str = ""
     text_encoders: Literal["resident", "offload"] = "offload"
 
@@ -57,7 +48,7 @@ class ModelSection(Section):
 class LoraSection(Section):
     rank: PositiveInt = 32
     alpha: PositiveFloat = 64
-    targets: tuple[str, ...] = PAPER_LORA_TARGETS
+    targets: tuple[str, ...] | None = Field(None, description="modules to adapt; default: those of the model family")
 
 
 class EmaSection(Section):

@@ -8,6 +8,7 @@ import yaml
 
 from opd_ds.config import DistilConfig, RunConfig, TrainedSection
 from opd_ds.launch import World
+from opd_ds.models import family_class
 from opd_ds.preparation import find_files
 from opd_ds.prompts import shard
 from opd_ds.teach.config import TeachConfig
@@ -25,7 +26,8 @@ def describe(config: RunConfig, world: World) -> str:
     part = shard(settings.samples, 0, world.size)
     pairs = len(part) * trained
     filled = len(part) * world.size - settings.samples
-    passes = "one pass" if settings.guidance == 1 else "two passes (guidance), batched in one"
+    one_pass = family_class(config.model.family).passes(settings.guidance) == 1
+    passes = "one pass" if one_pass else "two passes (guidance), batched in one"
     tasks = ", ".join(
         f"{name} (teacher {files.teachers[name].path.name})" if name in files.teachers else f"{name} ({_rewards(task)})"
         for name, task in config.tasks.items()

@@ -160,6 +160,7 @@ def load_family(config: RunConfig, path: Path, device: torch.device) -> ModelFam
         device=device,
         height=settings.height,
         width=settings.width,
+        frames=settings.frames,
         max_text_length=settings.max_text_length,
         text_encoders=settings.text_encoders,
     )
@@ -214,7 +215,7 @@ def student_module(settings: StudentSection, seed: int, family: ModelFamily, sta
         lora_config = LoraConfig(
             r=settings.lora.rank,
             lora_alpha=settings.lora.alpha,
-            target_modules=list(settings.lora.targets),
+            target_modules=list(settings.lora.targets or family.lora_targets),
             init_lora_weights="gaussian",
         )
         lora.new_adapter(module, STUDENT_ADAPTER, lora_config)

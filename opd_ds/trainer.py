@@ -19,7 +19,7 @@ from opd_ds.config import RunConfig
 from opd_ds.diffusion import kernel
 from opd_ds.engine import Group, ShardedCopy, ShardedEma, StudentEngine
 from opd_ds.errors import NonFiniteError
-from opd_ds.models import Conditioning, ModelFamily, guided_velocity
+from opd_ds.models import Conditioning, ModelFamily
 from opd_ds.prompts import PromptSet, SampleNoise, Shard, draw_prompts, sample_seed, shard
 from opd_ds.rollout import Trajectory, rollout
 
@@ -226,8 +226,8 @@ class Trainer(ABC):
 
     def _velocity(self, network: Any, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float) -> Tensor:
         self._group.progress(self._doing)
-        velocity = guided_velocity(self._family, network, x, sigma, cond, self._uncond, guidance)
-        passes = len(x) * (1 if guidance == 1.0 else 2)
+        velocity = self._family.guided_velocity(network, x, sigma, cond, self._uncond, guidance)
+        passes = len(x) * self._family.passes(guidance)
         self._passes["forward"] += passes
         self._passes["backward"] += passes if velocity.requires_grad else 0
         return velocity

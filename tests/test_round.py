@@ -125,7 +125,6 @@ def test_a_task_is_a_mean_and_another_task_rescales_nothing(build_run: Build, sg
 
 def test_the_loss_is_the_paper_formula(build_run: Build, tiny_world: Path) -> None:
     """Mean over samples and steps of b^2/2 * mean((v_S - v_T)^2), computed here from the pieces, by hand."""
-    from opd_ds.models import guided_velocity
     from opd_ds.prompts import SampleNoise, draw_prompts, sample_seed
 
     config, parts = build_run(tasks={"one": {**own_teacher(tiny_world), "teacher": str(tiny_world / "other")}})
@@ -139,8 +138,8 @@ def test_the_loss_is_the_paper_formula(build_run: Build, tiny_world: Path) -> No
     with torch.no_grad():
         for j in range(steps):
             sigma, dt = sigmas[j].float().expand(4), float(sigmas[j + 1] - sigmas[j])
-            ours = guided_velocity(family, student, x, sigma, cond, uncond, 2.0)
-            theirs = guided_velocity(family, teacher, x, sigma, cond, uncond, 4.5)
+            ours = family.guided_velocity(student, x, sigma, cond, uncond, 2.0)
+            theirs = family.guided_velocity(teacher, x, sigma, cond, uncond, 4.5)
             expected += dt**2 / 2 * float((ours - theirs).square().mean()) / steps
             x = x + dt * ours
     report = parts.trainer.run_round(0)

@@ -10,7 +10,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from opd_ds.diffusion import kernel
 from opd_ds.errors import UserError
-from opd_ds.models import build_family, guided_velocity
+from opd_ds.models import build_family
 from opd_ds.models.sd3 import SD3
 from opd_ds.prompts import SampleNoise
 from opd_ds.rollout import rollout
@@ -54,7 +54,7 @@ def test_euler_rollout_gives_the_latents_and_pictures_of_diffusers(
     network, cond, uncond = ours.load_transformer(), ours.encode(prompts), ours.encode([""])
     with torch.no_grad():
         trajectory = rollout(
-            lambda x, sigma, rows, step: guided_velocity(ours, network, x, sigma, cond[rows], uncond, guidance),
+            lambda x, sigma, rows, step: ours.guided_velocity(network, x, sigma, cond[rows], uncond, guidance),
             SampleNoise(seeds, ours.latent_shape),
             kernel("euler").coefficients(ours.sigmas(10)),
             ours.sigmas(10),
@@ -69,9 +69,9 @@ def test_euler_rollout_gives_the_latents_and_pictures_of_diffusers(
 def test_offloaded_encoders_leave_and_give_the_same(tiny_world: Path) -> None:
     resident, offloaded = (family(tiny_world / "base", text_encoders=m) for m in ("resident", "offload"))
     first, second = resident.encode(PROMPTS), offloaded.encode(PROMPTS)
-    assert torch.equal(first.embeds, second.embeds)
-    assert torch.equal(first.pooled, second.pooled)
-    assert first.embeds.shape == (5, 20, 32)
+    assert torch.equal(first.tensors["embeds"], second.tensors["embeds"])
+    assert torch.equal(first.tensors["pooled"], second.tensors["pooled"])
+    assert first.tensors["embeds"].shape == (5, 20, 32)
 
 
 def test_guidance_of_one_is_a_single_pass(tiny_world: Path) -> None:
@@ -81,9 +81,9 @@ def test_guidance_of_one_is_a_single_pass(tiny_world: Path) -> None:
     network.register_forward_pre_hook(lambda m, a, k: rows.append(len(k["hidden_states"])), with_kwargs=True)
     x, sigma = torch.randn(2, *ours.latent_shape), torch.tensor([0.5, 0.9])
     with torch.no_grad():
-        plain = guided_velocity(ours, network, x, sigma, cond, uncond, 1.0)
-        guided = guided_velocity(ours, network, x, sigma, cond, uncond, 3.0)
-        alone = guided_velocity(ours, network, x[1:], sigma[1:], cond[slice(1, 2)], uncond, 3.0)
+        plain = ours.guided_velocity(network, x, sigma, cond, uncond, 1.0)
+        guided = ours.guided_velocity(network, x, sigma, cond, uncond, 3.0)
+        alone = ours.guided_velocity(network, x[1:], sigma[1:], cond[slice(1, 2)], uncond, 3.0)
     assert rows == [2, 4, 2]
     assert not torch.allclose(plain, guided)
     torch.testing.assert_close(guided[1:], alone)  # a sigma per sample

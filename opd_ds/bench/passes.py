@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opd_ds.config import DistilConfig, RunConfig
+from opd_ds.models import family_class
 from opd_ds.monitor import METRICS_FILE, read_metrics
 from opd_ds.teach.config import NftSection, TeachConfig
 
@@ -64,20 +65,16 @@ def _rounds_by_task(config: RunConfig) -> dict[str, int]:
 
 def _passes_of_a_round(config: RunConfig, task: str) -> Passes:
     """Rollout, what frozen networks are asked at the trained states, and training there."""
-    rollout = config.rollout
+    rollout, per_velocity = config.rollout, family_class(config.model.family).passes
     own = config.tasks[task].guidance
-    student = _per_velocity(rollout.guidance if own is None else own)
+    student = per_velocity(rollout.guidance if own is None else own)
     pairs = rollout.samples * config.trained_steps
     asked = 0
     if isinstance(config, TeachConfig):
         asked += student if isinstance(config.teach, NftSection) else 0  # the old policy
         asked += student if config.teach.kl else 0  # the start
     elif isinstance(config, DistilConfig):
-        asked += _per_velocity(config.tasks[task].teacher.guidance)
-        asked += _per_velocity(config.anchor.guidance) if config.anchor else 0
+        asked += per_velocity(config.tasks[task].teacher.guidance)
+        asked += per_velocity(config.anchor.guidance) if config.anchor else 0
     trained = student * pairs * config.train.inner_epochs
     return Passes(student * rollout.samples * rollout.steps + asked * pairs + trained, trained)
-
-
-def _per_velocity(guidance: float) -> int:
-    return 1 if guidance == 1.0 else 2

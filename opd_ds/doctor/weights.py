@@ -12,6 +12,7 @@ from opd_ds.config import DistilConfig, RunConfig, StudentSection
 from opd_ds.doctor.findings import Seen, attempt, size_text
 from opd_ds.errors import UserError
 from opd_ds.loading import PACKAGE_PREFIX, resolve_path
+from opd_ds.models import family_class
 
 _PROMPTS = (".txt", ".jsonl", ".csv", ".parquet")
 _HASHED = (".json", *_PROMPTS)  # small; large files are sampled
@@ -148,10 +149,11 @@ def trainable_parameters(config: RunConfig) -> int | None:
         shapes = {key: entry["shape"] for file in files for key, entry in read_header(file).items() if "shape" in entry}
     except UserError:
         return None
-    return sum(_trained(key, shape, config.student) for key, shape in shapes.items()) or None
+    targets = config.student.lora.targets or family_class(config.model.family).lora_targets
+    return sum(_trained(key, shape, config.student, targets) for key, shape in shapes.items()) or None
 
 
-def _trained(key: str, shape: list[int], student: StudentSection) -> int:
+def _trained(key: str, shape: list[int], student: StudentSection, targets: tuple[str, ...]) -> int:
     if key.endswith(".pos_embed"):  # a table of sines that is stored with the weights
         return 0
     if student.kind == "full":
@@ -160,5 +162,5 @@ def _trained(key: str, shape: list[int], student: StudentSection) -> int:
             count *= length
         return count
     module = "." + key.removesuffix(".weight")
-    hit = key.endswith(".weight") and any(module.endswith("." + target) for target in student.lora.targets)
+    hit = key.endswith(".weight") and any(module.endswith("." + target) for target in targets)
     return student.lora.rank * (shape[0] + shape[1]) if hit and len(shape) >= 2 else 0

@@ -15,7 +15,7 @@ from torch import Tensor
 from opd_ds.config import RunConfig
 from opd_ds.diffusion import kernel
 from opd_ds.engine import Group
-from opd_ds.models import Conditioning, ModelFamily, guided_velocity
+from opd_ds.models import Conditioning, ModelFamily
 from opd_ds.prompts import PromptSet, SampleNoise, sample_seed
 from opd_ds.rollout import chunks, rollout
 
@@ -94,7 +94,7 @@ class Painter:
         self, network: Any, part: list[Item], cond: Conditioning, guidance: float
     ) -> Iterator[Image.Image]:
         def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
-            return guided_velocity(self._family, network, x, sigma, cond[rows], self._uncond, guidance)
+            return self._family.guided_velocity(network, x, sigma, cond[rows], self._uncond, guidance)
 
         self._group.progress("drawing pictures")
         noise = SampleNoise([item.seed(self._settings.seed) for item in part], self._family.latent_shape)

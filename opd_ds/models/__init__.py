@@ -1,23 +1,31 @@
-"""Model families, by name. A new family is one file with a class and one line here."""
+"""Model families, by name. A new family is one file with a class, and one line here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import torch
 
 from opd_ds.errors import UserError, nearest
-from opd_ds.models.base import Conditioning, ModelFamily, guided_velocity
+from opd_ds.models.base import Conditioning, ModelFamily
+
+# name: (module, class). Imported when named: diffusers' classes are heavy.
+FAMILIES: dict[str, tuple[str, str]] = {
+    "sd3": ("sd3", "SD3"),
+}
 
 
-def _sd3(path: Path, **settings: object) -> ModelFamily:
-    from opd_ds.models.sd3 import SD3
+def family_class(name: str) -> type[ModelFamily]:
+    """The class of the family `name`.
 
-    return SD3(path, **settings)  # type: ignore[arg-type]
-
-
-FAMILIES: dict[str, Callable[..., ModelFamily]] = {"sd3": _sd3}
+    Raises:
+        UserError: unknown family.
+    """
+    if name not in FAMILIES:
+        raise UserError(f"model.family = {name!r}: unknown; allowed: {', '.join(FAMILIES)}.{nearest(name, FAMILIES)}")
+    module, attribute = FAMILIES[name]
+    return getattr(import_module(f"opd_ds.models.{module}"), attribute)
 
 
 def build_family(name: str, path: Path, *, dtype: torch.dtype, device: torch.device, **settings: object) -> ModelFamily:
@@ -26,9 +34,7 @@ def build_family(name: str, path: Path, *, dtype: torch.dtype, device: torch.dev
     Raises:
         UserError: unknown family, or a folder that is not of this family.
     """
-    if name not in FAMILIES:
-        raise UserError(f"model.family = {name!r}: unknown; allowed: {', '.join(FAMILIES)}.{nearest(name, FAMILIES)}")
-    return FAMILIES[name](path, dtype=dtype, device=device, **settings)
+    return family_class(name)(path, dtype=dtype, device=device, **settings)  # type: ignore[arg-type]
 
 
-__all__ = ["FAMILIES", "Conditioning", "ModelFamily", "build_family", "guided_velocity"]
+__all__ = ["FAMILIES", "Conditioning", "ModelFamily", "build_family", "family_class"]

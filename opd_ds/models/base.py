@@ -1,109 +1,271 @@
-"""What a model family must offer, and the two things all families share: conditioning and guidance."""
+"""What a model family is: everything around the denoising network, on one diffusers folder.
+
+A family is one file with a class that fills in `ModelFamily`. What families share (reading the folder, loading,
+guidance, offloaded text encoders, saving) is here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from threading import Lock
+from typing import Any, ClassVar, Literal
 
+import diffusers
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from opd_ds.errors import UserError
+
+# What makes two checkpoints comparable step by step: the same grid, beside the network interface and latents.
+SCHEDULER_KEYS = ("num_train_timesteps", "shift", "use_dynamic_shifting", "base_shift", "max_shift", "invert_sigmas")
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts: `embeds` [B, L, D] (token states) and `pooled` [B, P], in the model's dtype."""
+    """Encoded prompts: named tensors with one row per prompt, as the family's network takes them.
 
-    embeds: Tensor
-    pooled: Tensor
+    Where prompts differ in length, `tensors` has a boolean `mask` [B, L]; tensors as long as it are padded with zeros.
+    """
+
+    tensors: dict[str, Tensor]
 
     def __len__(self) -> int:
-        return len(self.embeds)
+        return len(next(iter(self.tensors.values())))
 
     def __getitem__(self, rows: slice | Tensor) -> Conditioning:
-        return Conditioning(self.embeds[rows], self.pooled[rows])
+        return Conditioning({name: tensor[rows] for name, tensor in self.tensors.items()})
 
     def expand(self, count: int) -> Conditioning:
         """A single encoded prompt repeated `count` times, without copying."""
-        return Conditioning(self.embeds.expand(count, -1, -1), self.pooled.expand(count, -1))
+        return Conditioning({name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in self.tensors.items()})
 
     @staticmethod
     def cat(parts: list[Conditioning]) -> Conditioning:
-        return Conditioning(torch.cat([p.embeds for p in parts]), torch.cat([p.pooled for p in parts]))
+        """All rows in order; where the parts are of different lengths, padded to the longest."""
+        return Conditioning({name: _cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
 
 
-class ModelFamily(Protocol):
-    """One diffusion architecture: everything around the denoising network, which the engines own.
+def _cat(parts: list[Tensor]) -> Tensor:
+    if parts[0].ndim > 1:
+        longest = max(part.shape[1] for part in parts)
+        parts = [pad(part, (0, 0) * (part.ndim - 2) + (0, longest - part.shape[1])) for part in parts]
+    return torch.cat(parts)
 
-    `path` is a diffusers folder. Latents are [B, C, h, w] with x_sigma = (1 - sigma) * x0 + sigma * noise and
+
+class ModelFamily(ABC):
+    """One diffusion architecture around one diffusers folder; the engines own the network itself.
+
+    Latents are [B, C, h, w] ([B, C, f, h, w] for video) with x_sigma = (1 - sigma) * x0 + sigma * noise and
     velocity = noise - x0.
+
+    Args:
+        path: folder in the layout of `pipeline_class`.
+        dtype: dtype of network, text encoders and VAE.
+        device: where encoding and decoding happen.
+        height, width: picture size in pixels; None takes the family's own default.
+        frames: of a video; None takes the family's default. Families of pictures refuse it.
+        max_text_length: tokens of the longest prompt (of T5 where there are several encoders).
+        text_encoders: `resident` keeps them on the device, `offload` brings them there only to encode.
+
+    Raises:
+        UserError: a folder of another layout, or a size that the network cannot draw.
     """
 
-    path: Path
-    dtype: torch.dtype
-    device: torch.device
+    pipeline_class: ClassVar[str]  # names of diffusers classes
+    transformer_class: ClassVar[str]
+    vae_class: ClassVar[str] = "AutoencoderKL"
+    transformer_keys: ClassVar[tuple[str, ...]]  # config entries that teacher and student must share
+    vae_keys: ClassVar[tuple[str, ...]] = ("latent_channels", "scaling_factor", "shift_factor", "block_out_channels")
+    lora_targets: ClassVar[tuple[str, ...]]  # where a LoRA student adapts, unless the run config says it
+    embedded_guidance: ClassVar[bool] = False  # the network takes the guidance scale as an input: always one pass
+    pipeline_parts: ClassVar[Mapping[str, None]] = {"transformer": None, "vae": None}  # not needed to encode prompts
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        height: int | None = None,
+        width: int | None = None,
+        frames: int | None = None,
+        max_text_length: int = 128,
+        text_encoders: Literal["resident", "offload"] = "offload",
+    ) -> None:
+        self.path, self.dtype, self.device = path, dtype, device
+        self.max_text_length = max_text_length
+        self._keep_encoders = text_encoders == "resident"
+        self._transformer_config = self._read_config("transformer/config.json")
+        found = self._transformer_config.get("_class_name")
+        if found != self.transformer_class:
+            raise UserError(f"model.path = {path}: its transformer is a {found}, not a {self.transformer_class}")
+        self._vae_config = self._read_config("vae/config.json")
+        self._scheduler_config = self._read_config("scheduler/scheduler_config.json")
+        default = self.default_size()
+        self.height, self.width, self.frames = height or default[0], width or default[1], frames
+        self._check_size()
+        self._encoders: Any = None
+        self._vae: Any = None
+        self._vae_lock = Lock()  # pictures are also decoded beside the training
+
+    # ---- what a family says ----
+
+    @abstractmethod
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of one sample."""
-        ...
+    @abstractmethod
+    def size_unit(self) -> int:
+        """Height and width must be multiples of this many pixels."""
 
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, h, w) of one sample, (C, f, h, w) of a video."""
+
+    @abstractmethod
     def sigmas(self, steps: int) -> Tensor:
         """The inference grid of the folder's own scheduler: float64 [steps+1], from noise to image."""
-        ...
+
+    @abstractmethod
+    def encode_with(self, pipeline: Any, prompts: list[str]) -> Conditioning:
+        """Encode prompts with a pipeline that has text encoders only, on `self.device`."""
+
+    @abstractmethod
+    def velocity(self, transformer: Callable[..., Any], latents: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """One pass: latents [B, C, ...], sigma [B] float32 to velocity [B, C, ...] in the model's dtype."""
+
+    @abstractmethod
+    def decode_with(self, vae: Any, latents: Tensor) -> Tensor:
+        """Latents [B, C, ...] to what the VAE draws, [B, 3, H, W] in [-1, 1]; of a video its middle frame."""
+
+    # ---- what families share ----
+
+    @classmethod
+    def passes(cls, guidance: float) -> int:
+        """Network passes that one guided velocity costs."""
+        return 1 if guidance == 1.0 or cls.embedded_guidance else 2
+
+    def guided_velocity(
+        self,
+        transformer: Callable[..., Any],
+        latents: Tensor,
+        sigma: Tensor,
+        cond: Conditioning,
+        uncond: Conditioning,
+        guidance: float,
+    ) -> Tensor:
+        """Velocity with classifier-free guidance: both passes in one batch; a guidance of 1 costs one pass.
+
+        The order (uncond, cond) and the model-dtype arithmetic are those of diffusers' pipelines, so rollout, scoring,
+        training and a user's later inference take the same numeric path.
+
+        Args:
+            latents: [B, C, ...], any float dtype.
+            sigma: [B], float32.
+            cond: B encoded prompts.
+            uncond: one encoded negative prompt.
+        """
+        if guidance == 1.0:
+            return self.velocity(transformer, latents, sigma, cond)
+        both = Conditioning.cat([uncond.expand(len(cond)), cond])
+        velocity = self.velocity(transformer, torch.cat([latents, latents]), sigma.repeat(2), both)
+        v_uncond, v_cond = velocity.chunk(2)
+        return self.combine(v_uncond, v_cond, guidance)
+
+    def combine(self, v_uncond: Tensor, v_cond: Tensor, guidance: float) -> Tensor:
+        """How the family's pipeline mixes the two velocities."""
+        return v_uncond + guidance * (v_cond - v_uncond)
 
     def load_transformer(self, path: Path | None = None) -> nn.Module:
         """The denoising network (of another checkpoint folder when `path` is given), on the CPU, in `dtype`."""
-        ...
+        folder = path or self.path
+        subfolder = "transformer" if (folder / "transformer").is_dir() else None
+        return _diffusers_class(self.transformer_class).from_pretrained(folder, subfolder=subfolder, dtype=self.dtype)
 
-    def check_same_world(self, path: Path) -> None:
-        """Raise UserError when the checkpoint at `path` has another scheduler, architecture or latent space."""
-        ...
+    def empty_transformer(self) -> nn.Module:
+        """The denoising network without weights, on the meta device."""
+        with torch.device("meta"):
+            return _diffusers_class(self.transformer_class).from_config(self._transformer_config)
 
     def encode(self, prompts: list[str]) -> Conditioning:
         """Encode prompts on the device; encoders leave the device afterwards when configured so."""
-        ...
-
-    def velocity(self, transformer: Callable[..., Any], latents: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """One pass: latents [B, C, h, w], sigma [B] float32 to velocity [B, C, h, w] in the model's dtype."""
-        ...
+        if self._encoders is None:
+            pipeline = _diffusers_class(self.pipeline_class)
+            self._encoders = pipeline.from_pretrained(self.path, **self.pipeline_parts, dtype=self.dtype)
+        self._encoders.to(self.device)
+        with torch.no_grad():
+            cond = self.encode_with(self._encoders, prompts)
+        if not self._keep_encoders:
+            self._encoders.to("cpu")
+        return cond
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] to pictures [B, 3, H, W], float32 in [0, 1]."""
-        ...
+        """Latents [B, C, ...] to pictures [B, 3, H, W], float32 in [0, 1]; of a video its middle frame."""
+        with self._vae_lock:
+            if self._vae is None:
+                vae = _diffusers_class(self.vae_class).from_pretrained(self.path, subfolder="vae", dtype=self.dtype)
+                self._vae = vae.requires_grad_(False).eval().to(self.device)
+        with torch.no_grad():
+            pictures = self.decode_with(self._vae, latents.to(self.device, self.dtype))
+        return (pictures.float() / 2 + 0.5).clamp(0, 1)
+
+    def check_same_world(self, path: Path) -> None:
+        """Raise UserError when the checkpoint at `path` has another scheduler, architecture or latent space."""
+        checks = [
+            ("transformer/config.json", self.transformer_keys, self._transformer_config),
+            ("config.json", self.transformer_keys, self._transformer_config),
+            ("scheduler/scheduler_config.json", SCHEDULER_KEYS, self._scheduler_config),
+            ("vae/config.json", self.vae_keys, self._vae_config),
+        ]
+        for file, keys, ours in checks:
+            if not (path / file).is_file():
+                continue
+            theirs = json.loads((path / file).read_text())
+            for key in keys:
+                if theirs.get(key) != ours.get(key):
+                    raise UserError(
+                        f"teacher {path}: {file} has {key} = {theirs.get(key)!r}, the student has {ours.get(key)!r}; "
+                        "teacher and student must share scheduler, network interface and latent space"
+                    )
 
     def save_full(self, transformer_state: dict[str, Tensor], folder: Path) -> None:
-        """Write a complete diffusers folder with these weights."""
-        ...
+        """The student's network beside copies of the base folder's other parts: a diffusers pipeline of its own."""
+        shutil.copytree(self.path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer"))
+        transformer = _diffusers_class(self.transformer_class).from_config(self._transformer_config)
+        transformer.load_state_dict(transformer_state)
+        transformer.to(self.dtype).save_pretrained(folder / "transformer")
 
     def save_lora(self, adapter_state: dict[str, Tensor], lora_config: Any, folder: Path) -> None:
         """Write `pytorch_lora_weights.safetensors` that the pipeline's `load_lora_weights` reads."""
-        ...
+        _diffusers_class(self.pipeline_class).save_lora_weights(
+            folder,
+            transformer_lora_layers=adapter_state,
+            transformer_lora_adapter_metadata=lora_config.to_dict(),
+        )
+
+    def _check_size(self) -> None:
+        unit = self.size_unit
+        if self.height % unit or self.width % unit:
+            raise UserError(
+                f"model.height x model.width = {self.height}x{self.width}: both must be multiples of {unit} "
+                "(VAE factor times patch size)"
+            )
+
+    def _read_config(self, file: str) -> dict[str, Any]:
+        if not (self.path / file).is_file():
+            raise UserError(
+                f"model.path = {self.path}: no {file}; expected a diffusers folder in {self.pipeline_class} layout"
+            )
+        return json.loads((self.path / file).read_text())
 
 
-def guided_velocity(
-    family: ModelFamily,
-    transformer: Callable[..., Any],
-    latents: Tensor,
-    sigma: Tensor,
-    cond: Conditioning,
-    uncond: Conditioning,
-    guidance: float,
-) -> Tensor:
-    """Velocity with classifier-free guidance: v_uncond + guidance * (v_cond - v_uncond), both in one batch.
-
-    A guidance of 1 costs one pass. The order (uncond, cond) and the model-dtype arithmetic are those of diffusers'
-    pipelines, so rollout, scoring, training and a user's later inference take the same numeric path.
-
-    Args:
-        latents: [B, C, h, w], any float dtype.
-        sigma: [B], float32.
-        cond: B encoded prompts.
-        uncond: one encoded negative prompt.
-    """
-    if guidance == 1.0:
-        return family.velocity(transformer, latents, sigma, cond)
-    both = Conditioning.cat([uncond.expand(len(cond)), cond])
-    v_uncond, v_cond = family.velocity(transformer, latents.repeat(2, 1, 1, 1), sigma.repeat(2), both).chunk(2)
-    return v_uncond + guidance * (v_cond - v_uncond)
+def _diffusers_class(name: str) -> Any:
+    return getattr(diffusers, name)
