@@ -222,13 +222,14 @@ def test_a_resume_of_another_run_is_refused(tiny_world: Path, tmp_path: Path) ->
         assert "Traceback" not in ended.stdout
         return lines[0]
 
-    assert "already holds" in refusal(2)
+    # A start of one process is quicker, and what it refuses does not depend on their number.
+    assert "already holds" in refusal(1)
     assert "rollout.steps was 4 and is now 5" in refusal(2, "--resume", "auto", "--set", "rollout.steps=5")
-    other = refusal(2, "--resume", "auto", "--set", f"tasks.one.teacher={tiny_world / 'base'}")
+    other = refusal(1, "--resume", "auto", "--set", f"tasks.one.teacher={tiny_world / 'base'}")
     assert "tasks.one.teacher_sha256 was" in other
     assert "optimizer.lr was 0.001 and is now 0.002" in refusal(1, "--resume", "auto", "--set", "optimizer.lr=0.002")
     (tmp_path / "fewer.txt").write_text("a red 3\n")
-    prompts = refusal(2, "--resume", "auto", "--set", f"tasks.one.prompts={tmp_path / 'fewer.txt'}")
+    prompts = refusal(1, "--resume", "auto", "--set", f"tasks.one.prompts={tmp_path / 'fewer.txt'}")
     assert "tasks.one.prompts_sha256 was" in prompts
 
 
