@@ -401,7 +401,7 @@ def test_runs_are_read(tmp_path: Path) -> None:
     assert len(found.curves["opd", 0]) == 3
     assert found.convergence.keys() == CONVERGENCE.keys()
     assert found.other_passes == []
-    shorter = replace(QUICK, opd_samples=8)
+    shorter = replace(QUICK, opd_rounds=8)
     assert opd(0) in collect(shorter, tmp_path, None, {}).other_passes
     (tmp_path / joint(0) / "scores.jsonl").write_text("")
     with pytest.raises(UserError, match=r"joint-0: not the records of a whole run"):
