@@ -37,8 +37,8 @@ class RunSection(Section):
 class ModelSection(Section):
     family: str = Field("sd3", description="`opd-ds models` lists them")
     path: str = Field(description="diffusers folder, hub id, or package:<path inside opd_ds>")
-    height: PositiveInt | None = Field(None, description="pixels; default: the transformer's own size")
-    width: PositiveInt | None = Field(None, description="pixels; default: the transformer's own size")
+    height: PositiveInt | None = Field(None, description="pixels; default: the model's own size")
+    width: PositiveInt | None = Field(None, description="pixels; default: the model's own size")
     frames: PositiveInt | None = Field(None, description="of a video; default: the family's own")
     max_text_length: PositiveInt = Field(128, description="tokens of a prompt; T5's where there are several encoders")
     negative_prompt: str = ""

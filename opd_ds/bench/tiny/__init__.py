@@ -1,0 +1,1 @@
+"""Random pipelines of a few ten thousand parameters, one module per model family."""

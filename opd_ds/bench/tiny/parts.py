@@ -1,0 +1,43 @@
+"""What tiny pipelines have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# What the tokenizers are trained on.
+TEXTS = ["a red 3 on blue", "a green 7 on white", "a blue 0 on red", "the number 5", "a neat 8 beside a black square"]
+
+# The scheduler of FLUX.1-dev and FLUX.2.
+DYNAMIC_SHIFT: dict[str, Any] = {
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
+
+# A VAE that halves pictures of 16 x 16 pixels into latents of 4 channels.
+VAE_BLOCKS: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "block_out_channels": (8, 8),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+    "sample_size": 16,
+}
+
+
+@torch.no_grad()
+def save(pipeline: Any, folder: Path) -> Path:
+    """Write `pipeline` with a random transformer in which no layer is near zero and attention is not near uniform."""
+    for parameter in pipeline.transformer.parameters():
+        # Vectors are norms' weights, which stay near 1, and biases.
+        start = parameter if parameter.ndim == 1 else torch.zeros_like(parameter)
+        parameter.copy_(start + 0.08 * torch.randn_like(parameter))
+    pipeline.save_pretrained(folder)
+    return folder

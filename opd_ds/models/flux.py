@@ -1,0 +1,112 @@
+"""FLUX.1 (dev, and schnell without guidance), through diffusers' own classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from opd_ds.models.base import Conditioning, ModelFamily
+
+_PATCH = 2  # the pipeline's own and in no config; the network's `patch_size` of 1 is beside it
+
+
+class Flux(ModelFamily):
+    """Joint, then single blocks over T5's states and 2x2 patches of the latents; CLIP's pooled state and the guidance
+    scale beside the timestep.
+
+    Padding is seen as text, so `max_text_length` changes pictures: 512 is what diffusers' pipeline takes.
+    """
+
+    pipeline_class = "FluxPipeline"
+    transformer_class = "FluxTransformer2DModel"
+    transformer_keys = (
+        "in_channels",
+        "out_channels",
+        "patch_size",
+        "joint_attention_dim",
+        "pooled_projection_dim",
+        "guidance_embeds",
+    )
+    lora_targets = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
+    embedded_guidance = True
+
+    def default_size(self) -> tuple[int, int]:
+        size = self._vae_config["sample_size"]
+        return size, size
+
+    @property
+    def size_unit(self) -> int:
+        return self._vae_factor * _PATCH
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        factor = self._vae_factor
+        return self._transformer_config["in_channels"] // _PATCH**2, self.height // factor, self.width // factor
+
+    def sigmas(self, steps: int) -> Tensor:
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        tokens = (self.height // self.size_unit) * (self.width // self.size_unit)
+        defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+        settings = (self._scheduler_config.get(name, default) for name, default in defaults.items())
+        return self._evenly_then_shifted(steps, calculate_shift(tokens, *settings))
+
+    def encode_with(self, pipeline: Any, prompts: list[str]) -> Conditioning:
+        embeds, pooled, _ = pipeline.encode_prompt(
+            prompts, device=self.device, max_sequence_length=self.max_text_length
+        )
+        return Conditioning({"embeds": embeds.to(self.dtype), "pooled": pooled.to(self.dtype)})
+
+    def velocity(self, transformer: Callable[..., Any], latents: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        return self.guided_velocity(transformer, latents, sigma, cond, cond, 1.0)
+
+    def guided_velocity(
+        self,
+        transformer: Callable[..., Any],
+        latents: Tensor,
+        sigma: Tensor,
+        cond: Conditioning,
+        uncond: Conditioning,
+        guidance: float,
+    ) -> Tensor:
+        """One pass at any guidance: the scale is an input of the network; `uncond` is not used.
+
+        Raises:
+            UserError: a guidance other than 1 for a network without that input (schnell).
+        """
+        embedded = self._transformer_config["guidance_embeds"]
+        if not embedded:
+            self._check_unguided(guidance)
+        embeds = cond.tensors["embeds"]
+        # In memory as the pipeline has them: the product with another order rounds differently in bf16.
+        tokens = pixel_unshuffle(latents.to(self.dtype), _PATCH).flatten(2).transpose(1, 2).contiguous()
+        rows, columns = latents.shape[2] // _PATCH, latents.shape[3] // _PATCH
+        patches = transformer(
+            hidden_states=tokens,
+            timestep=(sigma * 1000).to(self.dtype) / 1000,  # sigma, rounded as the pipeline rounds it
+            guidance=torch.full_like(sigma, guidance, dtype=torch.float32) if embedded else None,
+            encoder_hidden_states=embeds,
+            pooled_projections=cond.tensors["pooled"],
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=embeds.device),
+            img_ids=positions(1, rows, columns, device=latents.device),
+            return_dict=False,
+        )[0]
+        return pixel_shuffle(patches.transpose(1, 2).unflatten(2, (rows, columns)), _PATCH)
+
+
+def positions(*lengths: int, device: torch.device) -> Tensor:
+    """Places in a grid for rotary embeddings, in reading order: int64 [product of lengths, len(lengths)]."""
+    return torch.cartesian_prod(*(torch.arange(length, device=device) for length in lengths))

@@ -1,0 +1,52 @@
+"""FLUX.2 klein against diffusers' own pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from opd_ds.bench.tiny import flux2 as tiny
+from opd_ds.errors import UserError
+from tests import family_checks as checks
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("flux2") / "base")
+
+
+def test_it_draws_what_the_pipeline_draws(base: Path) -> None:
+    family = checks.build("flux2", base)
+    checks.check_grid(family)
+    plain, guided = (checks.check_parity(tiny, family, guidance) for guidance in (1.0, 4.0))
+    assert not torch.allclose(plain, guided, atol=1e-2)
+    checks.check_timesteps(tiny, "flux2", base, 4.0)
+
+
+def test_prompts_do_not_mix(base: Path) -> None:
+    checks.check_prompts_do_not_mix(checks.build("flux2", base))
+
+
+def test_exports_draw_the_same_in_diffusers(base: Path, tmp_path: Path) -> None:
+    checks.check_exports(tiny, checks.build("flux2", base), tiny.write(tmp_path / "other", seed=1), tmp_path, 4.0)
+
+
+def test_finite_at_both_ends(base: Path) -> None:
+    checks.check_finite_at_both_ends("flux2", base)
+
+
+def test_the_distilled_model_is_drawn_without_guidance(tmp_path: Path) -> None:
+    family = checks.build("flux2", tiny.write(tmp_path / "klein", is_distilled=True))
+    checks.check_parity(tiny, family, 1.0)
+    with pytest.raises(UserError, match=r"guidance = 4.0.*allowed: 1.0"):
+        checks.roll_out(family, family.load_transformer(), 4.0)
+
+
+def test_refusals(base: Path, tmp_path: Path) -> None:
+    checks.check_refusals("flux2", base, tmp_path)
+    dev = tiny.write(tmp_path / "dev")
+    checks.change(dev / "model_index.json", _class_name="Flux2Pipeline")
+    with pytest.raises(UserError, match=r"a Flux2Pipeline, but model\.family = flux2"):
+        checks.build("flux2", dev)
