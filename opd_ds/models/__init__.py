@@ -13,6 +13,8 @@ from opd_ds.models.base import Conditioning, ModelFamily
 # name: (module, class). Imported when named: diffusers' classes are heavy.
 FAMILIES: dict[str, tuple[str, str]] = {
     "sd3": ("sd3", "SD3"),
+    "qwen_image": ("qwen_image", "QwenImage"),
+    "z_image": ("z_image", "ZImage"),
 }
 
 

@@ -16,6 +16,7 @@ from threading import Lock
 from typing import Any, ClassVar, Literal
 
 import diffusers
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -23,7 +24,15 @@ from torch.nn.functional import pad
 from opd_ds.errors import UserError
 
 # What makes two checkpoints comparable step by step: the same grid, beside the network interface and latents.
-SCHEDULER_KEYS = ("num_train_timesteps", "shift", "use_dynamic_shifting", "base_shift", "max_shift", "invert_sigmas")
+SCHEDULER_KEYS = (
+    "num_train_timesteps",
+    "shift",
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "invert_sigmas",
+    "shift_terminal",
+)
 
 
 @dataclass(frozen=True)
@@ -142,9 +151,9 @@ class ModelFamily(ABC):
     def velocity(self, transformer: Callable[..., Any], latents: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """One pass: latents [B, C, ...], sigma [B] float32 to velocity [B, C, ...] in the model's dtype."""
 
-    @abstractmethod
     def decode_with(self, vae: Any, latents: Tensor) -> Tensor:
         """Latents [B, C, ...] to what the VAE draws, [B, 3, H, W] in [-1, 1]; of a video its middle frame."""
+        return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
 
     # ---- what families share ----
 
@@ -250,6 +259,24 @@ class ModelFamily(ABC):
             transformer_lora_layers=adapter_state,
             transformer_lora_adapter_metadata=lora_config.to_dict(),
         )
+
+    @property
+    def _vae_factor(self) -> int:
+        """Pixels per latent along a side, where the VAE halves a picture between its blocks."""
+        return 2 ** (len(self._vae_config["block_out_channels"]) - 1)
+
+    def _evenly_then_shifted(self, steps: int, mu: float) -> Tensor:
+        """The grid of pipelines that give the scheduler even sigmas from 1 to 1/steps, which it shifts by `mu`."""
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(self._scheduler_config)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+        return scheduler.sigmas.to(torch.float64)
+
+    def _linear_mu(self, tokens: int) -> float:
+        """The `mu` of pipelines in which it grows linearly with the picture's tokens; read by dynamic shifting only."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+        return calculate_shift(tokens, *(self._scheduler_config.get(*default) for default in defaults.items()))
 
     def _check_size(self) -> None:
         unit = self.size_unit

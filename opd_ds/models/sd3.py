@@ -43,10 +43,6 @@ class SD3(ModelFamily):
         factor = self._vae_factor
         return self._transformer_config["in_channels"], self.height // factor, self.width // factor
 
-    @property
-    def _vae_factor(self) -> int:
-        return 2 ** (len(self._vae_config["block_out_channels"]) - 1)
-
     def sigmas(self, steps: int) -> Tensor:
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self._scheduler_config)
         shifting: dict[str, float] = {}
@@ -79,6 +75,3 @@ class SD3(ModelFamily):
             pooled_projections=cond.tensors["pooled"],
             return_dict=False,
         )[0]
-
-    def decode_with(self, vae: Any, latents: Tensor) -> Tensor:
-        return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]

@@ -1,0 +1,141 @@
+"""What every model family has to do: behave as diffusers' pipeline of the same folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from opd_ds.diffusion import kernel
+from opd_ds.errors import UserError
+from opd_ds.models import ModelFamily, build_family, lora
+from opd_ds.prompts import SampleNoise
+from opd_ds.rollout import rollout
+
+CPU = torch.device("cpu")
+PROMPTS = ["a red 3 on blue", "a neat 8 beside a black square on a white square", "the number 5"]
+SEEDS, STEPS = [1, 2, 3], 5
+
+
+def build(name: str, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> ModelFamily:
+    """Pictures are wider than high, so that the two cannot be confused."""
+    settings = {"height": 16, "width": 24, "max_text_length": 24, "text_encoders": "resident"} | settings
+    return build_family(name, folder, dtype=dtype, device=CPU, **settings)
+
+
+def load_pipeline(family: ModelFamily, folder: Path) -> Any:
+    pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def noise(family: ModelFamily) -> SampleNoise:
+    return SampleNoise(SEEDS, family.latent_shape)
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def roll_out(family: ModelFamily, network: nn.Module, guidance: float) -> Tensor:
+    """Our final latents."""
+    cond, uncond, sigmas = family.encode(PROMPTS), family.encode([""]), family.sigmas(STEPS)
+    return rollout(
+        lambda x, sigma, rows, step: family.guided_velocity(network, x, sigma, cond[rows], uncond, guidance),
+        noise(family),
+        kernel("euler").coefficients(sigmas),
+        sigmas,
+        micro_batch=2,
+        device=CPU,
+    ).final
+
+
+def draw(tiny: ModuleType, family: ModelFamily, pipeline: Any, guidance: float, **options: Any) -> Tensor:
+    return tiny.draw(pipeline, family, PROMPTS, noise(family).draw(slice(None)), guidance, STEPS, **options)
+
+
+def check_parity(tiny: ModuleType, family: ModelFamily, guidance: float) -> Tensor:
+    """Latents and pictures are the pipeline's; returns the latents."""
+    pipeline = load_pipeline(family, family.path)
+    final = roll_out(family, family.load_transformer(), guidance)
+    close(final, draw(tiny, family, pipeline, guidance))
+    pictures = draw(tiny, family, pipeline, guidance, pictures=True)
+    close(family.decode(final), pictures)
+    assert pictures.std() > 0.01
+    return final
+
+
+def check_grid(family: ModelFamily) -> None:
+    sigmas = family.sigmas(STEPS)
+    assert sigmas.dtype == torch.float64
+    assert sigmas.shape == (STEPS + 1,)
+    assert (sigmas.diff() < 0).all()
+    assert (sigmas[0], sigmas[-1]) == (1, 0)
+
+
+@torch.no_grad()
+def check_prompts_do_not_mix(family: ModelFamily) -> None:
+    """A prompt's velocity is the same among longer and shorter ones as alone, and no other prompt's."""
+    network, x, sigma = family.load_transformer(), noise(family).draw(slice(None)), torch.tensor([0.9, 0.5, 0.2])
+    together = family.velocity(network, x, sigma, family.encode(PROMPTS))
+    for row, prompt in enumerate(PROMPTS):
+        alone = family.velocity(network, x[row : row + 1], sigma[row : row + 1], family.encode([prompt]))
+        close(together[row : row + 1], alone)
+    other = family.velocity(network, x, sigma, family.encode(PROMPTS[::-1]))
+    assert not torch.allclose(other[0], together[0], atol=1e-3)
+
+
+def check_exports(tiny: ModuleType, family: ModelFamily, other: Path, folder: Path, guidance: float) -> None:
+    """Both forms of an exported student draw in diffusers what they draw here."""
+    full = family.load_transformer(other)
+    family.save_full(full.state_dict(), folder / "full")
+    close(draw(tiny, family, load_pipeline(family, folder / "full"), guidance), roll_out(family, full, guidance))
+
+    adapted = family.load_transformer()
+    plain = roll_out(family, adapted, guidance)
+    lora.new_adapter(adapted, "student", LoraConfig(r=2, lora_alpha=4, target_modules=list(family.lora_targets)))
+    for parameter in lora.adapter_parameters(adapted, "student").values():
+        nn.init.normal_(parameter, std=0.3)
+    state = lora.strip_adapter_name(adapted.state_dict())
+    unused = [target for target in family.lora_targets if not any(f"{target}.lora_A" in key for key in state)]
+    assert not unused
+    family.save_lora(state, lora.adapter_config(adapted, "student"), folder / "lora")
+    pipeline = load_pipeline(family, family.path)
+    pipeline.load_lora_weights(folder / "lora")
+    final = roll_out(family, adapted, guidance)
+    close(draw(tiny, family, pipeline, guidance), final)
+    assert not torch.allclose(final, plain, atol=1e-2)
+
+
+@torch.no_grad()
+def check_finite_at_both_ends(name: str, folder: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        family = build(name, folder, dtype)
+        network, cond = family.load_transformer(), family.encode(PROMPTS)
+        for sigma in (0.0, 1.0):
+            found = family.velocity(network, noise(family).draw(slice(None)), torch.full((3,), sigma), cond)
+            assert found.dtype == dtype
+            assert found.shape == (3, *family.latent_shape)
+            assert found.isfinite().all()
+
+
+def check_refusals(name: str, folder: Path, empty: Path) -> None:
+    family = build(name, folder)
+    for side in ("height", "width"):
+        with pytest.raises(UserError, match=f"multiples of {family.size_unit}"):
+            build(name, folder, **{side: family.size_unit + family.size_unit // 2})
+    with pytest.raises(UserError, match=f"{family.pipeline_class} layout"):
+        build(name, empty)
+
+
+def change(file: Path, **entries: object) -> None:
+    """Change entries of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
