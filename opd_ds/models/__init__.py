@@ -15,6 +15,8 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "sd3": ("sd3", "SD3"),
     "flux": ("flux", "Flux"),
     "flux2": ("flux2", "Flux2"),
+    "qwen_image": ("qwen_image", "QwenImage"),
+    "z_image": ("z_image", "ZImage"),
 }
 
 

@@ -24,7 +24,15 @@ from torch.nn.functional import pad
 from opd_ds.errors import UserError
 
 # What makes two checkpoints comparable step by step: the same grid, beside the network interface and latents.
-SCHEDULER_KEYS = ("num_train_timesteps", "shift", "use_dynamic_shifting", "base_shift", "max_shift", "invert_sigmas")
+SCHEDULER_KEYS = (
+    "num_train_timesteps",
+    "shift",
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "invert_sigmas",
+    "shift_terminal",
+)
 
 
 @dataclass(frozen=True)
@@ -270,6 +278,13 @@ class ModelFamily(ABC):
                 f"guidance = {guidance}: {self.path} is distilled to be run without guidance; allowed: 1.0; "
                 "set rollout.guidance and the guidance of tasks and teachers to 1.0"
             )
+
+    def _linear_mu(self, tokens: int) -> float:
+        """The `mu` of pipelines in which it grows linearly with the picture's tokens; read by dynamic shifting only."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+        return calculate_shift(tokens, *(self._scheduler_config.get(*default) for default in defaults.items()))
 
     def _check_size(self) -> None:
         unit = self.size_unit

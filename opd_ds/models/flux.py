@@ -57,12 +57,8 @@ class Flux(ModelFamily):
         return self._transformer_config["in_channels"] // _PATCH**2, self.height // factor, self.width // factor
 
     def sigmas(self, steps: int) -> Tensor:
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
         tokens = (self.height // self.size_unit) * (self.width // self.size_unit)
-        defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-        settings = (self._scheduler_config.get(name, default) for name, default in defaults.items())
-        return self._evenly_then_shifted(steps, calculate_shift(tokens, *settings))
+        return self._evenly_then_shifted(steps, self._linear_mu(tokens))
 
     def encode_with(self, pipeline: Any, prompts: list[str]) -> Conditioning:
         embeds, pooled, _ = pipeline.encode_prompt(

@@ -47,12 +47,9 @@ class SD3(ModelFamily):
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self._scheduler_config)
         shifting: dict[str, float] = {}
         if scheduler.config.use_dynamic_shifting:
-            from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-
             _, h, w = self.latent_shape
             tokens = (h // self._transformer_config["patch_size"]) * (w // self._transformer_config["patch_size"])
-            names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-            shifting["mu"] = calculate_shift(tokens, *(scheduler.config[name] for name in names))
+            shifting["mu"] = self._linear_mu(tokens)
         scheduler.set_timesteps(steps, **shifting)
         return scheduler.sigmas.to(torch.float64)
 

@@ -1,1 +1,1 @@
-"""Random pipelines of a few ten thousand parameters, one module per model family."""
+"""Random pipelines of a few ten thousand parameters, one module per model family, and diffusers' own way to draw."""
