@@ -38,8 +38,8 @@ class Plan:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     teacher_rounds: tuple[int, ...] = (40, 25, 60)  # in the order of TASKS
-    opd_rounds: int = 400
-    convergence_rounds: int = 80
+    opd_rounds: int = 320
+    convergence_rounds: int = 40
     evaluations: int = 4  # along a run
     samples_per_prompt: int = 2
     gradient_rollouts: int = 32
