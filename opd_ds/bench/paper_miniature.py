@@ -40,7 +40,7 @@ class Plan:
     teacher_rounds: tuple[int, ...] = (40, 25, 60)  # in the order of TASKS
     opd_rounds: int = 320
     convergence_rounds: int = 40
-    evaluations: int = 4  # along a run
+    evaluations: int = 3  # along a run
     samples_per_prompt: int = 2
     gradient_rollouts: int = 32
     gradient_transitions: int = 32
