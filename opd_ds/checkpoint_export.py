@@ -74,11 +74,11 @@ def export_checkpoint(
     """
     refuse_occupied(folder)
     state = read_state(checkpoint)
-    refuse_damaged(checkpoint)
     if not set(config.deciding) <= state["run"].keys():
         raise UserError(f"{checkpoint}: is of another kind of run than the config; give the one in its run's folder")
     kind = state["run"]["student"]["kind"]
     _refuse_options(checkpoint, kind, averaged and "ema" not in state["copies"], merge, form, dtype)
+    refuse_damaged(checkpoint)
     base = resolve_path(config.model.path, "model.path")
     family = load_family(config, base, torch.device("cpu"), DTYPES[dtype] if dtype else None)
     network = checkpointed_student(family, checkpoint, averaged=averaged)

@@ -163,7 +163,8 @@ def merge(
 def _open_base(base: str, family: str) -> tuple[Network, ModelFamily]:
     folder = resolve_path(base, "--base")
     with about(f"--base = {base!r}"):
-        return Network(folder), build_family(family, folder, dtype=torch.float32, device=torch.device("cpu"))
+        model = build_family(family, folder, dtype=torch.float32, device=torch.device("cpu"))
+        return Network(folder), model
 
 
 def _merge_full(

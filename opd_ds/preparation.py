@@ -151,8 +151,11 @@ def build_rewards(chosen: dict[str, RewardSection], device: torch.device) -> dic
 
 
 def load_family(config: RunConfig, path: Path, device: torch.device, dtype: torch.dtype | None = None) -> ModelFamily:
-    """The run's model family around the folder at `path`, in `dtype` or the run's precision; raises UserError when it is
-    none."""
+    """The run's model family around the folder at `path`, in `dtype` or the run's precision.
+
+    Raises:
+        UserError: a folder of another family.
+    """
     settings = config.model
     return build_family(
         settings.family,

@@ -15,7 +15,7 @@ from opd_ds import __version__
 from opd_ds.errors import UserError
 
 CARD = "README.md"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+\Z")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*\Z")
 _CACHED = re.compile(r"models--(.+?)--(.+?)/snapshots/")
 
 
