@@ -11,10 +11,12 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from opd_ds.config import StudentSection, TeacherSection
+from opd_ds.compared_models import Requests, contestants
+from opd_ds.config import DistilConfig, StudentSection, TeacherSection
 from opd_ds.errors import UserError
 from opd_ds.loading import resolve_path
 from opd_ds.models import lora
@@ -22,7 +24,7 @@ from opd_ds.models.sd3 import SD3
 from opd_ds.preparation import student_module
 from opd_ds.teachers import TeacherPool, TeacherSpec, check_weights
 from tests.test_lora import answer
-from tests.tiny import SIZES, write_lora
+from tests.tiny import SIZES, run_settings, write_lora
 
 CPU = torch.device("cpu")
 State = dict[str, Tensor]
@@ -152,6 +154,30 @@ def test_alphas_and_old_names_without_a_config(tiny_world: Path, tmp_path: Path)
     assert not torch.allclose(answers["old"], answers["folder"], atol=1e-2)  # without alphas the scale is 1
 
 
+def test_a_foreign_lora_goes_out_as_any_other(tiny_world: Path, tmp_path: Path) -> None:
+    """One that knows its modules by their full names only, as a student started from it would export it."""
+    base, state = family(tiny_world), plain(tiny_world)
+    state |= {"proj_out.lora_A.weight": torch.randn(2, 32), "proj_out.lora_B.weight": torch.randn(16, 2)}
+    file = save({f"transformer.{key}": value for key, value in state.items()}, tmp_path / "x.safetensors")
+    network = base.load_transformer()
+    lora.load_adapter(network, "x", file, base.pipeline_class)
+    lora.activate(network, "x")
+    wanted, config = answer(network), lora.adapter_config(network, "x")
+    kept = lora.strip_adapter_name(network.state_dict())
+    base.save_lora(kept, config, tmp_path / "diffusers")
+    lora.save_peft(kept, config, tmp_path / "peft", "base")
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_world / "base")
+    pipeline.load_lora_weights(tmp_path / "diffusers")
+    torch.testing.assert_close(answer(pipeline.transformer), wanted)
+    torch.testing.assert_close(answer(PeftModel.from_pretrained(base.load_transformer(), tmp_path / "peft")), wanted)
+    for form in ("diffusers", "peft"):
+        again = base.load_transformer()
+        lora.load_adapter(again, "x", tmp_path / form, base.pipeline_class)
+        lora.activate(again, "x")
+        torch.testing.assert_close(answer(again), wanted)
+    assert lora.named_base(tmp_path / "peft") == "base"
+
+
 # ---- a transformer in one file ----
 
 _TOP = {
@@ -234,6 +260,22 @@ def test_a_single_file_is_the_checkpoint_it_was_made_of(
     assert torch.equal(answer(start), answer(network))
     assert next(start.parameters()).dtype == torch.float32
     assert all(parameter.requires_grad for name, parameter in start.named_parameters())
+
+
+def test_single_files_and_loras_are_evaluated(tiny_world: Path, single_files: dict[str, Path], tmp_path: Path) -> None:
+    base, config = family(tiny_world), DistilConfig.model_validate(run_settings(tiny_world, tmp_path))
+    lora_file = tiny_world / "adapter" / lora.PEFT_WEIGHTS
+    asked = Requests(defaults=False, models=[f"single={single_files['original']}", f"lora={lora_file}"])
+    single, adapted = contestants(config, base, asked, ["one"], CPU)
+    with single.open() as network:
+        wanted = answer(SD3Transformer2DModel.from_pretrained(tiny_world / "other", subfolder="transformer"))
+        assert torch.equal(answer(network), wanted)
+    with adapted.open() as network:
+        plain_base = SD3Transformer2DModel.from_pretrained(tiny_world / "base", subfolder="transformer")
+        assert torch.equal(answer(network), answer(PeftModel.from_pretrained(plain_base, tiny_world / "adapter")))
+    broken = text_file(tiny_world, tmp_path)
+    with pytest.raises(UserError, match=r"^--model x=.*notes.safetensors: .* is damaged or no safetensors file"):
+        contestants(config, base, Requests(defaults=False, models=[f"x={broken}"]), ["one"], CPU)
 
 
 def test_one_file_of_a_hub_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
