@@ -16,7 +16,7 @@ from torch import nn
 from opd_ds.checkpoint import CHECKPOINTS_FOLDER, STATE_FILE, latest_checkpoint, refuse_damaged
 from opd_ds.checkpoint_export import checkpointed_student
 from opd_ds.config import RunConfig
-from opd_ds.errors import UserError
+from opd_ds.errors import UserError, about
 from opd_ds.evaluation.benchmark import Contestant
 from opd_ds.evaluation.evaluator import student_guidance
 from opd_ds.export import EXPORT_FOLDER
@@ -71,7 +71,8 @@ def contestants(
         if not _NAME.fullmatch(name):
             raise UserError(f"--model {name}={source}: a name may hold letters, digits, '_', '.', ':' and '-' only")
         path = _find(config, name, source)
-        load = _loader(family, path)
+        with about(f"--model {name}={source}"):
+            load = _loader(family, path)
         by_set = student_guidance(config, sets)
         if source.startswith("teacher:"):
             by_set = dict.fromkeys(sets, config.teachers[source.removeprefix("teacher:")].guidance)
@@ -145,7 +146,7 @@ def _loader(family: ModelFamily, path: Path) -> Callable[[], nn.Module]:
         refuse_damaged(path)
         return partial(checkpointed_student, family, path)
     if lora.is_adapter(path):
-        lora.read_adapter(path)
+        family.check_adapter(path)
         return partial(_with_adapter, family, path)
     family.check_same_world(path)
     return partial(family.load_transformer, path)
@@ -153,6 +154,6 @@ def _loader(family: ModelFamily, path: Path) -> Callable[[], nn.Module]:
 
 def _with_adapter(family: ModelFamily, path: Path) -> nn.Module:
     network = family.load_transformer()
-    lora.load_adapter(network, "evaluated", path)
+    lora.load_adapter(network, "evaluated", path, family.pipeline_class)
     lora.activate(network, "evaluated")
     return network

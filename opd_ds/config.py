@@ -161,7 +161,7 @@ class ScoringSection(Section):
 
 
 class TeacherSection(Section):
-    path: str = Field(description="LoRA (PEFT or diffusers form) or full checkpoint: folder, hub id or package:<path>")
+    path: str = Field(description="LoRA or full checkpoint: folder, safetensors file, hub id or package:<path>")
     guidance: float = Field(4.5, ge=0, description="the teacher's own, apart from the student's")
     placement: Literal["resident", "offload", "zero_inference"] = "resident"
     deepspeed: str | None = Field(None, description="ds_config of a zero_inference teacher; default zero_inference_gpu")

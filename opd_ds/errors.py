@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -20,6 +21,15 @@ class DamagedCheckpointError(UserError):
 
 class Interrupted(SystemExit):
     """The run saved its state and left, after a signal; `code` tells whether it wants to be started again."""
+
+
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Errors for the user from inside begin with `what`, usually the key and its value."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -11,10 +11,15 @@ import typer
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="a folder round-NNNNNN of a run")],
     out: Annotated[Path, typer.Argument(help="a new folder")],
-    ema: Annotated[
-        bool, typer.Option("--ema/--raw", help="averaged weights, where they were kept, or the last")
-    ] = True,
+    ema: Annotated[bool, typer.Option("--ema/--raw", help="averaged weights, or the last")] = True,
     merge: Annotated[bool, typer.Option("--merge", help="add a LoRA to its base and write a whole pipeline")] = False,
+    form: Annotated[
+        str, typer.Option("--format", help="of a LoRA: diffusers (load_lora_weights reads it) or peft (a PEFT folder)")
+    ] = "diffusers",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="fp32, bf16 or fp16; default: the run's precision, fp32 for a LoRA", show_default=False),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="run config; default: config.yaml of the checkpoint's run")
     ] = None,
@@ -28,5 +33,5 @@ def export(
     quiet_libraries()
     read_state(checkpoint)
     settings = load_config(None, config or checkpoint.resolve().parents[1] / "config.yaml", [])
-    export_checkpoint(settings, checkpoint.resolve(), out, averaged=ema, merge=merge)
+    export_checkpoint(settings, checkpoint.resolve(), out, averaged=ema, merge=merge, form=form, dtype=dtype)
     typer.echo(f"wrote {out}")

@@ -199,7 +199,8 @@ def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def resolve_path(value: str, key: str) -> Path:
-    """A local path, `package:<path inside opd_ds>`, or a hub id (`org/name[/sub/folder]`), fetched if need be.
+    """A local path, `package:<path inside opd_ds>`, or a hub id, fetched if need be: `org/name`, with a folder or a
+    safetensors file behind it (`org/name/sub/folder`).
 
     Raises:
         UserError: nothing is there, naming the config key.
@@ -222,13 +223,16 @@ def _from_hub(value: str, key: str) -> Path:
 
     org, name, *rest = value.split("/", 2)
     subfolder = rest[0] if rest else ""
-    patterns = [f"{subfolder}/*"] if subfolder else None
+    one_file = subfolder.endswith(".safetensors")
+    patterns = [subfolder if one_file else f"{subfolder}/*"] if subfolder else None
     # Single-file and half-precision duplicates of the same weights are skipped.
     ignored = ["*.ckpt", "*.bin", "*.msgpack", "*.fp16.safetensors", "*.png", "*.jpg"]
     if not subfolder:
         ignored.append("sd3*.safetensors")
     try:
-        root = Path(snapshot_download(f"{org}/{name}", allow_patterns=patterns, ignore_patterns=ignored))
+        root = Path(
+            snapshot_download(f"{org}/{name}", allow_patterns=patterns, ignore_patterns=None if one_file else ignored)
+        )
     except Exception as error:  # the hub client raises many kinds; the user needs one line, with the cause chained
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -236,7 +240,7 @@ def _from_hub(value: str, key: str) -> Path:
             f"{reason}); log in with `hf auth login` if it is gated, or give a local folder"
         ) from error
     if not (root / subfolder).exists():
-        raise UserError(f"{key} = {value!r}: the hub repository {org}/{name} has no folder {subfolder!r}")
+        raise UserError(f"{key} = {value!r}: the hub repository {org}/{name} has no {subfolder!r}")
     return root / subfolder
 
 

@@ -27,7 +27,7 @@ def merge(
     majority_sign: Annotated[
         str | None, typer.Option(help="how ties elects signs: total (default) or frequency", show_default=False)
     ] = None,
-    family: Annotated[str, typer.Option(help="model family of --base")] = "sd3",
+    family: Annotated[str, typer.Option(help="model family of base and teachers")] = "sd3",
     trust_base: Annotated[bool, typer.Option("--trust-base", help="accept LoRAs that name other bases")] = False,
 ) -> None:
     """Merge several teachers into one model: a LoRA of LoRAs, a diffusers folder where one is a full checkpoint."""

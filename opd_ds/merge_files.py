@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opd_ds.errors import UserError
+from opd_ds.errors import UserError, about
 from opd_ds.loading import resolve_path
-from opd_ds.models import lora
+from opd_ds.models import ModelFamily, lora
+from opd_ds.models.adapter_files import exact_fields, scale
+from opd_ds.models.weight_files import Shapes, network_files, read_shapes
 
-_NETWORK = "diffusion_pytorch_model.safetensors"
-Shapes = dict[str, tuple[int, ...]]
 Factors = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -54,7 +52,7 @@ def parse_sources(texts: list[str]) -> list[Source]:
 
 
 class Network:
-    """A full checkpoint; each parameter is read when it is asked for.
+    """A full checkpoint in a folder; each parameter is read when it is asked for.
 
     Attributes:
         shapes: of all parameters and buffers, by name.
@@ -62,17 +60,10 @@ class Network:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        folder = path / "transformer" if (path / "transformer").is_dir() else path
-        index = folder / f"{_NETWORK}.index.json"
-        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {_NETWORK}
-        if lacking := sorted(name for name in names if not (folder / name).is_file()):
-            raise UserError(
-                f"{path}: neither a LoRA nor a full checkpoint (no {lora.PEFT_WEIGHTS}, {lora.DIFFUSERS_WEIGHTS} or "
-                f"{(folder / lacking[0]).relative_to(path)}); a run's checkpoint becomes one with `opd-ds export`"
-            )
-        files = [safe_open(folder / name, framework="pt") for name in sorted(names)]
+        names = network_files(path)
+        self.shapes: Shapes = read_shapes(names)
+        files = [safe_open(name, framework="pt") for name in names]
         self._file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        self.shapes: Shapes = {key: tuple(file.get_slice(key).get_shape()) for key, file in self._file_of.items()}
 
     def __getitem__(self, key: str) -> Tensor:
         """In float32."""
@@ -80,6 +71,22 @@ class Network:
 
     def delta(self, key: str, base: Tensor) -> Tensor:
         return self[key] - base
+
+
+class SingleFile(Network):
+    """A full checkpoint in one file, read whole when the first parameter is asked for: its layout may be another."""
+
+    def __init__(self, path: Path, family: ModelFamily) -> None:
+        family.check_same_world(path)
+        self.path, self._family = path, family
+        self.shapes = {key: tuple(value.shape) for key, value in family.empty_transformer().state_dict().items()}
+
+    @cached_property
+    def _weights(self) -> dict[str, Tensor]:
+        return self._family.load_transformer(self.path).state_dict()
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._weights[key].to(torch.float32)
 
 
 class Adapter:
@@ -91,23 +98,14 @@ class Adapter:
         shapes: of those weights.
     """
 
-    def __init__(self, path: Path) -> None:
-        config, state = lora.read_adapter(path)
-        state = lora.strip_adapter_name(state)
+    def __init__(self, path: Path, pipeline_class: str) -> None:
+        config, state = lora.read_adapter(path, pipeline_class)
         self.path = path
         self.base: str | None = config.base_model_name_or_path
         self.factors: Factors = {}
-        for module in sorted({key.rsplit(".lora_", 1)[0] for key in state}):
-            if module.startswith("text_encoder"):
-                raise UserError(f"{path}: adapts {module!r} too; only LoRAs of the denoising network can be merged")
-            a, b = (state.get(f"{module}.lora_{part}.weight") for part in "AB")
-            rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module), config.r)
-            alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), module), config.lora_alpha)
-            if a is None or b is None or not a.shape[0] == b.shape[1] == rank:
-                found = " and ".join("no" if factor is None else str(tuple(factor.shape)) for factor in (a, b))
-                raise UserError(f"{path}: {module!r} has {found} for lora_A and lora_B, its config says rank {rank}")
-            scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-            self.factors[f"{module}.weight"] = a, scale * b
+        for module in dict.fromkeys(key.rsplit(".lora_", 1)[0] for key in sorted(state)):
+            a, b = (state[f"{module}.lora_{part}.weight"].to(torch.float32) for part in "AB")
+            self.factors[f"{module}.weight"] = a, scale(config, module) * b
         self.shapes: Shapes = {key: (b.shape[0], *a.shape[1:]) for key, (a, b) in self.factors.items()}
 
     def delta(self, key: str, base: Tensor) -> Tensor:
@@ -118,14 +116,42 @@ class Adapter:
         return (b.flatten(1) @ a.flatten(1)).reshape(base.shape)
 
 
-def read_teacher(source: Source) -> Adapter | Network:
-    """Find it, and read a LoRA whole, of a full checkpoint the names and shapes.
+def find_teacher(source: Source) -> tuple[Path, bool]:
+    """Where it is, and whether it is a LoRA.
 
     Raises:
-        UserError: nothing there, neither of the two, or a LoRA that is incomplete or adapts more than the network.
+        UserError: nothing there, neither a LoRA nor a full checkpoint, or a damaged file.
     """
     path = resolve_path(source.name, "source")
-    return Adapter(path) if lora.is_adapter(path) else Network(path)
+    with about(f"source {source.name!r}"):
+        if lora.is_adapter(path):
+            return path, True
+        try:
+            if path.is_dir():
+                network_files(path)
+        except UserError as error:
+            raise UserError(
+                f"neither a LoRA nor a full checkpoint (no {lora.PEFT_WEIGHTS}, {lora.DIFFUSERS_WEIGHTS}; {error}); a "
+                "run's checkpoint becomes one with `opd-ds export`"
+            ) from error
+    return path, False
+
+
+def read_teacher(name: str, path: Path, family: type[ModelFamily], model: ModelFamily | None) -> Adapter | Network:
+    """Read a LoRA whole, of a full checkpoint the names and shapes.
+
+    Args:
+        model: the base, which full checkpoints come with.
+
+    Raises:
+        UserError: a LoRA that is incomplete or adapts more than the network, a checkpoint of another kind of network.
+    """
+    with about(f"source {name!r}"):
+        if lora.is_adapter(path):
+            return Adapter(path, family.pipeline_class)
+        assert model is not None
+        model.check_same_world(path)
+        return SingleFile(path, model) if path.is_file() else Network(path)
 
 
 def refuse_strangers(
@@ -144,7 +170,7 @@ def refuse_strangers(
     for name, teacher in zip(names, teachers, strict=True):
         if isinstance(teacher, Adapter) and teacher.base and not trust_base:
             base = base or teacher.base
-            if _last_part(teacher.base) != _last_part(base):
+            if not lora.same_base(teacher.base, base):
                 raise UserError(
                     f"source {name!r}: the LoRA was trained on base {teacher.base!r}, the rest belongs to {base!r}; if "
                     "these are one model under two names, give --trust-base"
@@ -161,11 +187,6 @@ def refuse_strangers(
             raise UserError(f"source {name!r}: lacks {len(missing)} weights of the base, the first: {missing[0]!r}")
 
 
-def _last_part(base: str) -> str:
-    """A hub id, its local copy and `package:<path>` name one base."""
-    return base.rstrip("/").split("/")[-1].split(":")[-1]
-
-
 def write_lora(folder: Path, factors: Factors, base: str | None) -> None:
     """`pytorch_lora_weights.safetensors` with its configuration inside, as diffusers and `lora.read_adapter` take it.
 
@@ -177,12 +198,7 @@ def write_lora(folder: Path, factors: Factors, base: str | None) -> None:
     """
     pairs = {key.removesuffix(".weight"): pair for key, pair in factors.items()}
     ranks = {module: len(a) for module, (a, _) in pairs.items()}
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    # Patterns are regular expressions that otherwise match the end of a name.
-    others = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != usual}
-    # alpha = rank everywhere: scale 1.
-    config = {"r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": others}
-    config |= {"target_modules": list(pairs), "base_model_name_or_path": base}
+    config = exact_fields(ranks, ranks) | {"base_model_name_or_path": base}  # alpha = rank everywhere: scale 1
     tensors = {
         f"transformer.{module}.lora_{part}.weight": factor.contiguous()
         for module, pair in pairs.items()

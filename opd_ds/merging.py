@@ -15,12 +15,21 @@ import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, task_arithmetic, ties
 from torch import Tensor
 
-from opd_ds.errors import UserError, nearest
+from opd_ds.errors import UserError, about, nearest
 from opd_ds.hashing import weights_sha256
 from opd_ds.loading import resolve_path
-from opd_ds.merge_files import Adapter, Factors, Network, Source, read_teacher, refuse_strangers, write_lora
-from opd_ds.models import ModelFamily, build_family
-from opd_ds.release import CARD, base_name, model_card, refuse_occupied
+from opd_ds.merge_files import (
+    Adapter,
+    Factors,
+    Network,
+    Source,
+    find_teacher,
+    read_teacher,
+    refuse_strangers,
+    write_lora,
+)
+from opd_ds.models import ModelFamily, build_family, family_class
+from opd_ds.release import CARD, base_name, loading_code, model_card, refuse_occupied
 
 METHODS = ("linear", "ties", "dare_ties", "dare_linear")
 
@@ -110,17 +119,19 @@ def merge(
         UserError: sources, base and options do not go together; before full checkpoints are read.
     """
     refuse_occupied(out)
-    teachers = [read_teacher(source) for source in sources]
     names, weights = [source.name for source in sources], [source.weight for source in sources]
-    adapters = [teacher for teacher in teachers if isinstance(teacher, Adapter)]
-    full = next((n for n, teacher in zip(names, teachers, strict=True) if isinstance(teacher, Network)), None)
+    found = [find_teacher(source) for source in sources]
+    full = next((name for name, (_, is_lora) in zip(names, found, strict=True) if not is_lora), None)
     if full is not None and base is None:
         raise UserError(f"--base: needed, as {full!r} is a full checkpoint; give the diffusers folder it came from")
     if full is not None and method.rank is not None:
         raise UserError(f"--rank = {method.rank}: {full!r} is a full checkpoint, the result has no rank; leave it out")
     if full is None and base is not None:
         raise UserError(f"--base = {base!r}: LoRAs are merged to a LoRA, which needs no base; leave it out")
-    start, model = (None, None) if base is None else _open_base(base, family, teachers)
+    chosen = family_class(family)
+    start, model = (None, None) if base is None else _open_base(base, family)
+    teachers = [read_teacher(name, path, chosen, model) for name, (path, _) in zip(names, found, strict=True)]
+    adapters = [teacher for teacher in teachers if isinstance(teacher, Adapter)]
     refuse_strangers(names, teachers, base, start, trust_base=trust_base)
     error = None
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -138,23 +149,22 @@ def merge(
         f"{base_name(base or str(out))}, merged from {len(sources)} teachers",
         f"Merged by opd_ds without training: {'lora' if full is None else 'full'} weights.",
         base=base,
+        base_folder=start.path if start else None,
+        relation="merge",
+        tags=["merge"] if full else ["merge", "lora"],
         sources=rows,
         settings=method.settings() | ({} if error is None else {"relative_error": error}),
+        code=loading_code(chosen.pipeline_class, base or "BASE", out, "full" if full else "lora", "bfloat16"),
     )
     (out / CARD).write_text(card, encoding="utf-8")
     return error
 
 
-def _open_base(base: str, family: str, teachers: list[Adapter | Network]) -> tuple[Network, ModelFamily]:
+def _open_base(base: str, family: str) -> tuple[Network, ModelFamily]:
     folder = resolve_path(base, "--base")
-    try:
+    with about(f"--base = {base!r}"):
         model = build_family(family, folder, dtype=torch.float32, device=torch.device("cpu"))
-    except UserError as error:
-        raise UserError(f"--base = {base!r}: {error}") from error
-    for teacher in teachers:
-        if isinstance(teacher, Network):
-            model.check_same_world(teacher.path)
-    return Network(folder), model
+        return Network(folder), model
 
 
 def _merge_full(

@@ -14,7 +14,7 @@ from torch import nn
 from opd_ds.config import DistilConfig, RewardSection, RunConfig, StudentSection, TeacherSection
 from opd_ds.distillation import Distillation
 from opd_ds.engine import Group, ShardedEma, StudentEngine, frozen_ds_config, read_ds_config, student_ds_config
-from opd_ds.errors import UserError
+from opd_ds.errors import UserError, about
 from opd_ds.evaluation.benchmark import Benchmark, EvaluationSet
 from opd_ds.evaluation.evaluator import Evaluator
 from opd_ds.evaluation.pictures import Painter
@@ -150,13 +150,17 @@ def build_rewards(chosen: dict[str, RewardSection], device: torch.device) -> dic
     return {label: build(reward.name, **{"device": str(device)} | reward.options) for label, reward in chosen.items()}
 
 
-def load_family(config: RunConfig, path: Path, device: torch.device) -> ModelFamily:
-    """The run's model family around the folder at `path`; raises UserError when it is none."""
+def load_family(config: RunConfig, path: Path, device: torch.device, dtype: torch.dtype | None = None) -> ModelFamily:
+    """The run's model family around the folder at `path`, in `dtype` or the run's precision.
+
+    Raises:
+        UserError: a folder of another family.
+    """
     settings = config.model
     return build_family(
         settings.family,
         path,
-        dtype=DTYPES[config.precision],
+        dtype=dtype or DTYPES[config.precision],
         device=device,
         height=settings.height,
         width=settings.width,
@@ -176,13 +180,16 @@ def _check_weights(config: RunConfig, files: RunFiles, family: ModelFamily) -> N
     value, chosen = str(config.student.start), config.student
     check_weights(family, "student.start", value, files.start, config.model.path, trust_base=True)
     if chosen.kind != "lora":
+        if not lora.is_adapter(files.start):
+            with about(f"student.start = {value!r}"):
+                family.check_same_weights(files.start)  # the export has the base's configuration
         return
     if not lora.is_adapter(files.start):
         raise UserError(
             f"student.start = {value!r} is a full checkpoint and student.kind = 'lora'; set model.path to it instead, "
             "or student.kind to 'full'"
         )
-    theirs = lora.read_adapter(files.start)[0]
+    theirs = lora.read_adapter(files.start, family.pipeline_class)[0]
     if (theirs.r, theirs.lora_alpha) != (chosen.lora.rank, chosen.lora.alpha):
         raise UserError(
             f"student.start = {value!r} has rank {theirs.r} and alpha {theirs.lora_alpha:g}, student.lora has rank "
@@ -199,7 +206,7 @@ def student_module(settings: StudentSection, seed: int, family: ModelFamily, sta
     adapter = start if start is not None and lora.is_adapter(start) else None
     module = family.load_transformer(start if adapter is None else None)
     if adapter is not None and settings.kind == "full":
-        lora.load_adapter(module, STUDENT_ADAPTER, adapter)
+        lora.load_adapter(module, STUDENT_ADAPTER, adapter, family.pipeline_class)
         lora.activate(module, STUDENT_ADAPTER)
         weights = lora.merged_weights(module)
         module = family.load_transformer()
@@ -208,7 +215,7 @@ def student_module(settings: StudentSection, seed: int, family: ModelFamily, sta
         module.enable_gradient_checkpointing()  # type: ignore[operator]
     if adapter is not None and settings.kind == "lora":
         module.requires_grad_(False)
-        lora.load_adapter(module, STUDENT_ADAPTER, adapter)
+        lora.load_adapter(module, STUDENT_ADAPTER, adapter, family.pipeline_class)
         lora.activate(module, STUDENT_ADAPTER, trainable=True)
     elif settings.kind == "lora":
         torch.manual_seed(seed)  # the same start on every rank

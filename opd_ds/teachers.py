@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from opd_ds.config import TeacherSection
 from opd_ds.engine import FrozenEngine
-from opd_ds.errors import UserError
+from opd_ds.errors import UserError, about
 from opd_ds.models import ModelFamily, lora
 
+_CONFIGS = ("transformer/config.json", "config.json")
 # The name under which the anchor is asked; no task can have it.
 ANCHOR = "(anchor)"
 
@@ -87,7 +88,7 @@ class TeacherPool:
             module = self._family.load_transformer(None if spec.is_lora else spec.path)
             if spec.is_lora:
                 for name, path in self._adapter_names(tasks).items():
-                    lora.load_adapter(module, name, path)
+                    lora.load_adapter(module, name, path, family.pipeline_class)
             network = _Network(module, spec.settings.placement, device, spec.ds_config)
             for task in tasks:
                 self._networks[task] = network
@@ -130,24 +131,18 @@ def check_weights(family: ModelFamily, key: str, value: str, path: Path, base: s
         base: the student's base, as the run config names it.
 
     Raises:
-        UserError: not a checkpoint, another base, scheduler, architecture or latent shape.
+        UserError: not a checkpoint, another base, scheduler, architecture or latent shape; a damaged file.
     """
-    if lora.is_adapter(path):
-        config, _ = lora.read_adapter(path)
-        theirs = config.base_model_name_or_path
-        if theirs and not trust_base and not _same_base(theirs, base):
-            raise UserError(
-                f"{key} = {value!r}: the adapter was trained on base {theirs!r}, the student's is {base!r}; if these "
-                f"are one model under two names, set {key.rpartition('.')[0]}.trust_base=true"
-            )
-        return
-    if not any((path / name).is_file() for name in ("transformer/config.json", "config.json")):
-        raise UserError(
-            f"{key} = {value!r}: neither a LoRA nor a checkpoint (no adapter_config.json, no transformer/config.json)"
-        )
-    family.check_same_world(path)
-
-
-def _same_base(theirs: str, ours: str) -> bool:
-    """Names of bases are compared by their last part: a hub id, its local copy and its snapshot are one base."""
-    return theirs.rstrip("/").split("/")[-1].split(":")[-1] == ours.rstrip("/").split("/")[-1].split(":")[-1]
+    with about(f"{key} = {value!r}"):
+        if lora.is_adapter(path):
+            theirs = lora.named_base(path)
+            if theirs and not trust_base and not lora.same_base(theirs, base):
+                raise UserError(
+                    f"the adapter was trained on base {theirs!r}, the student's is {base!r}; if these are one model "
+                    f"under two names, set {key.rpartition('.')[0]}.trust_base=true"
+                )
+            family.check_adapter(path)
+            return
+        if not path.is_file() and not any((path / name).is_file() for name in _CONFIGS):
+            raise UserError("neither a LoRA nor a checkpoint (no adapter_config.json, no transformer/config.json)")
+        family.check_same_world(path)

@@ -28,6 +28,7 @@ from opd_ds.merge_cli import merge
 from opd_ds.merge_files import parse_sources
 from opd_ds.merging import METHODS, Method
 from opd_ds.models import lora
+from tests.test_adapters import original_layout
 from tests.tiny import TARGETS, write_lora
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -311,6 +312,22 @@ def test_ties_of_full_checkpoints(tiny_world: Path, base: Path, loras: list[Path
     assert_same(transformer(tmp_path / "out").state_dict(), wanted, atol=1e-5)
 
 
+def test_a_full_checkpoint_in_one_file(tiny_world: Path, base: Path, loras: list[Path], tmp_path: Path) -> None:
+    """In its authors' layout too: the merge is that of the folder."""
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    save_file(original_layout(load_file(tiny_world / "other" / file)), tmp_path / "other.safetensors")
+    run(tmp_path / "single", tmp_path / "other.safetensors", loras[1], "--base", base)
+    run(tmp_path / "folder", tiny_world / "other", loras[1], "--base", base)
+    single, folder = (load_file(tmp_path / name / file) for name in ("single", "folder"))
+    assert single.keys() == folder.keys()
+    assert all(torch.equal(single[key], value) for key, value in folder.items())
+    short = load_file(tiny_world / "other" / file)
+    del short["proj_out.bias"]
+    save_file(short, tmp_path / "short.safetensors")
+    with pytest.raises(UserError, match=r"source '.*short.safetensors': its weights .* 1 missing, .*'proj_out.bias'"):
+        run(tmp_path / "refused", tmp_path / "short.safetensors", loras[1], "--base", base)
+
+
 def test_the_miniatures_teachers(tmp_path: Path) -> None:
     """Half-precision files, full checkpoints without text encoders: average of all three."""
     teachers = "package:miniature/assets/teachers"
@@ -444,7 +461,7 @@ def widen(state: dict[str, Tensor]) -> None:
 
 
 def add_encoder(state: dict[str, Tensor]) -> None:
-    state.update({f"text_encoder.q.lora_{part}.weight": torch.zeros(4, 4) for part in "AB"})
+    state.update({f"text_encoder.q.lora_{part}.weight": torch.ones(4, 4) for part in "AB"})
 
 
 def thin(state: dict[str, Tensor]) -> None:
@@ -459,9 +476,9 @@ def rename(state: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("damage", "full", "message"),
     [
-        (drop_b, False, r"'transformer_blocks.0.attn.\w+' has .* and no for lora_A and lora_B, its config says rank 4"),
+        (drop_b, False, r"source '.*damaged': .*half a LoRA, the first: 'transformer_blocks.0.attn.\w+' has no lora_B"),
         (thin, False, r"has \(3, 32\) and \(32, 4\)|has \(3, 16\) and \(16, 4\)"),
-        (add_encoder, False, "adapts 'text_encoder.q' too"),
+        (add_encoder, False, "adapts a text encoder too .*'text_encoder.q.lora_A.weight'"),
         (widen, False, r"source '.*damaged': 'transformer_blocks.0.attn.to_k.weight' has shape .* in another source"),
         (
             widen,

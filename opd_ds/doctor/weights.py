@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from opd_ds.config import DistilConfig, RunConfig, StudentSection
 from opd_ds.doctor.findings import Seen, attempt, size_text
 from opd_ds.errors import UserError
 from opd_ds.loading import PACKAGE_PREFIX, resolve_path
 from opd_ds.models import family_class
+from opd_ds.models.weight_files import read_header, read_shapes
 
 _PROMPTS = (".txt", ".jsonl", ".csv", ".parquet")
 _HASHED = (".json", *_PROMPTS)  # small; large files are sampled
@@ -120,40 +120,20 @@ def _samples(file: Path) -> bytes:
     return b"".join(blocks)
 
 
-def read_header(file: Path) -> dict[str, Any]:
-    """Names, types and shapes in a safetensors file.
-
-    Raises:
-        UserError: it is none, or cut off.
-    """
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > 100 * 2**20:
-                raise ValueError("no header")
-            header: dict[str, Any] = json.loads(stream.read(length))
-        end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-        if file.stat().st_size < 8 + length + end:
-            raise ValueError("cut off")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged or no safetensors file ({error}); copy or download it again") from error
-    return header
-
-
 def trainable_parameters(config: RunConfig) -> int | None:
     """How many the student trains, from the headers of the model's transformer; None when they are not here."""
     try:
         folder = find_local(config.model.path, "model.path") / _TRANSFORMER
         # Variants (.fp16., .ema.) are the same weights again.
         files = [file for file in folder.glob("*.safetensors") if file.name.count(".") == 1]
-        shapes = {key: entry["shape"] for file in files for key, entry in read_header(file).items() if "shape" in entry}
+        shapes = read_shapes(files)
     except UserError:
         return None
     targets = config.student.lora.targets or family_class(config.model.family).lora_targets
     return sum(_trained(key, shape, config.student, targets) for key, shape in shapes.items()) or None
 
 
-def _trained(key: str, shape: list[int], student: StudentSection, targets: tuple[str, ...]) -> int:
+def _trained(key: str, shape: tuple[int, ...], student: StudentSection, targets: tuple[str, ...]) -> int:
     if key.endswith(".pos_embed"):  # a table of sines that is stored with the weights
         return 0
     if student.kind == "full":

@@ -22,6 +22,14 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from opd_ds.errors import UserError
+from opd_ds.models import lora
+from opd_ds.models.weight_files import (
+    network_files,
+    read_header,
+    read_shapes,
+    refuse_other_shapes,
+    single_file_shapes,
+)
 
 # What makes two checkpoints comparable step by step: the same grid, beside the network interface and latents.
 SCHEDULER_KEYS = (
@@ -194,8 +202,16 @@ class ModelFamily(ABC):
         return v_uncond + guidance * (v_cond - v_uncond)
 
     def load_transformer(self, path: Path | None = None) -> nn.Module:
-        """The denoising network (of another checkpoint folder when `path` is given), on the CPU, in `dtype`."""
+        """The denoising network, of another checkpoint when `path` is given, on the CPU, in `dtype`.
+
+        Args:
+            path: a folder, or a single file that `check_same_weights` accepts.
+        """
         folder = path or self.path
+        if folder.is_file():
+            return _diffusers_class(self.transformer_class).from_single_file(
+                str(folder), config=str(self.path), subfolder="transformer", local_files_only=True, dtype=self.dtype
+            )
         subfolder = "transformer" if (folder / "transformer").is_dir() else None
         return _diffusers_class(self.transformer_class).from_pretrained(folder, subfolder=subfolder, dtype=self.dtype)
 
@@ -226,8 +242,37 @@ class ModelFamily(ABC):
             pictures = self.decode_with(self._vae, latents.to(self.device, self.dtype))
         return (pictures.float() / 2 + 0.5).clamp(0, 1)
 
+    def check_adapter(self, path: Path) -> None:
+        """Read the LoRA at `path` and hold it against the network, without loading that.
+
+        Raises:
+            UserError: it is no LoRA of this network; see `lora.load_adapter`.
+        """
+        lora.load_adapter(self.empty_transformer(), "checked", path, self.pipeline_class)
+
+    def check_same_weights(self, path: Path) -> None:
+        """Hold the checkpoint at `path` against the network by names and shapes, from the headers of its files.
+
+        Raises:
+            UserError: other weights than the network's, or files that are no whole safetensors files.
+        """
+        wanted = {key: tuple(value.shape) for key, value in self.empty_transformer().state_dict().items()}
+        if path.is_file():
+            found = single_file_shapes(path, self.transformer_class, self._transformer_config, wanted)
+        else:
+            found = read_shapes(network_files(path))
+        refuse_other_shapes(found, wanted)
+
     def check_same_world(self, path: Path) -> None:
-        """Raise UserError when the checkpoint at `path` has another scheduler, architecture or latent space."""
+        """Raise UserError when the checkpoint at `path` has another scheduler, architecture or latent space.
+
+        A single file says nothing about itself, so it must have the very weights of the network.
+        """
+        if path.is_file():
+            self.check_same_weights(path)
+            return
+        for weights in (*path.glob("*.safetensors"), *path.glob("transformer/*.safetensors")):
+            read_header(weights)  # whether it is whole
         checks = [
             ("transformer/config.json", self.transformer_keys, self._transformer_config),
             ("config.json", self.transformer_keys, self._transformer_config),
@@ -241,8 +286,8 @@ class ModelFamily(ABC):
             for key in keys:
                 if theirs.get(key) != ours.get(key):
                     raise UserError(
-                        f"teacher {path}: {file} has {key} = {theirs.get(key)!r}, the student has {ours.get(key)!r}; "
-                        "teacher and student must share scheduler, network interface and latent space"
+                        f"{file} has {key} = {theirs.get(key)!r}, the student has {ours.get(key)!r}; teacher and "
+                        "student must share scheduler, network interface and latent space"
                     )
 
     def save_full(self, transformer_state: dict[str, Tensor], folder: Path) -> None:
