@@ -134,7 +134,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     node = data
     for depth, part in enumerate(parts[:-1]):
         child = node.setdefault(part, {})
-        if isinstance(child, str) and part == "teacher":  # a teacher given as a bare path
+        if isinstance(child, str) and part in ("teacher", "prompts", "eval_prompts"):  # given as a bare path
             child = node[part] = {"path": child}
         if not isinstance(child, dict):
             raise UserError(f"--set {override!r}: {'.'.join(parts[: depth + 1])} is a value, not a section")

@@ -41,6 +41,9 @@ class Conditioning:
     def __getitem__(self, rows: slice | Tensor) -> Conditioning:
         return Conditioning({name: tensor[rows] for name, tensor in self.tensors.items()})
 
+    def to(self, device: torch.device) -> Conditioning:
+        return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
+
     def expand(self, count: int) -> Conditioning:
         """A single encoded prompt repeated `count` times, without copying."""
         return Conditioning({name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in self.tensors.items()})
@@ -110,6 +113,7 @@ class ModelFamily(ABC):
         default = self.default_size()
         self.height, self.width, self.frames = height or default[0], width or default[1], frames
         self._check_size()
+        self.encoded: Callable[[list[str]], Conditioning] | None = None  # asked instead of the text encoders
         self._encoders: Any = None
         self._vae: Any = None
         self._vae_lock = Lock()  # pictures are also decoded beside the training
@@ -197,6 +201,8 @@ class ModelFamily(ABC):
 
     def encode(self, prompts: list[str]) -> Conditioning:
         """Encode prompts on the device; encoders leave the device afterwards when configured so."""
+        if self.encoded is not None:
+            return self.encoded(prompts).to(self.device)
         if self._encoders is None:
             pipeline = _diffusers_class(self.pipeline_class)
             self._encoders = pipeline.from_pretrained(self.path, **self.pipeline_parts, dtype=self.dtype)
