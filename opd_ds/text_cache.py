@@ -81,8 +81,8 @@ class TextCache:
         difference = _difference(theirs, identity)
         if difference:
             raise UserError(
-                f"text cache {self.folder} was written by other text encoders: {difference}; remove the folder, or name "
-                f"another as model.text_cache, and {_COMMAND}"
+                f"text cache {self.folder} was written by other text encoders: {difference}; remove the folder, or "
+                f"name another as model.text_cache, and {_COMMAND}"
             )
         self._refuse_missing(wanted)
 
@@ -164,7 +164,8 @@ def _opened(shard: Path) -> dict[str, tuple[Any, list[str]]]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"text cache: {shard} is damaged ({error}); remove it and {_COMMAND}") from error
     rows: dict[str, tuple[Any, list[str]]] = {}
-    for key in handle.keys():
+    keys: list[str] = handle.keys()
+    for key in keys:
         digest, _, name = key.partition(".")
         rows.setdefault(digest, (handle, []))[1].append(name)
     return rows

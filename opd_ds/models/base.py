@@ -25,6 +25,8 @@ from opd_ds.errors import UserError
 # What makes two checkpoints comparable step by step: the same grid, beside the network interface and latents.
 SCHEDULER_KEYS = ("num_train_timesteps", "shift", "use_dynamic_shifting", "base_shift", "max_shift", "invert_sigmas")
 
+_ENCODED_AT_ONCE = 8  # prompts
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -200,18 +202,28 @@ class ModelFamily(ABC):
             return _diffusers_class(self.transformer_class).from_config(self._transformer_config)
 
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Encode prompts on the device; encoders leave the device afterwards when configured so."""
+        """Encode prompts on the device; encoders leave the device afterwards when configured so.
+
+        Every pass takes equally many prompts: a matrix product of another size may round differently, and a prompt's
+        numbers should not depend on how many others are encoded with it.
+        """
         if self.encoded is not None:
             return self.encoded(prompts).to(self.device)
         if self._encoders is None:
             pipeline = _diffusers_class(self.pipeline_class)
             self._encoders = pipeline.from_pretrained(self.path, **self.pipeline_parts, dtype=self.dtype)
         self._encoders.to(self.device)
+        blocks = [prompts[first : first + _ENCODED_AT_ONCE] for first in range(0, len(prompts), _ENCODED_AT_ONCE)]
         with torch.no_grad():
-            cond = self.encode_with(self._encoders, prompts)
+            parts = [
+                self.encode_with(self._encoders, block + block[-1:] * (_ENCODED_AT_ONCE - len(block)))[
+                    slice(len(block))
+                ]
+                for block in blocks
+            ]
         if not self._keep_encoders:
             self._encoders.to("cpu")
-        return cond
+        return Conditioning.cat(parts)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, ...] to pictures [B, 3, H, W], float32 in [0, 1]; of a video its middle frame."""
