@@ -22,6 +22,7 @@ from opd_ds.loading import PACKAGE_PREFIX, resolve_path
 FILES = (".txt", ".jsonl", ".parquet", ".csv")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_MEDIA = ("Image", "Audio", "Video", "Pdf")  # classes of datasets, which not all of its versions have
 _SHOWN = 8  # values in a message
 
 
@@ -238,11 +239,9 @@ def _open(source: Path | str, chosen: PromptsSection) -> Any:
 
 def _readable(opened: Any) -> Any:
     """Without the columns that are no text or number, which would be decoded row by row."""
-    from datasets import Audio, Image, Value, Video
-
     large = [
         name
         for name, feature in (opened.features or {}).items()
-        if isinstance(feature, Audio | Image | Video) or feature in (Value("binary"), Value("large_binary"))
+        if type(feature).__name__ in _MEDIA or getattr(feature, "dtype", None) in ("binary", "large_binary")
     ]
     return opened.remove_columns(large) if large else opened
