@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from opd_ds.durable import sync, write_whole
 from opd_ds.engine import Group, write_shard
 from opd_ds.errors import DamagedCheckpointError, UserError
 from opd_ds.hashing import file_sha256
@@ -116,15 +116,15 @@ class CheckpointStore:
         state.write_text(json.dumps({"format": FORMAT} | writing.state, indent=1), encoding="utf-8")
         manifest |= _facts(state)
         (draft / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _sync(draft / MANIFEST_FILE)
+        sync(draft / MANIFEST_FILE)
         for name in manifest:  # safetensors writes files that only their owner may read
             shutil.copymode(draft / MANIFEST_FILE, draft / name)
-        _sync(draft)
+        sync(draft)
         if target.exists():
             _rename_aside(target, "abandoned")
         draft.rename(target)
-        _sync(self.folder)
-        _write_whole(self.folder / LATEST_FILE, target.name + "\n")
+        sync(self.folder)
+        write_whole(self.folder / LATEST_FILE, target.name + "\n")
         earlier = [path for path in _published(self.folder) if path.name < target.name]
         for old in earlier[: max(0, len(earlier) - (self._keep - 1))]:
             _remove(old)
@@ -333,7 +333,7 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
 
 def _facts(file: Path) -> Manifest:
     """Flush the file to the disk and say what is in it."""
-    _sync(file)
+    sync(file)
     return {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}}
 
 
@@ -352,22 +352,6 @@ def _rename_aside(checkpoint: Path, why: str) -> Path:
     place = next(place for place in places if not place.exists())
     checkpoint.rename(place)
     return place
-
-
-def _write_whole(file: Path, text: str) -> None:
-    draft = file.with_name(f".{file.name}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    _sync(draft)
-    draft.replace(file)
-    _sync(file.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _free_space(folder: Path) -> str:

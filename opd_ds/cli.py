@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from opd_ds.bench.cli import app as bench_app
+from opd_ds.data.cli import app as data_app
 from opd_ds.doctor.cli import doctor
 from opd_ds.errors import Interrupted
 from opd_ds.evaluation.cli import evaluate
@@ -21,6 +22,7 @@ from opd_ds.train_cli import teach, train
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 miniature = typer.Typer(no_args_is_help=True, help="The embedded world: a tiny SD3 on handwritten digits.")
 app.add_typer(miniature, name="miniature")
+app.add_typer(data_app, name="data")
 app.add_typer(rewards_app, name="rewards")
 app.add_typer(bench_app, name="bench")
 app.command("eval")(evaluate)

@@ -42,7 +42,14 @@ class ModelSection(Section):
     frames: PositiveInt | None = Field(None, description="of a video; default: the family's own")
     max_text_length: PositiveInt = Field(128, description="tokens of a prompt; T5's where there are several encoders")
     negative_prompt: str = ""
-    text_encoders: Literal["resident", "offload"] = "offload"
+    text_encoders: Literal["resident", "offload", "cached"] = Field(
+        "offload",
+        description="on the device all the time; there only to encode; or never loaded: read what `opd-ds data encode` "
+        "wrote",
+    )
+    text_cache: Path | None = Field(
+        None, description="folder of encoded prompts; default: text_cache in run.output_dir"
+    )
 
 
 class LoraSection(Section):
@@ -200,10 +207,38 @@ class RewardSection(Section):
         return {"label": value["name"], **value} if isinstance(value, dict) and "name" in value else value
 
 
+Cell = str | bool | int | float
+
+
+class PromptsSection(Section):
+    """Where prompts come from; a path alone stands for a mapping with that path."""
+
+    path: str = Field(
+        description="file (.txt, .jsonl, .parquet, .csv), package:<path inside opd_ds>, or a data set: folder or hub id"
+    )
+    column: str = Field("prompt", description="where the prompt stands; a .txt file is prompts alone")
+    metadata: tuple[str, ...] | None = Field(
+        None, description="columns that reach the rewards; default: all others, but for pictures, sound and bytes"
+    )
+    where: dict[str, Cell | tuple[Cell, ...]] = Field(
+        default_factory=dict, description="keep the rows whose columns hold this value, or one of these"
+    )
+    unique: bool = Field(False, description="keep only the first of equal prompts")
+    limit: PositiveInt | None = Field(None, description="keep only the first so many")
+    subset: str | None = Field(None, description="of a data set with several configurations")
+    split: str | None = Field(None, description="of a data set with several")
+    streaming: bool = Field(False, description="read a data set as it arrives instead of downloading all of it first")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
 class EvaluatedSection(Section):
     """What is drawn and judged: a task, or a probe."""
 
-    eval_prompts: str | None = Field(None, description="held-out prompts")
+    eval_prompts: PromptsSection | None = Field(None, description="held-out prompts")
     guidance: float | None = Field(None, ge=0, description="the student's on these; default rollout.guidance")
     rewards: tuple[RewardSection, ...] = Field(
         (), description="they monitor and never decide a gradient; the first is the headline"
@@ -218,11 +253,11 @@ class EvaluatedSection(Section):
 class ProbeSection(EvaluatedSection):
     """A prompt set that is drawn and judged beside the tasks and never trained on."""
 
-    eval_prompts: str = Field(description="held-out prompts")
+    eval_prompts: PromptsSection = Field(description="held-out prompts")
 
 
 class TrainedSection(EvaluatedSection):
-    prompts: str = Field(description="training prompts, .txt, .jsonl, .parquet or .csv")
+    prompts: PromptsSection = Field(description="training prompts")
     weight: PositiveFloat = Field(1.0, description="factor on this task's loss")
 
 
@@ -300,6 +335,11 @@ class RunConfig(Section):
     def place(self, name: str) -> str:
         """The key of a task or probe."""
         return f"{'tasks' if name in self.tasks else 'probes'}.{name}"
+
+    @property
+    def text_cache(self) -> Path:
+        """The folder of encoded prompts."""
+        return self.model.text_cache or self.run.output_dir / "text_cache"
 
     @property
     def weight_copies(self) -> int:

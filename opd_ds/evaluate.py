@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 
 from opd_ds.compared_models import Requests, contestants
-from opd_ds.config import RewardSection, RunConfig
+from opd_ds.config import PromptsSection, RewardSection, RunConfig
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.evaluation.benchmark import Benchmark, EvaluationSet
@@ -18,7 +18,7 @@ from opd_ds.evaluation.results import RESULTS_FILE, Results, print_results
 from opd_ds.hashing import weights_sha256
 from opd_ds.loading import resolve_path
 from opd_ds.monitor import METRICS_FILE, read_metrics
-from opd_ds.preparation import EVALUATION_FOLDER, build_rewards, load_family
+from opd_ds.preparation import EVALUATION_FOLDER, all_prompts, build_rewards, check_text_cache, load_family
 from opd_ds.prompts import PromptSet
 from opd_ds.rewards import check
 
@@ -52,6 +52,9 @@ def evaluate(config: RunConfig, choice: Choice, group: Group) -> Results:
             check(section.name, f"reward {label}", section.options)
         prompts = _prompts(config, choice.prompts)
         base = resolve_path(config.model.path, "model.path")
+        if group.world.is_main:
+            drawn = [found.prompts[: choice.limit] for found in prompts.values()]
+            check_text_cache(config, base, all_prompts(config, drawn))
         family = load_family(config, base, group.device)
         models = contestants(config, family, choice.models, list(prompts), group.device)
         base_sha256 = weights_sha256(base)
@@ -77,22 +80,22 @@ def _rewards(config: RunConfig, requested: list[str]) -> dict[str, RewardSection
 
 def _prompts(config: RunConfig, requested: list[str]) -> dict[str, PromptSet]:
     """The held-out prompts of tasks and probes, then the requested sets."""
-    files = {
-        name: resolve_path(judged.eval_prompts, f"{config.place(name)}.eval_prompts")
+    found = {
+        name: PromptSet.read(judged.eval_prompts, f"{config.place(name)}.eval_prompts")
         for name, judged in config.evaluated.items()
         if judged.eval_prompts is not None
     }
     for request in requested:
         name, separator, value = request.partition("=")
-        if not separator or not name.replace("-", "").replace("_", "").isalnum() or name in files:
+        if not separator or not name.replace("-", "").replace("_", "").isalnum() or name in found:
             raise UserError(
                 f"--prompts {request}: expected NAME=FILE with a new name of letters, digits, '_' and '-'; "
-                f"taken are {', '.join(files) or 'none'}"
+                f"taken are {', '.join(found) or 'none'}"
             )
-        files[name] = resolve_path(value, f"--prompts {name}")
-    if not files:
+        found[name] = PromptSet.read(PromptsSection(path=value), f"--prompts {name}")
+    if not found:
         raise UserError("no prompts to evaluate on: no task has eval_prompts; give --prompts NAME=FILE")
-    return {name: PromptSet.read(file) for name, file in files.items()}
+    return found
 
 
 def _set(config: RunConfig, name: str, prompts: PromptSet, labels: list[str], choice: Choice) -> EvaluationSet:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from opd_ds.config import DistilConfig, RunConfig
+from opd_ds.config import DistilConfig, PromptsSection, RunConfig
 from opd_ds.errors import UserError, nearest
 from opd_ds.teach.config import GuardSection, NftSection, TeachConfig
 
@@ -104,6 +104,21 @@ def parse_config(data: dict[str, Any]) -> RunConfig:
         raise UserError("\n".join(_explain(kind, problem) for problem in error.errors())) from error
 
 
+def parse_prompts(path: str, overrides: list[str]) -> PromptsSection:
+    """A section for the prompts at `path`, with `key=value` overrides of its other keys.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    data: dict[str, Any] = {"path": path}
+    for override in overrides:
+        _apply_override(data, override)
+    try:
+        return PromptsSection.model_validate(data)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(PromptsSection, problem) for problem in error.errors())) from error
+
+
 def _read_config_file(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"config file {file} does not exist")
@@ -134,7 +149,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     node = data
     for depth, part in enumerate(parts[:-1]):
         child = node.setdefault(part, {})
-        if isinstance(child, str) and part == "teacher":  # a teacher given as a bare path
+        if isinstance(child, str) and part in ("teacher", "prompts", "eval_prompts"):  # given as a bare path
             child = node[part] = {"path": child}
         if not isinstance(child, dict):
             raise UserError(f"--set {override!r}: {'.'.join(parts[: depth + 1])} is a value, not a section")
@@ -146,7 +161,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     node[parts[-1]] = value
 
 
-def _explain(kind: type[RunConfig], problem: Any) -> str:
+def _explain(kind: type[BaseModel], problem: Any) -> str:
     # A union's error names the chosen branch, which is no key.
     location = [str(part) for place, part in enumerate(problem["loc"]) if place != 1 or problem["loc"][0] != "teach"]
     key = ".".join(location)
@@ -172,7 +187,7 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
     return [section for argument in getattr(annotation, "__args__", ()) for section in _sections(argument)]
 
 
-def _fields_at(kind: type[RunConfig], location: list[str], where: tuple[Any, ...]) -> list[str]:
+def _fields_at(kind: type[BaseModel], location: list[str], where: tuple[Any, ...]) -> list[str]:
     """The keys that are valid in the section at `location`."""
     model: type[BaseModel] = kind
     skip = False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from opd_ds.rewards import Reward, build, check
 from opd_ds.teach.config import TeachConfig, WeightedReward
 from opd_ds.teach.trainer import Reinforcement
 from opd_ds.teachers import ANCHOR, TeacherPool, TeacherSpec, check_weights
+from opd_ds.text_cache import TextCache, encoders_identity
 from opd_ds.trainer import Trainer
 
 EVALUATION_FOLDER = "eval"
@@ -79,13 +82,13 @@ def find_files(config: RunConfig, world: World) -> RunFiles:
     for name, judged in config.evaluated.items():
         for reward in judged.rewards:
             check(reward.name, f"{config.place(name)}.rewards", reward.options)
-    prompts = {n: PromptSet.read(resolve_path(t.prompts, f"tasks.{n}.prompts")) for n, t in config.tasks.items()}
-    eval_prompts = {
-        name: PromptSet.read(resolve_path(judged.eval_prompts, f"{config.place(name)}.eval_prompts"))
-        for name, judged in config.evaluated.items()
-        if judged.eval_prompts is not None
-    }
+    prompts, eval_prompts = find_prompts(config)
+    if world.is_main:
+        _say_repeats(config, prompts, eval_prompts)
     model = resolve_path(config.model.path, "model.path")
+    if world.is_main:
+        texts = [found.prompts for found in (*prompts.values(), *eval_prompts.values())]
+        check_text_cache(config, model, all_prompts(config, texts))
     start = resolve_path(config.student.start, "student.start") if config.student.start else None
     teachers = {
         name: _find_teacher(config, f"tasks.{name}.teacher", teacher, world)
@@ -94,6 +97,44 @@ def find_files(config: RunConfig, world: World) -> RunFiles:
     if isinstance(config, DistilConfig) and config.anchor:
         teachers[ANCHOR] = _find_teacher(config, "anchor", config.anchor, world)
     return RunFiles(model, start, teachers, prompts, eval_prompts, ds_config)
+
+
+def find_prompts(config: RunConfig) -> tuple[dict[str, PromptSet], dict[str, PromptSet]]:
+    """Training prompts by task; held-out prompts by task or probe.
+
+    Raises:
+        UserError: as `PromptSet.read`.
+    """
+    prompts = {name: PromptSet.read(task.prompts, f"tasks.{name}.prompts") for name, task in config.tasks.items()}
+    eval_prompts = {
+        name: PromptSet.read(judged.eval_prompts, f"{config.place(name)}.eval_prompts")
+        for name, judged in config.evaluated.items()
+        if judged.eval_prompts is not None
+    }
+    return prompts, eval_prompts
+
+
+def all_prompts(config: RunConfig, sets: Iterable[Sequence[str]]) -> list[str]:
+    """What a run encodes, each text once: the negative prompt and all sets."""
+    return list(dict.fromkeys([config.model.negative_prompt, *(prompt for one in sets for prompt in one)]))
+
+
+def check_text_cache(config: RunConfig, model: Path, prompts: list[str]) -> None:
+    """Raise UserError when a run would read encoded prompts that are not there, or not of its text encoders."""
+    if config.model.text_encoders == "cached":
+        TextCache(config.text_cache).check(encoders_identity(config, model), prompts)
+
+
+def _say_repeats(config: RunConfig, prompts: dict[str, PromptSet], eval_prompts: dict[str, PromptSet]) -> None:
+    sets = {f"tasks.{name}.prompts": found for name, found in prompts.items()}
+    sets |= {f"{config.place(name)}.eval_prompts": found for name, found in eval_prompts.items()}
+    for key, found in sets.items():
+        if found.repeats:
+            logging.getLogger("opd_ds").warning(
+                "%s: %d of %d prompts stand further up already and are drawn as often as they stand there; "
+                "`unique: true` keeps the first of each",
+                key, found.repeats, len(found),
+            )  # fmt: skip
 
 
 def _find_teacher(config: RunConfig, key: str, teacher: TeacherSection, world: World) -> TeacherSpec:
@@ -157,7 +198,7 @@ def load_family(config: RunConfig, path: Path, device: torch.device, dtype: torc
         UserError: a folder of another family.
     """
     settings = config.model
-    return build_family(
+    family = build_family(
         settings.family,
         path,
         dtype=dtype or DTYPES[config.precision],
@@ -166,8 +207,11 @@ def load_family(config: RunConfig, path: Path, device: torch.device, dtype: torc
         width=settings.width,
         frames=settings.frames,
         max_text_length=settings.max_text_length,
-        text_encoders=settings.text_encoders,
+        text_encoders="resident" if settings.text_encoders == "resident" else "offload",
     )
+    if settings.text_encoders == "cached":
+        family.encoded = TextCache(config.text_cache).read
+    return family
 
 
 def _check_weights(config: RunConfig, files: RunFiles, family: ModelFamily) -> None:

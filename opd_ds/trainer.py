@@ -158,10 +158,16 @@ class Trainer(ABC):
         return choose_steps(settings.trained_steps, settings.steps, self._settings.run.seed, index, task, samples)
 
     def _encode(self, draws: dict[str, Draw]) -> dict[str, Conditioning]:
-        """All tasks' prompts in one pass, so that encoders which are offloaded travel once a round."""
-        everything = self._family.encode([prompt for draw in draws.values() for prompt in draw.prompts])
-        share = len(everything) // len(draws)
-        return {task: everything[slice(k * share, (k + 1) * share)] for k, task in enumerate(draws)}
+        """All tasks' prompts in one pass, each once, so that encoders which are offloaded travel once a round."""
+        places: dict[str, int] = {}
+        for draw in draws.values():
+            for prompt in draw.prompts:
+                places.setdefault(prompt, len(places))
+        everything = self._family.encode(list(places))
+        return {
+            task: everything[torch.tensor([places[prompt] for prompt in draw.prompts], device=self._group.device)]
+            for task, draw in draws.items()
+        }
 
     @torch.no_grad()
     def _roll_out(

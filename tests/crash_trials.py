@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import opd_ds.checkpoint
+import opd_ds.durable
 import opd_ds.preparation
 from opd_ds.checkpoint import latest_checkpoint
 from opd_ds.engine import init_group
@@ -33,13 +34,13 @@ WINDOW = 0.35  # seconds; about what a slowed checkpoint takes
 
 def attempt(file: Path) -> None:
     """In the child: go on with the run."""
-    flush = opd_ds.checkpoint._sync
+    flush = opd_ds.durable.sync
 
     def slow(path: Path) -> None:
         time.sleep(SLOWED)
         flush(path)
 
-    opd_ds.checkpoint._sync = slow
+    opd_ds.checkpoint.sync = opd_ds.durable.sync = slow
     try:
         world = World()
         prepare_environment(world)

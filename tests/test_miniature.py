@@ -12,7 +12,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from opd_ds.engine import Group
 from opd_ds.evaluation.pictures import to_image
-from opd_ds.loading import load_config, resolve_path
+from opd_ds.loading import load_config
 from opd_ds.miniature import assets, reader, verify, world
 from opd_ds.miniature.build import BASE, BuildSettings, build
 from opd_ds.miniature.build_base import BaseSettings, Phase
@@ -66,8 +66,8 @@ def test_specialists_are_ahead_on_their_own_task() -> None:
 
 def test_prompts_parse_and_test_prompts_are_held_out() -> None:
     for name, task in load_config("miniature", None, []).tasks.items():
-        trained = PromptSet.read(resolve_path(task.prompts, "prompts")).prompts
-        held_out = PromptSet.read(resolve_path(str(task.eval_prompts), "prompts")).prompts
+        trained = PromptSet.read(task.prompts).prompts
+        held_out = PromptSet.read(task.eval_prompts).prompts
         assert not set(trained) & set(held_out)
         assert len(trained) == 240
         assert len(held_out) == 60

@@ -89,9 +89,9 @@ def test_reading_tables(tmp_path: Path) -> None:
         ("a.txt", b"\n \n", "has no prompts"),
         ("a.txt", b"good\ncaf\xe9\n", r"line 2: not UTF-8"),
         ("a.jsonl", b'{"prompt": "x"}\n{"prompt": \n', r"line 2: not JSON"),
-        ("a.jsonl", b'{"text": "x"}\n', r"line 1: needs an object with a non-empty text under 'prompt'"),
+        ("a.jsonl", b'{"text": "x"}\n', r"line 1: needs a non-empty text under 'prompt'"),
         ("a.jsonl", b'{"prompt": "  "}\n', r"line 1"),
-        ("a.csv", b"text\nx\n", r"row 1: needs an object"),
+        ("a.csv", b"text\nx\n", r"line 2: needs a non-empty"),
         ("a.parquet", b"nonsense", r"not readable as parquet"),
     ],
 )

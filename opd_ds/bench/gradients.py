@@ -203,7 +203,7 @@ def main(teacher: str, task: str, out: Path, batch: int, rollouts: int, transiti
     quiet_libraries()
     config = load_config("miniature", None, [])
     family = load_family(config, resolve_path(config.model.path, "model.path"), torch.device("cpu"))
-    prompts = PromptSet.read(resolve_path(config.tasks[task].prompts, f"tasks.{task}.prompts")).prompts
+    prompts = PromptSet.read(config.tasks[task].prompts, f"tasks.{task}.prompts").prompts
     student = student_module(StudentSection(), 0, family, None)
     specialist = student_module(StudentSection(), 0, family, resolve_path(teacher, "--teacher"))
     draws = Draws(batch, rollouts, transitions, steps=config.rollout.steps)

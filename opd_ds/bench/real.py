@@ -6,7 +6,7 @@ import torch
 
 from opd_ds.errors import UserError
 from opd_ds.evaluation.pictures import to_image
-from opd_ds.loading import load_config, resolve_path
+from opd_ds.loading import load_config
 from opd_ds.miniature import world
 from opd_ds.prompts import PromptSet, sample_seed
 from opd_ds.rewards import build
@@ -26,7 +26,8 @@ def real_rewards() -> dict[str, float] | None:
     config, names, palette = load_config("miniature", None, []), list(world.COLOURS), world.palette()
     rewards = {}
     for task, judged in config.tasks.items():
-        prompts = PromptSet.read(resolve_path(str(judged.eval_prompts), f"tasks.{task}.eval_prompts")).prompts
+        assert judged.eval_prompts is not None
+        prompts = PromptSet.read(judged.eval_prompts, f"tasks.{task}.eval_prompts").prompts
         pictures = []
         for prompt in prompts:
             scene = world.parse(prompt)

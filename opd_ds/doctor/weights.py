@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from opd_ds.config import DistilConfig, RunConfig, StudentSection
+from opd_ds.config import DistilConfig, PromptsSection, RunConfig, StudentSection
 from opd_ds.doctor.findings import Seen, attempt, size_text
 from opd_ds.errors import UserError
 from opd_ds.loading import PACKAGE_PREFIX, resolve_path
 from opd_ds.models import family_class
 from opd_ds.models.weight_files import read_header, read_shapes
+from opd_ds.prompts.readers import FILES, locate
 
-_PROMPTS = (".txt", ".jsonl", ".csv", ".parquet")
-_HASHED = (".json", *_PROMPTS)  # small; large files are sampled
+_HASHED = (".json", *FILES)  # small; large files are sampled
 _SAMPLES, _SAMPLE_BYTES = 16, 2**16
 _TRANSFORMER = "transformer"
 
@@ -29,12 +30,21 @@ def look_at_files(config: RunConfig) -> list[Seen]:
         values["anchor.path"] = config.anchor.path
     for name, teacher in config.teachers.items():
         values[f"tasks.{name}.teacher.path"] = teacher.path
-    for name, task in config.tasks.items():
-        values[f"tasks.{name}.prompts"] = task.prompts
+    prompts = {f"tasks.{name}.prompts": task.prompts for name, task in config.tasks.items()}
     for name, judged in config.evaluated.items():
         if judged.eval_prompts is not None:
-            values[f"{config.place(name)}.eval_prompts"] = judged.eval_prompts
-    return [seen for key, value in values.items() for seen in attempt(key, lambda k=key, v=value: _look(k, v))]  # type: ignore[misc]
+            prompts[f"{config.place(name)}.eval_prompts"] = judged.eval_prompts
+    looks = [(key, partial(_look, key, value)) for key, value in values.items()]
+    looks += [(key, partial(_look_at_prompts, key, chosen)) for key, chosen in prompts.items()]
+    return [seen for key, look in looks for seen in attempt(key, look)]
+
+
+def _look_at_prompts(key: str, chosen: PromptsSection) -> Iterator[Seen]:
+    place = locate(chosen, key)
+    if isinstance(place, str):
+        yield Seen(key, f"{place}: a data set of the hub, which the run fetches; needs the network on each node")
+    else:
+        yield from _look(key, str(place) if chosen.path.startswith(PACKAGE_PREFIX) else chosen.path)
 
 
 def _look(key: str, value: str) -> Iterator[Seen]:
@@ -66,12 +76,6 @@ def find_local(value: str, key: str) -> Path:
     Raises:
         UserError: not there, or a hub id that is not downloaded yet.
     """
-    if (
-        Path(value).suffix in _PROMPTS
-        and not value.startswith(PACKAGE_PREFIX)
-        and not Path(value).expanduser().exists()
-    ):
-        raise UserError(f"no such file, looked for from {Path.cwd()}; set {key}")
     on_disk = value.startswith((PACKAGE_PREFIX, ".", "/", "~")) or "/" not in value
     if on_disk or Path(value).expanduser().exists():
         return resolve_path(value, key)

@@ -42,6 +42,8 @@ SCHEDULER_KEYS = (
     "shift_terminal",
 )
 
+_ENCODED_AT_ONCE = 8  # prompts
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -57,6 +59,9 @@ class Conditioning:
 
     def __getitem__(self, rows: slice | Tensor) -> Conditioning:
         return Conditioning({name: tensor[rows] for name, tensor in self.tensors.items()})
+
+    def to(self, device: torch.device) -> Conditioning:
+        return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
 
     def expand(self, count: int) -> Conditioning:
         """A single encoded prompt repeated `count` times, without copying."""
@@ -127,6 +132,7 @@ class ModelFamily(ABC):
         default = self.default_size()
         self.height, self.width, self.frames = height or default[0], width or default[1], frames
         self._check_size()
+        self.encoded: Callable[[list[str]], Conditioning] | None = None  # asked instead of the text encoders
         self._encoders: Any = None
         self._vae: Any = None
         self._vae_lock = Lock()  # pictures are also decoded beside the training
@@ -221,16 +227,28 @@ class ModelFamily(ABC):
             return _diffusers_class(self.transformer_class).from_config(self._transformer_config)
 
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Encode prompts on the device; encoders leave the device afterwards when configured so."""
+        """Encode prompts on the device; encoders leave the device afterwards when configured so.
+
+        Every pass takes equally many prompts: a matrix product of another size may round differently, and a prompt's
+        numbers should not depend on how many others are encoded with it.
+        """
+        if self.encoded is not None:
+            return self.encoded(prompts).to(self.device)
         if self._encoders is None:
             pipeline = _diffusers_class(self.pipeline_class)
             self._encoders = pipeline.from_pretrained(self.path, **self.pipeline_parts, dtype=self.dtype)
         self._encoders.to(self.device)
+        blocks = [prompts[first : first + _ENCODED_AT_ONCE] for first in range(0, len(prompts), _ENCODED_AT_ONCE)]
         with torch.no_grad():
-            cond = self.encode_with(self._encoders, prompts)
+            parts = [
+                self.encode_with(self._encoders, block + block[-1:] * (_ENCODED_AT_ONCE - len(block)))[
+                    slice(len(block))
+                ]
+                for block in blocks
+            ]
         if not self._keep_encoders:
             self._encoders.to("cpu")
-        return cond
+        return Conditioning.cat(parts)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, ...] to pictures [B, 3, H, W], float32 in [0, 1]; of a video its middle frame."""
