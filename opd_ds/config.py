@@ -40,7 +40,9 @@ class ModelSection(Section):
     height: PositiveInt | None = Field(None, description="pixels; default: the model's own size")
     width: PositiveInt | None = Field(None, description="pixels; default: the model's own size")
     frames: PositiveInt | None = Field(None, description="of a video; default: the family's own")
-    max_text_length: PositiveInt = Field(128, description="tokens of a prompt; T5's where there are several encoders")
+    max_text_length: PositiveInt | None = Field(
+        None, description="tokens of a prompt; T5's where there are several encoders; default: the family's own"
+    )
     negative_prompt: str = ""
     text_encoders: Literal["resident", "offload", "cached"] = Field(
         "offload",

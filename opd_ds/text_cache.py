@@ -49,7 +49,7 @@ def encoders_identity(config: RunConfig, model: Path) -> dict[str, Any]:
         "format": FORMAT,
         "family": config.model.family,
         "precision": config.precision,
-        "max_text_length": config.model.max_text_length,
+        "max_text_length": config.model.max_text_length or family_class(config.model.family).default_text_length,
         "files": files,
     }
 

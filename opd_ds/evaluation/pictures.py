@@ -73,7 +73,7 @@ class Painter:
             "seed": self._settings.seed,
             "negative_prompt": self._negative,
             "latent_shape": list(family.latent_shape),
-            "max_text_length": config.model.max_text_length,
+            "max_text_length": family.max_text_length,
             "precision": config.precision,
         }
 

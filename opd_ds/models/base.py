@@ -92,7 +92,8 @@ class ModelFamily(ABC):
         device: where encoding and decoding happen.
         height, width: picture size in pixels; None takes the family's own default.
         frames: of a video; None takes the family's default. Families of pictures refuse it.
-        max_text_length: tokens of the longest prompt (of T5 where there are several encoders).
+        max_text_length: tokens of the longest prompt (of T5 where there are several encoders); None takes the family's
+            default.
         text_encoders: `resident` keeps them on the device, `offload` brings them there only to encode.
 
     Raises:
@@ -105,6 +106,7 @@ class ModelFamily(ABC):
     transformer_keys: ClassVar[tuple[str, ...]]  # config entries that teacher and student must share
     vae_keys: ClassVar[tuple[str, ...]] = ("latent_channels", "scaling_factor", "shift_factor", "block_out_channels")
     lora_targets: ClassVar[tuple[str, ...]]  # where a LoRA student adapts, unless the run config says it
+    default_text_length: ClassVar[int] = 512  # tokens, as the pipeline's own default
     embedded_guidance: ClassVar[bool] = False  # the network takes the guidance scale as an input: always one pass
     pipeline_parts: ClassVar[Mapping[str, None]] = {"transformer": None, "vae": None}  # not needed to encode prompts
 
@@ -117,11 +119,11 @@ class ModelFamily(ABC):
         height: int | None = None,
         width: int | None = None,
         frames: int | None = None,
-        max_text_length: int = 128,
+        max_text_length: int | None = None,
         text_encoders: Literal["resident", "offload"] = "offload",
     ) -> None:
         self.path, self.dtype, self.device = path, dtype, device
-        self.max_text_length = max_text_length
+        self.max_text_length = max_text_length or self.default_text_length
         self._keep_encoders = text_encoders == "resident"
         self._transformer_config = self._read_config("transformer/config.json")
         found = self._transformer_config.get("_class_name")
