@@ -276,5 +276,5 @@ def test_an_adapter_without_lora_b_is_refused(tiny_world: Path, tmp_path: Path, 
     weights = folder / "adapter_model.safetensors"
     save_file({key: value for key, value in load_file(weights).items() if "lora_B" not in key}, weights)
     config = run_settings(tiny_world, tmp_path / "out", tasks={"t": own_teacher(tiny_world, path=str(folder))})
-    with pytest.raises(UserError, match=r"missing, the first: .*lora_B"):
+    with pytest.raises(UserError, match=r"half a LoRA, the first: .* has no lora_B"):
         prepare(DistilConfig.model_validate(config), group)
