@@ -22,6 +22,7 @@ from opd_ds.data.encode import encode_prompts
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.evaluate import Choice, evaluate
+from opd_ds.launch import World
 from opd_ds.models import Conditioning, ModelFamily
 from opd_ds.preparation import Parts, find_files, load_family, prepare
 from opd_ds.text_cache import TextCache, trimmed
@@ -158,6 +159,18 @@ def test_a_second_call_encodes_what_the_first_left(
     shard.write_bytes(shard.read_bytes()[:-8])
     with pytest.raises(UserError, match=rf"{shard.name} is damaged .* remove it and run"):
         find_files(cached(settings, model__text_cache=str(tmp_path / "cache")), group.world)
+
+
+def test_ranks_share_the_work(settings: dict[str, Any], group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, encoded = config_of(settings), []
+    honest = ModelFamily.encode
+    monkeypatch.setattr(ModelFamily, "encode", lambda f, p: (encoded.append(p), honest(f, p))[1])
+    monkeypatch.setattr(Group, "gather", lambda self, value: [value])  # the ranks one after another
+    monkeypatch.setattr(Group, "barrier", lambda self: None)
+    for rank in (0, 2, 1):
+        encode_prompts(config, Group(World(rank, 0, 3, 1), group.device))
+    assert [len(prompts) for prompts in encoded] == [3, 2, 3]
+    find_files(cached(settings), group.world)
 
 
 def test_the_command(settings: dict[str, Any], tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch) -> None:

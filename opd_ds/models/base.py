@@ -240,17 +240,13 @@ class ModelFamily(ABC):
             pipeline = _diffusers_class(self.pipeline_class)
             self._encoders = pipeline.from_pretrained(self.path, **self.pipeline_parts, dtype=self.dtype)
         self._encoders.to(self.device)
-        blocks = [prompts[first : first + _ENCODED_AT_ONCE] for first in range(0, len(prompts), _ENCODED_AT_ONCE)]
+        filled = prompts + prompts[-1:] * (-len(prompts) % _ENCODED_AT_ONCE)
+        blocks = [filled[first : first + _ENCODED_AT_ONCE] for first in range(0, len(filled), _ENCODED_AT_ONCE)]
         with torch.no_grad():
-            parts = [
-                self.encode_with(self._encoders, block + block[-1:] * (_ENCODED_AT_ONCE - len(block)))[
-                    slice(len(block))
-                ]
-                for block in blocks
-            ]
+            cond = Conditioning.cat([self.encode_with(self._encoders, block) for block in blocks])
         if not self._keep_encoders:
             self._encoders.to("cpu")
-        return Conditioning.cat(parts)
+        return cond[slice(len(prompts))]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, ...] to pictures [B, 3, H, W], float32 in [0, 1]; of a video its middle frame."""
