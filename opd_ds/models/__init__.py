@@ -13,6 +13,7 @@ from opd_ds.models.base import Conditioning, ModelFamily
 # name: (module, class). Imported when named: diffusers' classes are heavy.
 FAMILIES: dict[str, tuple[str, str]] = {
     "sd3": ("sd3", "SD3"),
+    "wan": ("wan", "Wan"),
 }
 
 

@@ -23,7 +23,15 @@ from torch.nn.functional import pad
 from opd_ds.errors import UserError
 
 # What makes two checkpoints comparable step by step: the same grid, beside the network interface and latents.
-SCHEDULER_KEYS = ("num_train_timesteps", "shift", "use_dynamic_shifting", "base_shift", "max_shift", "invert_sigmas")
+SCHEDULER_KEYS = (
+    "num_train_timesteps",
+    "shift",
+    "flow_shift",
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "invert_sigmas",
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,8 @@ class ModelFamily(ABC):
     transformer_keys: ClassVar[tuple[str, ...]]  # config entries that teacher and student must share
     vae_keys: ClassVar[tuple[str, ...]] = ("latent_channels", "scaling_factor", "shift_factor", "block_out_channels")
     lora_targets: ClassVar[tuple[str, ...]]  # where a LoRA student adapts, unless the run config says it
+    example: ClassVar[str]  # a hub id
+    default_frames: ClassVar[int | None] = None  # of a video; None: the family draws pictures
     embedded_guidance: ClassVar[bool] = False  # the network takes the guidance scale as an input: always one pass
     pipeline_parts: ClassVar[Mapping[str, None]] = {"transformer": None, "vae": None}  # not needed to encode prompts
 
@@ -108,7 +118,10 @@ class ModelFamily(ABC):
         self._vae_config = self._read_config("vae/config.json")
         self._scheduler_config = self._read_config("scheduler/scheduler_config.json")
         default = self.default_size()
-        self.height, self.width, self.frames = height or default[0], width or default[1], frames
+        self.height, self.width = height or default[0], width or default[1]
+        if frames is not None and self.default_frames is None:
+            raise UserError(f"model.frames = {frames}: {type(self).__name__} draws pictures; remove model.frames")
+        self.frames = frames or self.default_frames
         self._check_size()
         self._encoders: Any = None
         self._vae: Any = None
@@ -188,7 +201,14 @@ class ModelFamily(ABC):
         """The denoising network (of another checkpoint folder when `path` is given), on the CPU, in `dtype`."""
         folder = path or self.path
         subfolder = "transformer" if (folder / "transformer").is_dir() else None
-        return _diffusers_class(self.transformer_class).from_pretrained(folder, subfolder=subfolder, dtype=self.dtype)
+        network = _diffusers_class(self.transformer_class).from_pretrained(
+            folder, subfolder=subfolder, dtype=self.dtype
+        )
+        # diffusers leaves some layers of some networks in float32. DeepSpeed has one dtype for the weights of an engine;
+        # in the same dtype everywhere, a student that is its own teacher has loss 0. Buffers stay as they are in both.
+        for parameter in network.parameters():
+            parameter.data = parameter.data.to(self.dtype)
+        return network
 
     def empty_transformer(self) -> nn.Module:
         """The denoising network without weights, on the meta device."""

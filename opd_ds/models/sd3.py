@@ -18,6 +18,7 @@ class SD3(ModelFamily):
     pipeline_class = "StableDiffusion3Pipeline"
     transformer_class = "SD3Transformer2DModel"
     transformer_keys = ("in_channels", "out_channels", "patch_size", "joint_attention_dim", "pooled_projection_dim")
+    example = "stabilityai/stable-diffusion-3.5-medium"
     # Where the released DiffusionOPD teachers adapt.
     lora_targets = (
         "attn.to_q",
