@@ -69,7 +69,7 @@ def _cat(parts: list[Tensor]) -> Tensor:
 class ModelFamily(ABC):
     """One diffusion architecture around one diffusers folder; the engines own the network itself.
 
-    Latents are [B, C, h, w] ([B, C, f, h, w] for video) with x_sigma = (1 - sigma) * x0 + sigma * noise and
+    Latents are [B, C, h, w] ([B, C, f, h, w] of videos) with x_sigma = (1 - sigma) * x0 + sigma * noise and
     velocity = noise - x0.
 
     Args:
