@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,12 +16,15 @@ from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from opd_ds.bench.tiny import PROMPTS
+from opd_ds.bench import train_many
+from opd_ds.bench.tiny.sd3 import PROMPTS
 from opd_ds.bench.tiny.sd3 import write as write_pipeline
 from opd_ds.models import lora
 
 # Everything is under the default persistence threshold here and would never be partitioned.
 ALL_SHARDED = str(Path(__file__).parent / "all_sharded.json")
+# For `launch`: several configs in one process group.
+TRAIN_MANY = train_many.__file__
 TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
 
 
@@ -95,11 +97,7 @@ def command_line(ranks: int, *arguments: str, script: str | None = None, command
     """`opd-ds <command>` (or `script`) on `ranks` processes: by itself, or under the real deepspeed launcher."""
     if ranks == 1:
         return [sys.executable, "-m", "opd_ds.cli", command, *arguments]
-    launcher = str(Path(sys.executable).parent / "deepspeed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    start = [launcher, "--num_accelerators", str(ranks), "--master_port", port]
+    start = train_many.under_launcher(ranks)
     return [*start, script, *arguments] if script else [*start, "--module", "opd_ds.cli", command, *arguments]
 
 

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from opd_ds.bench.tiny import PROMPTS, randomize
+from opd_ds.bench.tiny.parts import TEXTS, save
 from opd_ds.miniature.networks import make_tokenizer
 from opd_ds.models import ModelFamily
 
@@ -20,7 +20,7 @@ _TEXT_WIDTH, _LATENT_CHANNELS = 32, 4
 def write(folder: Path, seed: int = 0) -> Path:
     """The pipeline folder; its scheduler is FlowMatchEuler's, whose steps are those of our `euler`."""
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer(PROMPTS, 512)
+    tokenizer = make_tokenizer(TEXTS, 512)
     text = UMT5Config(
         vocab_size=len(tokenizer), d_model=_TEXT_WIDTH, d_ff=64, d_kv=8, num_layers=2, num_heads=4,
         pad_token_id=0, eos_token_id=1,
@@ -36,7 +36,6 @@ def write(folder: Path, seed: int = 0) -> Path:
         num_layers=2,
         rope_max_seq_len=64,
     )
-    randomize(transformer)
     vae = AutoencoderKLWan(
         base_dim=4,
         z_dim=_LATENT_CHANNELS,
@@ -44,14 +43,14 @@ def write(folder: Path, seed: int = 0) -> Path:
         latents_mean=[-0.4, 0.1, 0.5, -0.2],
         latents_std=[1.4, 0.8, 2.1, 1.1],
     )
-    WanPipeline(
+    pipeline = WanPipeline(
         tokenizer=tokenizer,
         text_encoder=UMT5EncoderModel(text),
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         transformer=transformer,
-    ).save_pretrained(folder)
-    return folder
+    )
+    return save(pipeline, folder)
 
 
 def draw(
