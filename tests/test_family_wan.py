@@ -13,13 +13,12 @@ from diffusers import UniPCMultistepScheduler, WanPipeline
 from peft import LoraConfig
 from torch import Tensor
 
+from opd_ds.bench.family_checks import trajectory
 from opd_ds.bench.tiny import wan
-from opd_ds.diffusion import kernel
 from opd_ds.errors import UserError
 from opd_ds.models import lora
 from opd_ds.models.wan import Wan
 from opd_ds.prompts import SampleNoise
-from opd_ds.rollout import rollout
 
 CPU = torch.device("cpu")
 # The latents of 9 frames are 3; a wide picture, so that no pair of dimensions could be confused.
@@ -53,16 +52,7 @@ def noise(ours: Wan) -> SampleNoise:
 
 
 def rolled(ours: Wan, network: Any, guidance: float, prompts: list[str] = PROMPTS, count: int = 3) -> Tensor:
-    cond, uncond, sigmas = ours.encode(prompts), ours.encode([""]), ours.sigmas(STEPS)
-    with torch.no_grad():
-        return rollout(
-            lambda x, sigma, rows, step: ours.guided_velocity(network, x, sigma, cond[rows], uncond, guidance),
-            SampleNoise(SEEDS[:count], ours.latent_shape),
-            kernel("euler").coefficients(sigmas),
-            sigmas,
-            micro_batch=2,
-            device=CPU,
-        ).final
+    return trajectory(ours, network, prompts, SampleNoise(SEEDS[:count], ours.latent_shape), guidance, STEPS).final
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -197,5 +187,5 @@ def test_refusals(base: Path, tmp_path: Path) -> None:
         family(two)
     with pytest.raises(UserError, match="takes a picture beside the text"):
         family(changed("i2v", "transformer/config.json", in_channels=36))
-    with pytest.raises(UserError, match="its scheduler .UniPCMultistepScheduler. has no fixed flow-matching grid"):
+    with pytest.raises(UserError, match=r"its scheduler .UniPCMultistepScheduler. has no fixed flow-matching grid"):
         family(changed("ddpm", "scheduler/scheduler_config.json", _class_name="UniPCMultistepScheduler"))

@@ -1,7 +1,7 @@
 """`opd-ds bench families`: what is measured of every model family, as a table.
 
-Everything is small and random: the table says that a family is wired as diffusers' pipeline is, trains and comes back, and
-nothing about pictures.
+Everything is small and random: the table says that a family is wired as diffusers' pipeline is, trains and comes back. It
+says nothing about pictures.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def bench_families(folder: Path, names: list[str], say: Callable[[str], None]) -
     pairs = list(zip(trials, rows, strict=True))
     for trial, row in pairs:
         say(f"{trial.name}: against diffusers")
-        _note(row, lambda trial=trial, row=row: _draw(trial, row))
+        _note(_draw, trial, row)
     ready = [(trial, row) for trial, row in pairs if row["error"] is None]
     say(f"{len(ready) * len(KINDS)} runs of one round on {RANKS} ranks, ZeRO-3")
     ended = train_all([trial.config(kind) for trial, _ in ready for kind in KINDS], runs)
     for trial, row in ready:
         row["zero3"] = {kind: ended[trial.config(kind)] for kind in KINDS}
         say(f"{trial.name}: exports")
-        _note(row, lambda trial=trial, row=row: _load_back(trial, row))
+        _note(_load_back, trial, row)
     for row in rows:
         row["plan_error"] = _plan_error(folder, row["family"])
     text = as_markdown(rows)
@@ -74,10 +74,10 @@ def _has_tiny(name: str) -> bool:
     return find_spec(f"opd_ds.bench.tiny.{name}") is not None
 
 
-def _note(row: Row, work: Callable[[], None]) -> None:
+def _note(work: Callable[[Trial, Row], None], trial: Trial, row: Row) -> None:
     """A family that fails, however it does, says so in its row and stops no other."""
     try:
-        work()
+        work(trial, row)
     except Exception as error:
         row["error"] = said(error)
 
@@ -183,8 +183,8 @@ def as_markdown(rows: list[Row]) -> str:
     return (
         "# Model families, on tiny random pipelines\n\n"
         + "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        + "\n\n*parity*: largest difference between the latents of our `euler` rollout and of diffusers' pipeline, with "
-        "guidance 1 and above. *ZeRO-3*: one round of `opd-ds train` on two ranks, all weights sharded; seconds with "
+        + "\n\n*parity*: largest difference between the latents of our `euler` rollout and of diffusers' pipeline, "
+        "with guidance 1 and above. *ZeRO-3*: one round of `opd-ds train` on two ranks, all weights sharded; seconds with "
         "loading, checkpoint and export. *export*: largest difference between the latents of diffusers' pipeline with "
         "what that run exported and of its checkpoint here. *bf16 loss*: median relative difference to the loss in "
         "fp32 at the same states. *finite*: velocities at sigma 1 and 0, in fp32 and bf16. Differences above "

@@ -154,9 +154,7 @@ class Trial:
         return SampleNoise(list(range(len(PROMPTS))), self.family.latent_shape)
 
     def _build(self, dtype: torch.dtype) -> ModelFamily:
-        return build_family(
-            self.name, self._base, dtype=dtype, device=CPU, text_encoders="resident", **self._size
-        )
+        return build_family(self.name, self._base, dtype=dtype, device=CPU, text_encoders="resident", **self._size)
 
     def _pipeline(self, folder: Path) -> Any:
         pipeline = getattr(diffusers, self.family.pipeline_class).from_pretrained(folder)

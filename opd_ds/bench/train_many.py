@@ -2,8 +2,8 @@
 
     deepspeed --num_accelerators 2 --module opd_ds.bench.train_many CONFIG[:RESUME]...
 
-Beside each config a JSON of its name says how it ended: `{"seconds": ...}` or `{"error": ...}`. The first run that fails
-ends the group, as it would by itself: ranks that disagree about what comes next would wait for one another.
+Beside each config a JSON of its name says how it ended: `{"seconds": ...}` or `{"error": ...}`. The first run that
+fails ends the group, as it would by itself: ranks that disagree about what comes next would wait for one another.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from opd_ds.errors import UserError
 from opd_ds.models.base import Conditioning, ModelFamily
 
-_SCHEDULERS = {scheduler.__name__: scheduler for scheduler in (FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler)}
+_SCHEDULERS = {one.__name__: one for one in (FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler)}
 
 
 class Wan(ModelFamily):
@@ -150,6 +150,6 @@ def _refuse_two_networks(path: Path) -> None:
     if parts.get("boundary_ratio") is not None or any(parts.get("transformer_2") or ()):
         raise UserError(
             f"model.path = {path}: two networks for two ranges of sigma (transformer_2, boundary_ratio = "
-            f"{parts.get('boundary_ratio')}), as in Wan 2.2 A14B, are not supported; give a folder with one, as Wan 2.1 "
-            "or Wan 2.2 TI2V-5B"
+            f"{parts.get('boundary_ratio')}), as in Wan 2.2 A14B, are not supported; give a folder with one, as "
+            "Wan 2.1 or Wan 2.2 TI2V-5B"
         )

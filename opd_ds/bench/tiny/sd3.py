@@ -22,9 +22,7 @@ def write(folder: Path, seed: int = 0, sizes: Sizes = SIZES) -> Path:
     return save(pipeline, folder)
 
 
-def draw(
-    pipeline: Any, family: ModelFamily, prompts: list[str], noise: Tensor, guidance: float, steps: int
-) -> Tensor:
+def draw(pipeline: Any, family: ModelFamily, prompts: list[str], noise: Tensor, guidance: float, steps: int) -> Tensor:
     """Final latents [B, C, h, w] of diffusers' pipeline from `noise` of that shape."""
     return pipeline(
         prompt=prompts,

@@ -53,9 +53,7 @@ def write(folder: Path, seed: int = 0) -> Path:
     return save(pipeline, folder)
 
 
-def draw(
-    pipeline: Any, family: ModelFamily, prompts: list[str], noise: Tensor, guidance: float, steps: int
-) -> Tensor:
+def draw(pipeline: Any, family: ModelFamily, prompts: list[str], noise: Tensor, guidance: float, steps: int) -> Tensor:
     """Final latents [B, C, f, h, w] of diffusers' pipeline from `noise` of that shape."""
     return pipeline(
         prompt=prompts,
