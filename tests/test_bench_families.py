@@ -32,10 +32,10 @@ def test_a_family_goes_through_and_one_that_fails_stops_it_not(tmp_path: Path, m
     assert 0 < good["bf16"] < 0.1
     for kind in ("full", "lora"):
         assert good["zero3"][kind]["seconds"] > 0
-        metrics = json.loads((tmp_path / "runs" / "wan" / kind / "metrics.jsonl").read_text())
+        metrics = json.loads((tmp_path / "tiny_runs" / "wan" / kind / "metrics.jsonl").read_text())
         assert metrics["round"] == 1
         assert (
-            tmp_path / "runs" / "wan" / kind / "checkpoints/round-000001/shard-00001-of-00002.safetensors"
+            tmp_path / "tiny_runs" / "wan" / kind / "checkpoints/round-000001/shard-00001-of-00002.safetensors"
         ).is_file()
     table = (tmp_path / "families.md").read_text()
     assert "| sd3 | - | - | - | - | - | - | - | not measured | RuntimeError: this pipeline is broken |" in table

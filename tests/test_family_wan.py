@@ -15,10 +15,14 @@ from torch import Tensor
 
 from opd_ds.bench.family_checks import trajectory
 from opd_ds.bench.tiny import wan
+from opd_ds.config import DistilConfig
+from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.models import lora
 from opd_ds.models.wan import Wan
+from opd_ds.preparation import prepare
 from opd_ds.prompts import SampleNoise
+from tests.tiny import ALL_SHARDED
 
 CPU = torch.device("cpu")
 # The latents of 9 frames are 3; a wide picture, so that no pair of dimensions could be confused.
@@ -147,6 +151,23 @@ def test_velocities_are_finite_at_both_ends(base: Path, dtype: torch.dtype) -> N
             )
             assert velocity.dtype == dtype
             assert velocity.isfinite().all()
+
+
+def test_in_bf16_a_student_that_is_its_own_teacher_has_loss_0(base: Path, group: Group, tmp_path: Path) -> None:
+    """Though diffusers would keep some of the teacher's layers in float32, and DeepSpeed none of the student's."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    config = DistilConfig.model_validate(
+        {
+            "run": {"rounds": 1, "output_dir": str(tmp_path / "out")},
+            "model": {"family": "wan", "path": str(base), **SIZE},
+            "precision": "bf16",
+            "deepspeed": ALL_SHARDED,
+            "rollout": {"samples": 2, "steps": 2, "guidance": 3.0},
+            "tasks": {"self": {"teacher": {"path": str(base), "guidance": 3.0}, "prompts": f"{tmp_path}/prompts.txt"}},
+        }
+    )
+    losses = prepare(config, group).trainer.run_round(0).losses
+    assert losses.loss == 0
 
 
 def test_the_grid_is_that_of_the_folders_scheduler(base: Path, tmp_path: Path) -> None:

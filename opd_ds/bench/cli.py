@@ -41,7 +41,7 @@ def paper_miniature(
 
 @app.command()
 def families(
-    output_dir: Annotated[Path, typer.Option(help="families.json, families.md and the runs (made anew) go here")],
+    output_dir: Annotated[Path, typer.Option(help="families.json, families.md and tiny_runs/ (made anew) go here")],
     family: Annotated[list[str] | None, typer.Option(help="only this one, repeatable; default: all")] = None,
 ) -> None:
     """Does every model family draw as diffusers does, train under ZeRO-3 and come back? Exit code 1 where one fails."""

@@ -1,7 +1,7 @@
 """`opd-ds bench families`: what is measured of every model family, as a table.
 
-Everything is small and random: the table says that a family is wired as diffusers' pipeline is, trains and comes back. It
-says nothing about pictures.
+Everything is small and random: the table says that a family is wired as diffusers' pipeline is, trains and comes back,
+nothing about pictures.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from opd_ds.models import FAMILIES
 
 TOLERANCE = 1e-4
 RANKS = 2
-PLAN_FOLDER = "plan"
-_SECONDS = 900.0  # for the start and the rounds of one process group
+PLAN_FOLDER, RUNS_FOLDER = "plan", "tiny_runs"
+_START_SECONDS, _RUN_SECONDS = 600.0, 300.0  # most that a process group may take
 
 Row = dict[str, Any]
 _NOT_MEASURED = "not measured"
@@ -35,7 +35,7 @@ def bench_families(folder: Path, names: list[str], say: Callable[[str], None]) -
     """Measure the families `names` (all with a tiny pipeline where it is empty); `families.json` and `families.md`.
 
     Returns:
-        whether none failed. What a family has written is under `folder`/runs, which is made anew.
+        whether none failed. What a family has written is under `folder`/tiny_runs, which is made anew.
 
     Raises:
         UserError: a family that is not registered or has no tiny pipeline.
@@ -45,7 +45,7 @@ def bench_families(folder: Path, names: list[str], say: Callable[[str], None]) -
         if name not in FAMILIES or not _has_tiny(name):
             known = [known for known in FAMILIES if _has_tiny(known)]
             raise UserError(f"--family {name}: unknown; allowed: {', '.join(known)}.{nearest(name, known)}")
-    runs = folder.resolve() / "runs"
+    runs = folder.resolve() / RUNS_FOLDER
     shutil.rmtree(runs, ignore_errors=True)
     runs.mkdir(parents=True)
     trials = [Trial(name, runs / name) for name in names]
@@ -143,10 +143,11 @@ def _run_group(configs: list[Path], log: Path) -> str:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
+    seconds = _START_SECONDS + len(configs) * _RUN_SECONDS
     try:
-        return f"the ranks ended with exit code {process.wait(_SECONDS)}"
+        return f"the ranks ended with exit code {process.wait(seconds)}"
     except subprocess.TimeoutExpired:
-        return f"the ranks had not ended after {_SECONDS:.0f} s"
+        return f"the ranks had not ended after {seconds:.0f} s"
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -184,10 +185,10 @@ def as_markdown(rows: list[Row]) -> str:
         "# Model families, on tiny random pipelines\n\n"
         + "\n".join("| " + " | ".join(line) + " |" for line in lines)
         + "\n\n*parity*: largest difference between the latents of our `euler` rollout and of diffusers' pipeline, "
-        "with guidance 1 and above. *ZeRO-3*: one round of `opd-ds train` on two ranks, all weights sharded; seconds with "
-        "loading, checkpoint and export. *export*: largest difference between the latents of diffusers' pipeline with "
-        "what that run exported and of its checkpoint here. *bf16 loss*: median relative difference to the loss in "
-        "fp32 at the same states. *finite*: velocities at sigma 1 and 0, in fp32 and bf16. Differences above "
+        "with guidance 1 and above. *ZeRO-3*: one round of `opd-ds train` on two ranks, all weights sharded; seconds "
+        "with loading, checkpoint and export. *export*: largest difference between the latents that diffusers draws "
+        "with what that run exported and those of its checkpoint here. *bf16 loss*: median relative difference to the "
+        "loss in fp32 at the same states. *finite*: velocities at sigma 1 and 0, in fp32 and bf16. Differences above "
         f"{TOLERANCE:g} are errors.\n"
     )
 

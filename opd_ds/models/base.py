@@ -204,8 +204,8 @@ class ModelFamily(ABC):
         network = _diffusers_class(self.transformer_class).from_pretrained(
             folder, subfolder=subfolder, dtype=self.dtype
         )
-        # diffusers leaves some layers of some networks in float32, DeepSpeed has one dtype for an engine's weights: with
-        # it everywhere, a student that is its own teacher has loss 0. Both leave buffers as they are.
+        # diffusers leaves some layers in float32; DeepSpeed has one dtype for the weights of an engine.
+        # With one dtype everywhere a student that is its own teacher has loss 0. Both leave buffers as they are.
         for parameter in network.parameters():
             parameter.data = parameter.data.to(self.dtype)
         return network
