@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opd_ds.engine import Group, StudentEngine
 
-# (velocity [b, C, h, w], steps int64 [b], what the buffer knows of these pairs, by name) -> loss [b], measures [b]
+# (velocity [b, C, ...], steps int64 [b], what the buffer knows of these pairs, by name) -> loss [b], measures [b]
 Loss = Callable[[Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
 
 

@@ -27,11 +27,11 @@ class TrajectoryBuffer:
     """One task's trajectories on this rank.
 
     Attributes:
-        states: [B, T, C, h, w], the dtype the network sees.
+        states: [B, T, C, ...], the dtype the network sees.
         chosen: [B, K] int64, the trained steps of each trajectory.
         weights: [B] float32, 1 for a sample, 0 for one that only fills up the rank's share or does not count.
         cond: the B encoded prompts.
-        kept: by name [B, T, C, h, w], what else is known of every state.
+        kept: by name [B, T, C, ...], what else is known of every state.
         scored: by name, velocities at the chosen pairs, one tensor per micro-batch of scoring, as networks gave them.
         per_sample: by name [B], what is known of every sample.
     """
@@ -52,14 +52,14 @@ class TrajectoryBuffer:
         return [Pairs(sample[rows], step[rows]) for rows in chunks(len(sample), size)]
 
     def inputs(self, pairs: Pairs, sigmas: Tensor) -> tuple[Tensor, Tensor, Conditioning]:
-        """States [b, C, h, w], their sigma [b] float32 and their prompts."""
+        """States [b, C, ...], their sigma [b] float32 and their prompts."""
         device = self.states.device
         sample, step = pairs.sample.to(device), pairs.step.to(device)
         return self.states[sample, step], sigmas.to(device, torch.float32)[step], self.cond[sample]
 
     def training_batches(self, size: int) -> Iterator[tuple[Pairs, dict[str, Tensor]]]:
         """Training micro-batches of `size` with everything that is known of them, by name: velocities and the like
-        [b, C, h, w], numbers per sample [b].
+        [b, C, ...], numbers per sample [b].
         """
         device = self.states.device
         scored = {name: torch.cat(parts) for name, parts in self.scored.items()}
@@ -75,11 +75,11 @@ class TrajectoryBuffer:
 
 
 def noised_states(final: Tensor, noise: SampleNoise, sigmas: Tensor, dtype: torch.dtype) -> Trajectory:
-    """Clean latents [B, C, h, w], noised afresh to each of `sigmas` [T+1] but the last.
+    """Clean latents [B, C, ...], noised afresh to each of `sigmas` [T+1] but the last.
 
     Returns:
         states x = (1 - sigma) x0 + sigma eps, and under `velocity` what flow matching asks for there: eps - x0; both
-        [B, T, C, h, w] in `dtype`.
+        [B, T, C, ...] in `dtype`.
     """
     states, velocity = [], []
     for sigma in sigmas.tolist()[:-1]:

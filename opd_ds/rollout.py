@@ -11,7 +11,7 @@ from torch import Tensor
 from opd_ds.diffusion import Coefficients, predicted_picture
 from opd_ds.prompts import SampleNoise
 
-# (latents [b, C, h, w], sigma [b] float32, rows of the batch, step) -> velocity [b, C, h, w]
+# (latents [b, C, ...], sigma [b] float32, rows of the batch, step) -> velocity [b, C, ...]
 Predictor = Callable[[Tensor, Tensor, slice, int], Tensor]
 
 
@@ -20,9 +20,9 @@ class Trajectory:
     """Where a rollout went.
 
     Attributes:
-        final: [B, C, h, w] float32, the clean latents.
-        states: [B, T, C, h, w], the latents each step started from; None where they were not kept.
-        velocity, noise: [B, T, C, h, w], what the network said there and the eps that was drawn (0 on a step without
+        final: [B, C, ...] float32, the clean latents.
+        states: [B, T, C, ...], the latents each step started from; None where they were not kept.
+        velocity, noise: [B, T, C, ...], what the network said there and the eps that was drawn (0 on a step without
             noise); None where they were not kept.
     """
 

@@ -26,7 +26,7 @@ from opd_ds.rollout import Trajectory, rollout
 
 @dataclass(frozen=True)
 class Rolled:
-    """Where one task's trajectories of a round ended on this rank: `final` [B, C, h, w] float32, on the device."""
+    """Where one task's trajectories of a round ended on this rank: `final` [B, C, ...] float32, on the device."""
 
     prompts: list[str]
     metadata: list[dict[str, Any]]

@@ -50,7 +50,7 @@ class Watch:
 
     Args:
         rewards: by label.
-        decode: latents [B, C, h, w] to pictures [B, 3, H, W] in [0, 1]; called in the worker.
+        decode: latents [B, C, ...] to pictures [B, 3, H, W] in [0, 1]; called in the worker.
     """
 
     def __init__(self, config: RunConfig, rewards: dict[str, Reward], decode: Callable[[Tensor], Tensor]) -> None:

@@ -17,10 +17,9 @@ from opd_ds.config import DistilConfig
 from opd_ds.engine import Group, consolidated_weights
 from opd_ds.run import train
 from tests.test_multirank import assert_close, metrics
-from tests.tiny import ALL_SHARDED, launch, run_settings, write_config
+from tests.tiny import ALL_SHARDED, TRAIN_MANY, launch, run_settings, write_config
 
 pytestmark = pytest.mark.multirank
-SCRIPT = str(Path(__file__).parent / "train_many.py")
 ROUNDS, WRITTEN = 5, 2
 
 # An EMA that acts every second step, a schedule, samples that divide by no number of ranks.
@@ -57,7 +56,7 @@ class Runs:
         return f"{self.config(name, **changes)}:auto"
 
     def on(self, ranks: int, *arguments: str) -> None:
-        launch(ranks, *arguments, script=SCRIPT)
+        launch(ranks, *arguments, script=TRAIN_MANY)
 
     def here(self, argument: str) -> None:
         file, _, resume = argument.partition(":")

@@ -17,7 +17,7 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
 from opd_ds.monitor import read_metrics
-from tests.tiny import ALL_SHARDED, launch, run_settings, start, write_config
+from tests.tiny import ALL_SHARDED, TRAIN_MANY, launch, run_settings, start, write_config
 
 pytestmark = pytest.mark.multirank
 
@@ -92,7 +92,7 @@ def on_two_ranks(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         write_config(root / f"{number}.yaml", run_settings(tiny_world, root / name, **changes))
         for number, (name, changes) in enumerate(settings.items())
     ]
-    launch(2, *map(str, files), script=str(Path(__file__).parent / "train_many.py"))
+    launch(2, *map(str, files), script=TRAIN_MANY)
     return {name: metrics(root / name) for name in settings}
 
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
+from opd_ds.bench.tiny.sd3 import SIZES
 from opd_ds.diffusion import kernel
 from opd_ds.errors import UserError
 from opd_ds.models import build_family
 from opd_ds.models.sd3 import SD3
 from opd_ds.prompts import SampleNoise
 from opd_ds.rollout import rollout
-from tests.tiny import PROMPTS, SIZES, write_pipeline
+from tests.tiny import PROMPTS, write_pipeline
 
 CPU = torch.device("cpu")
 
@@ -94,5 +95,7 @@ def test_refusals(tiny_world: Path, tmp_path: Path) -> None:
         family(tmp_path)
     with pytest.raises(UserError, match="multiples of 4"):
         family(tiny_world / "base", height=18)
+    with pytest.raises(UserError, match=r"model\.frames = 5: SD3 draws pictures"):
+        family(tiny_world / "base", frames=5)
     with pytest.raises(UserError, match=r"'sd4'.*allowed: sd3"):
         build_family("sd4", tiny_world / "base", dtype=torch.float32, device=CPU)

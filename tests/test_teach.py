@@ -25,7 +25,7 @@ from opd_ds.run import train
 from opd_ds.teach.config import TeachConfig, WeightedReward
 from opd_ds.teach.judging import Judge
 from tests.test_multirank import assert_close, metrics
-from tests.tiny import ALL_SHARDED, launch, run_settings, with_changes, write_config
+from tests.tiny import ALL_SHARDED, TRAIN_MANY, launch, run_settings, with_changes, write_config
 
 NFT: dict[str, Any] = {"algorithm": "nft", "group": 4}
 GUARD: dict[str, Any] = {"algorithm": "guard", "group": 4, "clip": 0.1}
@@ -199,7 +199,7 @@ def test_two_ranks_learn_what_one_learns_and_go_on_from_its_checkpoint(
         place.parent.mkdir(parents=True)
         shutil.copytree(tmp_path / f"{name}-one" / "checkpoints" / place.name, place)
         resumed.append(f"{write_config(tmp_path / f'{name}.yaml', data)}:auto")
-    launch(2, *resumed, script=str(Path(__file__).parent / "train_many.py"))
+    launch(2, *resumed, script=TRAIN_MANY)
     for name in ("nft", "guard"):
         one, two = metrics(tmp_path / f"{name}-one"), metrics(tmp_path / f"{name}-two")
         assert [row["round"] for row in two] == [3, 4]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,25 +16,16 @@ from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from opd_ds.miniature.networks import Sizes, make_pipeline
+from opd_ds.bench import train_many
+from opd_ds.bench.tiny.sd3 import PROMPTS
+from opd_ds.bench.tiny.sd3 import write as write_pipeline
 from opd_ds.models import lora
 
 # Everything is under the default persistence threshold here and would never be partitioned.
 ALL_SHARDED = str(Path(__file__).parent / "all_sharded.json")
-PROMPTS = ["a red 3 on blue", "a green 7 on white", "a blue 0 on red", "the number 5", "a neat 8"]
+# For `launch`: several configs in one process group.
+TRAIN_MANY = train_many.__file__
 TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
-SIZES = Sizes(layers=2, head_dim=8, text_width=32, vae_channels=(8, 8))
-
-
-def write_pipeline(folder: Path, seed: int = 0, sizes: Sizes = SIZES) -> Path:
-    """A pipeline folder; another seed gives another base."""
-    pipeline = make_pipeline(PROMPTS, sizes, seed)
-    # Some layers start at zero; a network that answers nearly 0 to everything would test nothing.
-    for parameter in pipeline.transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.08)
-    pipeline.vae.register_to_config(scaling_factor=1.3, shift_factor=0.1)
-    pipeline.save_pretrained(folder)
-    return folder
 
 
 def write_lora(base: Path, folder: Path, seed: int = 1, *, rank: int = 4, base_name: str | None = None) -> Path:
@@ -107,11 +97,7 @@ def command_line(ranks: int, *arguments: str, script: str | None = None, command
     """`opd-ds <command>` (or `script`) on `ranks` processes: by itself, or under the real deepspeed launcher."""
     if ranks == 1:
         return [sys.executable, "-m", "opd_ds.cli", command, *arguments]
-    launcher = str(Path(sys.executable).parent / "deepspeed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    start = [launcher, "--num_accelerators", str(ranks), "--master_port", port]
+    start = train_many.under_launcher(ranks)
     return [*start, script, *arguments] if script else [*start, "--module", "opd_ds.cli", command, *arguments]
 
 

@@ -13,7 +13,7 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.callback()
 def _bench() -> None:
-    """Claims of the paper, checked by runs of our own."""
+    """Claims, of the paper and of ours, checked by runs."""
 
 
 @app.command("paper-miniature")
@@ -37,3 +37,17 @@ def paper_miniature(
     if seeds is not None:
         plan = replace(plan, seeds=tuple(range(seeds)))
     bench(plan, output_dir, parallel or min(4, os.cpu_count() or 1), typer.echo)
+
+
+@app.command()
+def families(
+    output_dir: Annotated[Path, typer.Option(help="families.json, families.md and tiny_runs/ (made anew) go here")],
+    family: Annotated[list[str] | None, typer.Option(help="only this one, repeatable; default: all")] = None,
+) -> None:
+    """Does every model family draw as diffusers does, train under ZeRO-3 and come back? Exit code 1 where one fails."""
+    from opd_ds.bench.families import bench_families
+    from opd_ds.quiet import quiet_libraries
+
+    quiet_libraries()
+    if not bench_families(output_dir, family or [], typer.echo):
+        raise typer.Exit(1)

@@ -166,7 +166,7 @@ class _Gradients:
     def of(
         self, states: Tensor, cond: Conditioning, step: int
     ) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
-        """At `states` [B, C, h, w] of `step`: the closed form's gradient, and the PPO-style one by drawn noise.
+        """At `states` [B, C, ...] of `step`: the closed form's gradient, and the PPO-style one by drawn noise.
 
         One forward serves them all; gradients are [P].
         """

@@ -17,6 +17,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "flux2": ("flux2", "Flux2"),
     "qwen_image": ("qwen_image", "QwenImage"),
     "z_image": ("z_image", "ZImage"),
+    "wan": ("wan", "Wan"),
 }
 
 

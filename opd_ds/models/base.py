@@ -35,6 +35,7 @@ from opd_ds.models.weight_files import (
 SCHEDULER_KEYS = (
     "num_train_timesteps",
     "shift",
+    "flow_shift",
     "use_dynamic_shifting",
     "base_shift",
     "max_shift",
@@ -83,7 +84,7 @@ def _cat(parts: list[Tensor]) -> Tensor:
 class ModelFamily(ABC):
     """One diffusion architecture around one diffusers folder; the engines own the network itself.
 
-    Latents are [B, C, h, w] ([B, C, f, h, w] for video) with x_sigma = (1 - sigma) * x0 + sigma * noise and
+    Latents are [B, C, h, w] ([B, C, f, h, w] of videos) with x_sigma = (1 - sigma) * x0 + sigma * noise and
     velocity = noise - x0.
 
     Args:
@@ -107,6 +108,8 @@ class ModelFamily(ABC):
     vae_keys: ClassVar[tuple[str, ...]] = ("latent_channels", "scaling_factor", "shift_factor", "block_out_channels")
     lora_targets: ClassVar[tuple[str, ...]]  # where a LoRA student adapts, unless the run config says it
     default_text_length: ClassVar[int] = 512  # tokens, as the pipeline's own default
+    example: ClassVar[str]  # a hub id
+    default_frames: ClassVar[int | None] = None  # of a video; None: the family draws pictures
     embedded_guidance: ClassVar[bool] = False  # the network takes the guidance scale as an input: always one pass
     pipeline_parts: ClassVar[Mapping[str, None]] = {"transformer": None, "vae": None}  # not needed to encode prompts
 
@@ -132,7 +135,10 @@ class ModelFamily(ABC):
         self._vae_config = self._read_config("vae/config.json")
         self._scheduler_config = self._read_config("scheduler/scheduler_config.json")
         default = self.default_size()
-        self.height, self.width, self.frames = height or default[0], width or default[1], frames
+        self.height, self.width = height or default[0], width or default[1]
+        if frames is not None and self.default_frames is None:
+            raise UserError(f"model.frames = {frames}: {type(self).__name__} draws pictures; remove model.frames")
+        self.frames = frames or self.default_frames
         self._check_size()
         self.encoded: Callable[[list[str]], Conditioning] | None = None  # asked instead of the text encoders
         self._encoders: Any = None
@@ -215,13 +221,19 @@ class ModelFamily(ABC):
         Args:
             path: a folder, or a single file that `check_same_weights` accepts.
         """
-        folder = path or self.path
-        if folder.is_file():
-            return _diffusers_class(self.transformer_class).from_single_file(
-                str(folder), config=str(self.path), subfolder="transformer", local_files_only=True, dtype=self.dtype
+        source, network_class = path or self.path, _diffusers_class(self.transformer_class)
+        if source.is_file():
+            network = network_class.from_single_file(
+                str(source), config=str(self.path), subfolder="transformer", local_files_only=True, dtype=self.dtype
             )
-        subfolder = "transformer" if (folder / "transformer").is_dir() else None
-        return _diffusers_class(self.transformer_class).from_pretrained(folder, subfolder=subfolder, dtype=self.dtype)
+        else:
+            subfolder = "transformer" if (source / "transformer").is_dir() else None
+            network = network_class.from_pretrained(source, subfolder=subfolder, dtype=self.dtype)
+        # diffusers leaves some layers in float32; DeepSpeed has one dtype for the weights of an engine.
+        # With one dtype everywhere a student that is its own teacher has loss 0. Both leave buffers as they are.
+        for parameter in network.parameters():
+            parameter.data = parameter.data.to(self.dtype)
+        return network
 
     def empty_transformer(self) -> nn.Module:
         """The denoising network without weights, on the meta device."""

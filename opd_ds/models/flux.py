@@ -23,6 +23,7 @@ class Flux(ModelFamily):
 
     pipeline_class = "FluxPipeline"
     transformer_class = "FluxTransformer2DModel"
+    example = "black-forest-labs/FLUX.1-dev"
     transformer_keys = (
         "in_channels",
         "out_channels",

@@ -29,6 +29,7 @@ class Flux2(ModelFamily):
 
     pipeline_class = "Flux2KleinPipeline"
     transformer_class = "Flux2Transformer2DModel"
+    example = "black-forest-labs/FLUX.2-klein-4B"
     vae_class = "AutoencoderKLFlux2"
     transformer_keys = ("in_channels", "out_channels", "patch_size", "joint_attention_dim", "rope_theta")
     vae_keys = ("latent_channels", "block_out_channels", "patch_size", "batch_norm_eps")

@@ -21,6 +21,7 @@ class QwenImage(ModelFamily):
 
     pipeline_class = "QwenImagePipeline"
     transformer_class = "QwenImageTransformer2DModel"
+    example = "Qwen/Qwen-Image"
     transformer_keys = ("in_channels", "out_channels", "patch_size", "joint_attention_dim")
     vae_class = "AutoencoderKLQwenImage"
     vae_keys = ("z_dim", "dim_mult", "temperal_downsample", "latents_mean", "latents_std")

@@ -19,6 +19,7 @@ class SD3(ModelFamily):
     transformer_class = "SD3Transformer2DModel"
     transformer_keys = ("in_channels", "out_channels", "patch_size", "joint_attention_dim", "pooled_projection_dim")
     default_text_length = 128  # as in DiffusionOPD; the pipeline's is 256
+    example = "stabilityai/stable-diffusion-3.5-medium"
     # Where the released DiffusionOPD teachers adapt.
     lora_targets = (
         "attn.to_q",

@@ -22,6 +22,7 @@ class ZImage(ModelFamily):
 
     pipeline_class = "ZImagePipeline"
     transformer_class = "ZImageTransformer2DModel"
+    example = "Tongyi-MAI/Z-Image"
     transformer_keys = ("in_channels", "all_patch_size", "all_f_patch_size", "cap_feat_dim", "t_scale")
     lora_targets = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
 

@@ -15,7 +15,7 @@ from opd_ds.teach.config import GuardSection
 
 
 class GuardLoss:
-    """A `Loss` that knows `velocity` (the old policy's), `noise`, with a KL `start` [b, C, h, w], and `advantage` [b].
+    """A `Loss` that knows `velocity` (the old policy's), `noise`, with a KL `start` [b, C, ...], and `advantage` [b].
 
     Args:
         coefficients, sigmas: of the stochastic kernel on the sampler's grid.

@@ -27,7 +27,7 @@ class Judge:
 
     Args:
         rewards: by label.
-        decode: latents [B, C, h, w] to pictures [B, 3, H, W] in [0, 1].
+        decode: latents [B, C, ...] to pictures [B, 3, H, W] in [0, 1].
         attempts: calls in all.
     """
 

@@ -20,7 +20,7 @@ from opd_ds.teach.config import NftSection
 
 
 class NftLoss:
-    """A `Loss` that knows velocities `flow` (eps - x0), `old` and, with a KL, `start` [b, C, h, w]; `optimality` [b].
+    """A `Loss` that knows velocities `flow` (eps - x0), `old` and, with a KL, `start` [b, C, ...]; `optimality` [b].
 
     Args:
         sigmas: [T+1], the sampler's grid.

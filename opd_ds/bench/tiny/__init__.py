@@ -1,1 +1,9 @@
-"""Random pipelines of a few ten thousand parameters, one module per model family, and diffusers' own way to draw."""
+"""Tiny random pipelines, one module a model family, for tests and `opd-ds bench families`; made without network.
+
+Each module has two functions:
+
+    write(folder, seed=0) -> Path
+        a complete diffusers folder; another seed gives other weights in the same architecture
+    draw(pipeline, family, prompts, noise, guidance, steps) -> Tensor
+        what diffusers' own pipeline makes of `noise`: final latents, both in the layout of the family's latents
+"""

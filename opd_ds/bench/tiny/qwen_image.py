@@ -15,6 +15,7 @@ from diffusers import (
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from opd_ds.bench.tiny.parts import save
 from opd_ds.bench.tiny.qwen_tokenizer import make_tokenizer
 from opd_ds.models import ModelFamily
 from opd_ds.models.qwen_image import pack, unpack
@@ -37,8 +38,6 @@ def write(folder: Path, seed: int = 0) -> Path:
         joint_attention_dim=32,
         axes_dims_rope=(4, 4, 4),
     )
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.08)
     vae = AutoencoderKLQwenImage(
         base_dim=4,
         z_dim=4,
@@ -65,7 +64,7 @@ def write(folder: Path, seed: int = 0) -> Path:
         "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
         "fullatt_block_indexes": [0],
     }  # fmt: skip
-    QwenImagePipeline(
+    pipeline = QwenImagePipeline(
         transformer=transformer,
         vae=vae,
         text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
@@ -73,8 +72,8 @@ def write(folder: Path, seed: int = 0) -> Path:
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02
         ),
-    ).save_pretrained(folder)
-    return folder
+    )
+    return save(pipeline, folder)
 
 
 def draw(

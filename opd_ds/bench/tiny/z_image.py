@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipe
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 
+from opd_ds.bench.tiny.parts import save
 from opd_ds.bench.tiny.qwen_tokenizer import make_tokenizer
 from opd_ds.models import ModelFamily
 
@@ -33,8 +34,6 @@ def write(folder: Path, seed: int = 0) -> Path:
         axes_dims=[4, 6, 6],
         axes_lens=[1024, 32, 32],
     )
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.08)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -58,14 +57,14 @@ def write(folder: Path, seed: int = 0) -> Path:
         max_position_embeddings=2048,
         initializer_range=0.2,
     )
-    ZImagePipeline(
+    pipeline = ZImagePipeline(
         transformer=transformer,
         vae=vae,
         text_encoder=Qwen3Model(text),
         tokenizer=tokenizer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-    ).save_pretrained(folder)
-    return folder
+    )
+    return save(pipeline, folder)
 
 
 def draw(

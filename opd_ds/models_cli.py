@@ -1,0 +1,38 @@
+"""`opd-ds models`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+
+def models(as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
+    """List the model families: pipeline class, latents, guidance, where a LoRA adapts, a hub id to begin with."""
+    from opd_ds.models import FAMILIES
+
+    rows = [_row(name) for name in FAMILIES]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        passes = f"{row['passes']} pass" + ("es, 1 at guidance 1" if row["passes"] > 1 else "")
+        typer.echo(f"{row['family']:12} {row['pipeline']}, for example {row['example']}")
+        typer.echo(f"{'':12} latents of a {row['latents']}; {row['guidance']} guidance ({passes})")
+        typer.echo(f"{'':12} LoRA: {', '.join(row['lora_targets'])}")
+
+
+def _row(name: str) -> dict[str, Any]:
+    from opd_ds.models import family_class
+
+    family = family_class(name)
+    return {
+        "family": name,
+        "pipeline": family.pipeline_class,
+        "latents": "picture" if family.default_frames is None else "video",
+        "guidance": "embedded" if family.embedded_guidance else "classifier-free",
+        "passes": family.passes(4.5),  # at any guidance but 1
+        "lora_targets": list(family.lora_targets),
+        "example": family.example,
+    }

@@ -1,0 +1,73 @@
+"""`opd-ds bench families`: one family through everything, failures in their rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from opd_ds.bench import families
+from opd_ds.bench.cli import app
+from opd_ds.bench.families import TOLERANCE, bench_families, train_all
+from opd_ds.bench.tiny import sd3
+from opd_ds.errors import UserError
+
+
+@pytest.mark.multirank
+def test_a_family_goes_through_and_one_that_fails_stops_it_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(folder: Path, seed: int = 0) -> Path:
+        raise RuntimeError("this pipeline is broken\nand here is how")
+
+    monkeypatch.setattr(sd3, "write", broken)
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan" / "wan.json").write_text('{"error": 0.125}')
+    result = CliRunner().invoke(app, ["families", "--output-dir", str(tmp_path), "--family", "sd3", "--family", "wan"])
+    assert result.exit_code == 1
+    failed, good = json.loads((tmp_path / "families.json").read_text())
+    assert failed == {"family": "sd3", "error": "RuntimeError: this pipeline is broken", "plan_error": None}
+    assert (good["family"], good["error"], good["finite"], good["plan_error"]) == ("wan", None, True, 0.125)
+    assert max(good["parity"], *good["export"].values()) <= TOLERANCE
+    assert 0 < good["bf16"] < 0.1
+    for kind in ("full", "lora"):
+        assert good["zero3"][kind]["seconds"] > 0
+        metrics = json.loads((tmp_path / "tiny_runs" / "wan" / kind / "metrics.jsonl").read_text())
+        assert metrics["round"] == 1
+        assert (
+            tmp_path / "tiny_runs" / "wan" / kind / "checkpoints/round-000001/shard-00001-of-00002.safetensors"
+        ).is_file()
+    table = (tmp_path / "families.md").read_text()
+    assert "| sd3 | - | - | - | - | - | - | - | not measured | RuntimeError: this pipeline is broken |" in table
+    assert "| 12.5% |" in table
+    assert table in result.stdout
+
+
+def test_a_run_that_fails_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure ends its process group; what waits is trained in another, also where nothing could be said."""
+    groups = []
+
+    def fake(configs: list[Path], log: Path) -> str:
+        groups.append([config.stem for config in configs])
+        for config in configs:
+            if config.stem == "killed":
+                return "the ranks ended with exit code -9"
+            ended = {"error": "UserError: no"} if config.stem == "bad" else {"seconds": 1.0}
+            config.with_suffix(".json").write_text(json.dumps(ended))
+            if config.stem == "bad":
+                return "the ranks ended with exit code 2"
+        return "the ranks ended with exit code 0"
+
+    monkeypatch.setattr(families, "_run_group", fake)
+    names = ["a", "bad", "b", "killed", "c"]
+    ended = train_all([tmp_path / f"{name}.yaml" for name in names], tmp_path)
+    assert groups == [names, names[2:], names[4:]]
+    by_name = {config.stem: value for config, value in ended.items()}
+    assert by_name["bad"] == {"error": "UserError: no"}
+    assert by_name["killed"]["error"].startswith("the ranks ended with exit code -9; see ")
+    assert [by_name[name] for name in "abc"] == [{"seconds": 1.0}] * 3
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--family wann: unknown; allowed: .*wan.*Did you mean"):
+        bench_families(tmp_path, ["wann"], print)
