@@ -43,6 +43,18 @@ SCHEDULER_KEYS = (
     "shift_terminal",
 )
 
+# The attention of blocks over picture and text, as diffusers names its parts.
+JOINT_ATTENTION = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+
 _ENCODED_AT_ONCE = 8  # prompts
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from opd_ds.models.base import Conditioning, ModelFamily
+from opd_ds.models.base import JOINT_ATTENTION, Conditioning, ModelFamily
 
 _PATCH = 2  # the pipeline's own and in no config; the network's `patch_size` of 1 is beside it
 
@@ -32,16 +32,7 @@ class Flux(ModelFamily):
         "pooled_projection_dim",
         "guidance_embeds",
     )
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
     embedded_guidance = True
 
     def default_size(self) -> tuple[int, int]:

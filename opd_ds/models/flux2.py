@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle
 
 from opd_ds.errors import UserError
-from opd_ds.models.base import Conditioning, ModelFamily
+from opd_ds.models.base import JOINT_ATTENTION, Conditioning, ModelFamily
 from opd_ds.models.flux import positions
 
 _PATCH = 2  # the pipeline's own and in no config; the network's `patch_size` of 1 is beside it
@@ -34,14 +34,7 @@ class Flux2(ModelFamily):
     transformer_keys = ("in_channels", "out_channels", "patch_size", "joint_attention_dim", "rope_theta")
     vae_keys = ("latent_channels", "block_out_channels", "patch_size", "batch_norm_eps")
     lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
+        *JOINT_ATTENTION,
         # Of the single blocks: query, key, value and the first layer of the MLP are one matrix.
         "attn.to_qkv_mlp_proj",
     )

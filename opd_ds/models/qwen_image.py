@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from opd_ds.models.base import Conditioning, ModelFamily
+from opd_ds.models.base import JOINT_ATTENTION, Conditioning, ModelFamily
 
 
 class QwenImage(ModelFamily):
@@ -25,16 +25,7 @@ class QwenImage(ModelFamily):
     transformer_keys = ("in_channels", "out_channels", "patch_size", "joint_attention_dim")
     vae_class = "AutoencoderKLQwenImage"
     vae_keys = ("z_dim", "dim_mult", "temperal_downsample", "latents_mean", "latents_std")
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
 
     def default_size(self) -> tuple[int, int]:
         return 128 * self._vae_factor, 128 * self._vae_factor  # the pipeline's; no config says it

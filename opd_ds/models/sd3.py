@@ -9,7 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from opd_ds.models.base import Conditioning, ModelFamily
+from opd_ds.models.base import JOINT_ATTENTION, Conditioning, ModelFamily
 
 
 class SD3(ModelFamily):
@@ -21,16 +21,7 @@ class SD3(ModelFamily):
     default_text_length = 128  # as in DiffusionOPD; the pipeline's is 256
     example = "stabilityai/stable-diffusion-3.5-medium"
     # Where the released DiffusionOPD teachers adapt.
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
 
     def default_size(self) -> tuple[int, int]:
         size = self._transformer_config["sample_size"] * self._vae_factor
