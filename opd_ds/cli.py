@@ -14,6 +14,7 @@ from opd_ds.evaluation.cli import evaluate
 from opd_ds.export_cli import export
 from opd_ds.failures import leave
 from opd_ds.merge_cli import merge
+from opd_ds.plan.cli import plan
 from opd_ds.rewards.cli import app as rewards_app
 from opd_ds.slurm import launch
 from opd_ds.train_cli import teach, train
@@ -28,6 +29,7 @@ app.command()(doctor)
 app.command("launch")(launch)
 app.command()(export)
 app.command()(merge)
+app.command()(plan)
 app.command("train")(train)
 app.command("teach")(teach)
 

@@ -13,7 +13,7 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.callback()
 def _bench() -> None:
-    """Claims of the paper, checked by runs of our own."""
+    """Claims of the paper and of this program, checked by runs of our own."""
 
 
 @app.command("paper-miniature")
@@ -37,3 +37,18 @@ def paper_miniature(
     if seeds is not None:
         plan = replace(plan, seeds=tuple(range(seeds)))
     bench(plan, output_dir, parallel or min(4, os.cpu_count() or 1), typer.echo)
+
+
+@app.command("plan")
+def plan_memory(
+    output_dir: Annotated[Path, typer.Option(help="plan.json, plan.md and one folder per configuration go here")],
+) -> None:
+    """Is a plan's memory right? Against processes that run it; the same command goes on."""
+    from opd_ds.launch import World, prepare_environment
+
+    prepare_environment(World())
+    from opd_ds.bench.plan_memory import bench
+    from opd_ds.quiet import quiet_libraries
+
+    quiet_libraries()
+    bench(output_dir, typer.echo)
