@@ -1,14 +1,20 @@
-"""Measured costs of a run's networks."""
+"""What is read or measured once of a run, whatever setting is planned: sizes, costs of passes, ds_configs."""
 
 from __future__ import annotations
 
 from functools import cached_property
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from opd_ds.config import LoraSection, RunConfig
+from opd_ds.engine import read_ds_config
+from opd_ds.loading import PACKAGE_PREFIX, resolve_ds_config, resolve_path
+from opd_ds.models import lora
 from opd_ds.plan.inputs import network_inputs, squared_sum
 from opd_ds.plan.metering import Cost, Meter, forward_cost, held_tensors, training_cost
 from opd_ds.plan.network import Counts, Model, count, student_network
@@ -25,6 +31,8 @@ class Costs:
         self.model, self._settings = model, config.student
         self._found: dict[tuple[str, bool, int], Cost] = {}
         self._counts: dict[tuple[LoraSection | None, float], Counts] = {}
+        self._adapters: dict[str, int | None] = {}
+        self._ds_configs: dict[str, tuple[dict[str, Any], str]] = {}
 
     def student(self, threshold: float = 0) -> Counts:
         """Elements of the student; `threshold` as for `count`."""
@@ -34,9 +42,34 @@ class Costs:
         """Elements of a full checkpoint."""
         return self._count(None, threshold)
 
-    def adapter(self, rank: int) -> int:
-        """Elements of a LoRA on the family's own targets."""
-        return self._count(LoraSection(rank=rank), 0).trained
+    def ds_config(self, value: str, key: str) -> tuple[dict[str, Any], str]:
+        """A ds_config as it is written, and where; read once. `key` names it in errors."""
+        if value not in self._ds_configs:
+            path = resolve_ds_config(value, key)
+            self._ds_configs[value] = read_ds_config(path), str(path)
+        return self._ds_configs[value]
+
+    def on_disk(self, path: str) -> bool:
+        """Whether a teacher's weights can be looked at."""
+        return path.startswith(PACKAGE_PREFIX) or Path(path).expanduser().exists()
+
+    def adapter(self, path: str) -> int | None:
+        """Elements of the LoRA at `path`, None for a full checkpoint. What is not on disk is a LoRA of the student's
+        rank when its name says so.
+        """
+        if path not in self._adapters:
+            self._adapters[path] = self._read_adapter(path)
+        return self._adapters[path]
+
+    def _read_adapter(self, path: str) -> int | None:
+        if not self.on_disk(path):
+            named = "lora" in path.lower() or "adapter" in path.lower()
+            return self._count(LoraSection(rank=self._settings.lora.rank), 0).trained if named else None
+        file = lora.adapter_weights(resolve_path(path, "teacher.path"))
+        if file is None:
+            return None
+        stored = safe_open(file, framework="pt")
+        return sum(prod(stored.get_slice(key).get_shape()) for key in stored.keys())  # noqa: SIM118  # not a dict
 
     def _count(self, adapter: LoraSection | None, threshold: float) -> Counts:
         key = (adapter, threshold)
@@ -58,18 +91,17 @@ class Costs:
 
     def inputs(self, batch: int) -> int:
         """Bytes of what one forward takes."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in held_tensors(self._inputs(batch)))
+        return batch * _nbytes(self._first)
 
     @cached_property
     def prompt(self) -> int:
         """Bytes of one encoded prompt."""
         names = ("encoder_hidden_states", "pooled_projections", "cap_feats")
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for name, value in self._inputs(1).items()
-            if name in names
-            for tensor in held_tensors(value)
-        )
+        return _nbytes([value for name, value in self._first.items() if name in names])
+
+    @cached_property
+    def _first(self) -> dict[str, Any]:
+        return self._inputs(1)
 
     @cached_property
     def network(self) -> nn.Module:
@@ -113,3 +145,7 @@ class Costs:
             saved = meter.now
             del pictures
         return Cost(meter.flops, meter.peak, saved, meter.operations)
+
+
+def _nbytes(inputs: Any) -> int:
+    return sum(tensor.nbytes for tensor in held_tensors(inputs))

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil, prod
-from pathlib import Path
-
-from safetensors import safe_open
 
 from opd_ds.config import DistilConfig, RunConfig, TeacherSection
-from opd_ds.engine import frozen_ds_config, read_ds_config, student_ds_config
-from opd_ds.loading import PACKAGE_PREFIX, resolve_ds_config, resolve_path
-from opd_ds.models import family_class, lora
+from opd_ds.engine import frozen_ds_config, student_ds_config
+from opd_ds.models import family_class
 from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import GIB, Devices
 from opd_ds.plan.network import Counts, Model, bytes_of
@@ -91,27 +87,49 @@ def allowance(memory: Memory, devices: Devices) -> float:
     return CONTEXT + (NCCL if devices.count > 1 else 0) + FRAGMENTATION * memory.peak
 
 
-def student_zero(config: RunConfig, devices: Devices) -> Zero:
-    """What the run's ds_config says about memory; raises UserError as a start would."""
-    path = resolve_ds_config(config.deepspeed, "deepspeed")
-    return Zero.of(student_ds_config(read_ds_config(path), config, devices.world, str(path)), devices.count)
+@dataclass(frozen=True)
+class Layout:
+    """How the run's networks lie on devices.
+
+    Attributes:
+        notes: what had to be assumed.
+    """
+
+    zero: Zero
+    teachers: list[Teacher]
+    notes: list[str]
 
 
-def run_memory(config: RunConfig, costs: Costs, devices: Devices, *, rounds_only: bool = False) -> Memory:
+def layout(config: RunConfig, costs: Costs, devices: Devices) -> Layout:
+    """Read off the config and its ds_configs.
+
+    Raises:
+        UserError: as a start would, for what the ds_configs say.
+    """
+    template, source = costs.ds_config(config.deepspeed, "deepspeed")
+    zero = Zero.of(student_ds_config(template, config, devices.world, source), devices.count)
+    notes: list[str] = []
+    return Layout(zero, _find_teachers(config, costs, devices, notes), notes)
+
+
+def run_memory(
+    config: RunConfig, costs: Costs, devices: Devices, placed_as: Layout | None = None, *, rounds_only: bool = False
+) -> Memory:
     """Bytes by part.
 
     Args:
+        placed_as: the run's layout, where it is known.
         rounds_only: without evaluation, checkpoints and export.
     """
     model = costs.model
     element, on_cpu = bytes_of(config.precision), devices.kind.is_cpu
-    zero = student_zero(config, devices)
+    placed_as = placed_as or layout(config, costs, devices)
+    zero = placed_as.zero
     counts = costs.student(zero.threshold)
-    notes: list[str] = []
     student = student_state(counts, config.precision, element, zero, config.weight_copies, on_cpu=on_cpu)
     device, host = list(student.device), list(student.host)
 
-    for teacher in find_teachers(config, costs, devices, notes):
+    for teacher in placed_as.teachers:
         frozen = costs.base(teacher.zero.threshold if teacher.zero else 0)
         placed = _teacher(teacher, frozen, element, on_cpu=on_cpu)
         device += placed.device
@@ -132,7 +150,7 @@ def run_memory(config: RunConfig, costs: Costs, devices: Devices, *, rounds_only
     device += _rewards(config)
     if not rounds_only:
         host += _host(config, counts, zero, element)
-    return Memory(_without_empty(device), _without_empty(host), notes)
+    return Memory(_without_empty(device), _without_empty(host), placed_as.notes)
 
 
 def _without_empty(parts: list[Part]) -> list[Part]:
@@ -142,7 +160,7 @@ def _without_empty(parts: list[Part]) -> list[Part]:
 # ---- teachers ----
 
 
-def find_teachers(config: RunConfig, costs: Costs, devices: Devices, notes: list[str]) -> list[Teacher]:
+def _find_teachers(config: RunConfig, costs: Costs, devices: Devices, notes: list[str]) -> list[Teacher]:
     """As `TeacherPool` loads them. A teacher that is not on disk is a LoRA when its name says so, else a full
     checkpoint; what is assumed is added to `notes`.
     """
@@ -151,44 +169,22 @@ def find_teachers(config: RunConfig, costs: Costs, devices: Devices, notes: list
         asked[ANCHOR] = config.anchor
     shared: dict[tuple[str, ...], dict[str, TeacherSection]] = {}
     for task, teacher in asked.items():
-        kind = "lora" if _is_lora(teacher, task, config, notes) else teacher.path
+        if not costs.on_disk(teacher.path):
+            named = costs.adapter(teacher.path) is not None
+            kind = f"a LoRA of rank {config.student.lora.rank}" if named else "a full checkpoint"
+            notes.append(f"teacher of {task}: {teacher.path} is not on disk; taken for {kind}")
+        kind = "lora" if costs.adapter(teacher.path) is not None else teacher.path
         shared.setdefault((kind, teacher.placement, str(teacher.deepspeed)), {})[task] = teacher
     found = []
-    for (kind, placement, _), tasks in shared.items():
+    for (_, placement, _), tasks in shared.items():
         first = next(iter(tasks.values()))
         zero = None
         if placement == "zero_inference":
-            path = resolve_ds_config(first.deepspeed or "zero_inference_gpu", "teacher.deepspeed")
-            settings = frozen_ds_config(read_ds_config(path), config.precision, devices.count, str(path))
-            zero = Zero.of(settings, devices.count)
-        paths = {teacher.path for teacher in tasks.values()}
-        adapters = sum(_adapter(path, config, costs) for path in paths) if kind == "lora" else 0
+            template, source = costs.ds_config(first.deepspeed or "zero_inference_gpu", "teacher.deepspeed")
+            zero = Zero.of(frozen_ds_config(template, config.precision, devices.count, source), devices.count)
+        adapters = sum(costs.adapter(path) or 0 for path in {teacher.path for teacher in tasks.values()})
         found.append(Teacher(tuple(tasks), placement, adapters, zero))
     return found
-
-
-def _local(path: str) -> Path | None:
-    on_disk = path.startswith(PACKAGE_PREFIX) or Path(path).expanduser().exists()
-    return resolve_path(path, "teacher.path") if on_disk else None
-
-
-def _is_lora(teacher: TeacherSection, task: str, config: RunConfig, notes: list[str]) -> bool:
-    found = _local(teacher.path)
-    if found is not None:
-        return lora.is_adapter(found)
-    named = "lora" in teacher.path.lower() or "adapter" in teacher.path.lower()
-    kind = f"a LoRA of rank {config.student.lora.rank}" if named else "a full checkpoint"
-    notes.append(f"teacher of {task}: {teacher.path} is not on disk; taken for {kind}")
-    return named
-
-
-def _adapter(path: str, config: RunConfig, costs: Costs) -> int:
-    found = _local(path)
-    file = lora.adapter_weights(found) if found is not None else None
-    if file is None:
-        return costs.adapter(config.student.lora.rank)
-    stored = safe_open(file, framework="pt")
-    return sum(prod(stored.get_slice(key).get_shape()) for key in stored.keys())  # noqa: SIM118  # not a dict
 
 
 def _teacher(teacher: Teacher, counts: Counts, element: int, *, on_cpu: bool) -> Placed:

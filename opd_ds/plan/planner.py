@@ -10,7 +10,7 @@ from opd_ds.config import RunConfig
 from opd_ds.errors import UserError
 from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import GIB, Devices
-from opd_ds.plan.memory import Memory, allowance, rows_per_rank, run_memory, tasks_at_once
+from opd_ds.plan.memory import Memory, allowance, layout, rows_per_rank, run_memory, tasks_at_once
 from opd_ds.plan.timing import Seconds, round_seconds
 
 AS_FAST = 1.03  # the estimate is no finer than that
@@ -87,7 +87,9 @@ class Setting:
 
 def make_plan(config: RunConfig, costs: Costs, devices: Devices) -> Plan:
     """The run as it is configured."""
-    return Plan(config, devices, run_memory(config, costs, devices), round_seconds(config, costs, devices))
+    placed = layout(config, costs, devices)
+    memory, seconds = run_memory(config, costs, devices, placed), round_seconds(config, costs, devices, placed)
+    return Plan(config, devices, memory, seconds)
 
 
 def settings(config: RunConfig, devices: Devices) -> Iterator[Setting]:

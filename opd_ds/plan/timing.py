@@ -8,7 +8,7 @@ from math import ceil
 from opd_ds.config import RunConfig
 from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import Devices
-from opd_ds.plan.memory import batches, find_teachers, rows_per_rank, student_zero, tasks_at_once
+from opd_ds.plan.memory import Layout, batches, layout, rows_per_rank, tasks_at_once
 from opd_ds.plan.metering import Cost
 from opd_ds.plan.network import Counts, Model, bytes_of
 from opd_ds.plan.passes import Passes, round_passes
@@ -35,9 +35,10 @@ class Seconds:
         return sum(self.phases.values())
 
 
-def round_seconds(config: RunConfig, costs: Costs, devices: Devices) -> Seconds:
+def round_seconds(config: RunConfig, costs: Costs, devices: Devices, placed_as: Layout | None = None) -> Seconds:
     """A round of all its tasks."""
-    zero = student_zero(config, devices)
+    placed_as = placed_as or layout(config, costs, devices)
+    zero = placed_as.zero
     counts = costs.student(zero.threshold)
     element = bytes_of(config.precision)
     passes = passes_of_a_round(config, devices)
@@ -57,8 +58,8 @@ def round_seconds(config: RunConfig, costs: Costs, devices: Devices) -> Seconds:
         {
             "encode": _encode_seconds(config, costs.model, element, devices),
             "rollout": asked("rollout", gather),
-            "score": asked("score", _teacher_gather(config, costs, devices, element))
-            + _teacher_transfer(config, costs, devices, element),
+            "score": asked("score", _teacher_gather(config, costs, placed_as, devices, element))
+            + _teacher_transfer(costs, placed_as, devices, element),
             "train": _seconds(trained, sizes["train"], train, moved, config, devices),
             "step": config.train.inner_epochs * _step_seconds(counts, element, zero, devices),
         }
@@ -122,25 +123,22 @@ def _step_seconds(counts: Counts, element: int, zero: Zero, devices: Devices) ->
     return seconds
 
 
-def _teacher_gather(config: RunConfig, costs: Costs, devices: Devices, element: int) -> float:
+def _teacher_gather(config: RunConfig, costs: Costs, placed_as: Layout, devices: Devices, element: int) -> float:
     """Of the weights of ZeRO-Inference teachers, per forward, as a mean over teachers; of the student's own where
     frozen policies are swapped into it.
     """
     if isinstance(config, TeachConfig):
-        zero = student_zero(config, devices)
-        return _gather_seconds(costs.base(zero.threshold), element, zero, devices)
-    teachers = find_teachers(config, costs, devices, [])
-    counts = costs.base()
-    each = [_gather_seconds(counts, element, teacher.zero, devices) for teacher in teachers if teacher.zero]
-    return sum(each) / len(teachers)
+        return _gather_seconds(costs.base(placed_as.zero.threshold), element, placed_as.zero, devices)
+    each = [_gather_seconds(costs.base(), element, one.zero, devices) for one in placed_as.teachers if one.zero]
+    return sum(each) / len(placed_as.teachers)
 
 
-def _teacher_transfer(config: RunConfig, costs: Costs, devices: Devices, element: int) -> float:
+def _teacher_transfer(costs: Costs, placed_as: Layout, devices: Devices, element: int) -> float:
     """Of offloaded teachers: the weights come once for each task."""
     if devices.kind.is_cpu:
         return 0.0
     weights = element * costs.base().parameters
-    uses = sum(len(t.tasks) for t in find_teachers(config, costs, devices, []) if t.placement == "offload")
+    uses = sum(len(t.tasks) for t in placed_as.teachers if t.placement == "offload")
     return uses * weights / devices.kind.host
 
 
