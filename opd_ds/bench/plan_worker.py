@@ -39,17 +39,16 @@ def main(config_file: str, out: str, rounds: int) -> None:
         prepare(_tiny(config), group).trainer.run_round(0)
         del warm
         on_cpu = group.device.type == "cpu"
-        baseline = _resident() if on_cpu else 0
+        baseline = _resident() if on_cpu else torch.cuda.memory_allocated()
         _reset_peak(on_cpu)
         parts = prepare(config, group)
         loading = _peak(on_cpu) - baseline
-        held = (_resident() if on_cpu else torch.cuda.memory_allocated()) - baseline
         _reset_peak(on_cpu)
         seconds = []
         for index in range(rounds):
             seconds.append(sum(parts.trainer.run_round(index).seconds.values()))
         peak = _peak(on_cpu) - baseline
-        found = group.gather({"peak": peak, "loading": loading, "held": held, "seconds": seconds[-1]})
+        found = group.gather({"peak": peak, "loading": loading, "seconds": seconds[-1]})
         if world.is_main:
             Path(out).write_text(json.dumps({"device": group.device.type, "ranks": found}) + "\n", encoding="utf-8")
 

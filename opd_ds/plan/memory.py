@@ -126,7 +126,8 @@ def run_memory(
     placed_as = placed_as or layout(config, costs, devices)
     zero = placed_as.zero
     counts = costs.student(zero.threshold)
-    student = student_state(counts, config.precision, element, zero, config.weight_copies, on_cpu=on_cpu)
+    asked, copies = isinstance(config, TeachConfig), config.weight_copies
+    student = student_state(counts, config.precision, element, zero, copies, on_cpu=on_cpu, asked=asked)
     device, host = list(student.device), list(student.host)
 
     for teacher in placed_as.teachers:

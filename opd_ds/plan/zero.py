@@ -91,22 +91,26 @@ class Placed:
 
 def frozen_weights(counts: Counts, element: int, zero: Zero) -> Placed:
     """A network without gradients under ZeRO-3 (ZeRO-Inference)."""
-    return _sharded_weights(counts, element, zero, "teachers")
+    return _sharded_weights(counts, element, zero, "teachers", {Phase.SCORE}, trained=False)
 
 
-def student_state(counts: Counts, precision: str, element: int, zero: Zero, copies: int, *, on_cpu: bool) -> Placed:
+def student_state(
+    counts: Counts, precision: str, element: int, zero: Zero, copies: int, *, on_cpu: bool, asked: bool = False
+) -> Placed:
     """Weights, masters, gradients, optimizer state and copies of a trained network under AdamW.
 
     Args:
         copies: further sets of the fp32 masters (averages and the like).
         on_cpu: the device is a CPU: pages of buffers that are never written do not count, and torch's Adam works
             tensor by tensor.
+        asked: frozen policies are asked through this network, their weights in its place.
     """
     trained = counts.trained
     shard = trained / zero.world if zero.stage else trained
     device, host = [], []
     if zero.stage == 3:
-        weights = _sharded_weights(counts, element, zero, "student weights")
+        passes = {Phase.ROLLOUT, Phase.EVALUATE} | ({Phase.SCORE} if asked else set())
+        weights = _sharded_weights(counts, element, zero, "student weights", passes, trained=True)
         device += weights.device
         host += weights.host
     else:
@@ -124,13 +128,17 @@ def student_state(counts: Counts, precision: str, element: int, zero: Zero, copi
             phases.discard(Phase.REDUCE)
             left = element * (trained - min(zero.reduce_bucket, trained))
             states.append(Part("gradients", left, frozenset({Phase.REDUCE})))
-    states.append(Part("gradients", gradients, None if zero.stage == 3 else frozenset(phases)))
+    # At stage 3 a buffer from the start; BF16_Optimizer, too, sets its gradients to zero and keeps them.
+    always = zero.stage == 3 or _by_bf16_optimizer(precision, zero)
+    states.append(Part("gradients", gradients, None if always else frozenset(phases)))
     device += _reduction(trained, shard, precision, element, zero, on_cpu=on_cpu)
     states.append(Part("optimizer step", _step(counts, shard, precision, zero, on_cpu=on_cpu), frozenset({Phase.STEP})))
     return Placed(device, host)
 
 
-def _sharded_weights(counts: Counts, element: int, zero: Zero, name: str) -> Placed:
+def _sharded_weights(
+    counts: Counts, element: int, zero: Zero, name: str, passes: set[Phase], *, trained: bool
+) -> Placed:
     """ZeRO-3's: this rank's share; small parameters whole; buffers whole; and what is gathered while it works.
 
     After the first rounds DeepSpeed knows the order of modules and leaves a parameter in place when it is used again
@@ -148,12 +156,10 @@ def _sharded_weights(counts: Counts, element: int, zero: Zero, name: str) -> Pla
     device = [Part(name, element * ((0 if zero.offload_param else share) + small + counts.buffers))]
     if zero.gather > 1:
         device.append(Part(f"{name}: second shard (hpZ)", element * counts.parameters / zero.gather))
-    passes = frozenset({Phase.ROLLOUT, Phase.EVALUATE})
-    if name == "teachers":
-        device.append(Part(f"{name}: gathered", element * 2 * coming, frozenset({Phase.SCORE})))
-    else:
-        device.append(Part(f"{name}: gathered", element * 2 * coming, passes))
-        device.append(Part(f"{name}: gathered", element * (live + coming), frozenset({Phase.TRAIN, Phase.REDUCE})))
+    device.append(Part(f"{name}: gathered", element * 2 * coming, frozenset(passes)))
+    if trained:
+        training = frozenset({Phase.TRAIN, Phase.REDUCE})
+        device.append(Part(f"{name}: gathered", element * (live + coming), training))
     host = [Part(f"{name} (offloaded)", element * share)] if zero.offload_param and not zero.nvme else []
     return Placed(device, host)
 
@@ -168,12 +174,19 @@ def _accumulates_in_fp32(precision: str, zero: Zero) -> bool:
     return precision == "bf16" and zero.stage > 0
 
 
+def _by_bf16_optimizer(precision: str, zero: Zero) -> bool:
+    """Stage 1 in bf16 is a class of its own in DeepSpeed: one flat gradient in float32, reduced in bf16."""
+    return zero.stage == 1 and _accumulates_in_fp32(precision, zero)
+
+
 def _copies_gradients(precision: str, zero: Zero) -> bool:
     return zero.stage in (1, 2) and not _accumulates_in_fp32(precision, zero)
 
 
 def _gradients(trained: float, shard: float, precision: str, element: int, zero: Zero) -> float:
     """What lives from micro-batch to micro-batch."""
+    if _by_bf16_optimizer(precision, zero):  # those of the network, and their sum
+        return (element + FP32) * trained
     accumulated = FP32 if _accumulates_in_fp32(precision, zero) else element
     return accumulated * (shard if zero.stage >= 2 else trained)  # stage 1 shards optimizer states only
 
@@ -190,8 +203,7 @@ def _reduction(trained: int, shard: float, precision: str, element: int, zero: Z
             Part(name, element * (used if on_cpu else zero.reduce_bucket)),
             Part("reduction", element * used, reduce),
         ]
-    if zero.stage == 1 and _accumulates_in_fp32(precision, zero):
-        # DeepSpeed's BF16_Optimizer: one flat gradient in float32, reduced in bf16.
+    if _by_bf16_optimizer(precision, zero):
         return [Part("reduction", element * trained, reduce)]
     # A rank's own share is copied out of the bucket; where it is the accumulated gradient, it is added there.
     kept = 0.0 if _accumulates_in_fp32(precision, zero) else element * shard
