@@ -16,6 +16,7 @@ from opd_ds.export_cli import export
 from opd_ds.failures import leave
 from opd_ds.merge_cli import merge
 from opd_ds.models_cli import models
+from opd_ds.plan.cli import plan
 from opd_ds.rewards.cli import app as rewards_app
 from opd_ds.slurm import launch
 from opd_ds.train_cli import teach, train
@@ -32,6 +33,7 @@ app.command("launch")(launch)
 app.command()(export)
 app.command()(merge)
 app.command()(models)
+app.command()(plan)
 app.command("train")(train)
 app.command("teach")(teach)
 

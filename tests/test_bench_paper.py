@@ -26,7 +26,7 @@ from opd_ds.bench.drawing import Bars, Line, Panel, draw
 from opd_ds.bench.gradients import Draws, Spread, gradient_variance
 from opd_ds.bench.jobs import Job, run_jobs
 from opd_ds.bench.paper_miniature import CONVERGENCE, FULL, QUICK, Plan, Run, cascade, jobs, joint, opd, runs, teacher
-from opd_ds.bench.passes import Passes, measured_passes, planned_passes
+from opd_ds.bench.passes import measured_passes
 from opd_ds.bench.real import real_rewards
 from opd_ds.bench.table import COLUMNS, Findings, Outcome, Point, collect
 from opd_ds.config import RunConfig
@@ -35,6 +35,7 @@ from opd_ds.errors import UserError
 from opd_ds.loading import parse_config, resolve_path
 from opd_ds.miniature.world import TASKS
 from opd_ds.models import build_family
+from opd_ds.plan.passes import Passes, planned_passes
 from opd_ds.run import train
 from tests.tiny import PROMPTS, run_settings
 
@@ -52,7 +53,9 @@ def distilled(world: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     return run_settings(world, folder, run__rounds=2, deepspeed="zero0", **changes)
 
 
-@pytest.mark.parametrize("case", ["alternate", "together", "no start", "distil", "anchor", "two epochs"])
+@pytest.mark.parametrize(
+    "case", ["alternate", "together", "no start", "distil", "anchor", "two epochs", "fused", "fused queries", "sft"]
+)
 def test_passes_are_known_before_a_run(case: str, tiny_world: Path, tmp_path: Path, group: Group) -> None:
     folder = tmp_path / "out"
     anchor = {"path": str(tiny_world / "other"), "guidance": 2.0}
@@ -63,17 +66,17 @@ def test_passes_are_known_before_a_run(case: str, tiny_world: Path, tmp_path: Pa
         "distil": lambda: distilled(tiny_world, folder, rollout__trained_steps={"queries": 3}),
         "anchor": lambda: distilled(tiny_world, folder, anchor=anchor, rollout__trained_steps={"steps": [0, 2]}),
         "two epochs": lambda: distilled(tiny_world, folder, train__inner_epochs=2),
+        "fused": lambda: distilled(tiny_world, folder, rollout__mode="fused", rollout__trained_steps={"steps": [0, 2]}),
+        "fused queries": lambda: distilled(
+            tiny_world, folder, rollout__mode="fused", rollout__trained_steps={"queries": 1}
+        ),
+        "sft": lambda: distilled(tiny_world, folder, objective={"method": "sft"}),
     }[case]()
     config: RunConfig = parse_config(data)
     planned = planned_passes(config)
     train(config, group)
     assert planned == measured_passes(folder)
     assert planned.backward > 0
-
-
-def test_passes_of_other_rounds_are_refused(tiny_world: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="fused"):
-        planned_passes(parse_config(distilled(tiny_world, tmp_path, rollout__mode="fused")))
 
 
 @pytest.mark.parametrize("plan", [FULL, QUICK], ids=["full", "quick"])

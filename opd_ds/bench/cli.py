@@ -51,3 +51,18 @@ def families(
     quiet_libraries()
     if not bench_families(output_dir, family or [], typer.echo):
         raise typer.Exit(1)
+
+
+@app.command("plan")
+def plan_memory(
+    output_dir: Annotated[Path, typer.Option(help="plan.json, plan.md and one folder per configuration go here")],
+) -> None:
+    """Is a plan's memory right? Against processes that run it; the same command goes on."""
+    from opd_ds.launch import World, prepare_environment
+
+    prepare_environment(World())
+    from opd_ds.bench.plan_memory import bench
+    from opd_ds.quiet import quiet_libraries
+
+    quiet_libraries()
+    bench(output_dir, typer.echo)

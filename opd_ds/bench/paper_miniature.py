@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from opd_ds.bench.jobs import Job
-from opd_ds.bench.passes import Passes, planned_passes
 from opd_ds.config import RunConfig
 from opd_ds.export import EXPORT_FOLDER
 from opd_ds.loading import load_config
 from opd_ds.miniature.world import TASKS
+from opd_ds.plan.passes import Passes, planned_passes
 
 BASE, GRADIENTS = "base", "gradients"
 # The paper's objective, whose weight is the exact KL with noise and mean matching without: one setting for all three.

@@ -19,11 +19,12 @@ from opd_ds.bench.paper_miniature import (
     runs,
     teacher,
 )
-from opd_ds.bench.passes import Passes, measured_passes
+from opd_ds.bench.passes import measured_passes
 from opd_ds.errors import UserError
 from opd_ds.evaluation.results import RESULTS_FILE, means, read_results
 from opd_ds.miniature.world import TASKS
 from opd_ds.monitor import METRICS_FILE, SCORES_FILE, read_metrics
+from opd_ds.plan.passes import Passes
 from opd_ds.preparation import EVALUATION_FOLDER
 
 COLUMNS = ("method", "seed", "task", "reward", "passes", "seconds")

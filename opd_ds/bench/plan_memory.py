@@ -1,0 +1,207 @@
+"""`opd-ds bench plan`: what a plan predicts against what processes really take."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from opd_ds.config import RunConfig
+from opd_ds.errors import UserError
+from opd_ds.launch import unused_port
+from opd_ds.loading import package_root, parse_config
+from opd_ds.miniature.networks import Sizes, make_pipeline
+from opd_ds.plan.costs import Costs
+from opd_ds.plan.devices import Devices, parse_devices
+from opd_ds.plan.memory import Memory, run_memory
+from opd_ds.plan.network import find_model
+
+# 59 million parameters: large beside what allocators round, small enough for a laptop.
+_SIZES = Sizes(layers=3, heads=12, head_dim=64)
+_PROMPTS = ["a red 3 on blue", "a green 7 on white", "a blue 0 on red", "the number 5"]
+# Large tensors get pages of their own and give them back when they are freed: what is resident is what is alive.
+_ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration."""
+
+    precision: str
+    stage: int
+    kind: str
+    checkpointing: bool
+    ranks: int
+
+    @property
+    def name(self) -> str:
+        recompute = "recompute" if self.checkpointing else "keep"
+        return f"{self.precision}-zero{self.stage}-{self.kind}-{recompute}-{self.ranks}"
+
+    @property
+    def pairs(self) -> int:
+        """(state, step) pairs per rank and micro-batch; beside a LoRA's states activations should count."""
+        return 4 if self.kind == "lora" else 1
+
+    def config(self, world: Path) -> RunConfig:
+        """Two micro-batches a round."""
+        # Weights in the other dtype are converted as they are read; in the same one they stay in the file's pages.
+        base = str(world / ("bf16" if self.precision == "fp32" else "fp32"))
+        task = {"teacher": {"path": base, "guidance": 1.0}, "prompts": str(world / "prompts.txt")}
+        return parse_config(
+            {
+                "run": {"rounds": 2, "output_dir": str(world / "run")},
+                "model": {"path": base, "height": 32, "width": 32, "max_text_length": 10},
+                "precision": self.precision,
+                "deepspeed": f"zero{self.stage}",
+                "student": {"kind": self.kind, "gradient_checkpointing": self.checkpointing, "lora": {"rank": 8}},
+                "rollout": {"samples": self.pairs * self.ranks, "steps": 2, "guidance": 1.0, "micro_batch": self.pairs},
+                "train": {"micro_batch": self.pairs},
+                "tasks": {"one": task},
+            }
+        )
+
+
+CASES = tuple(
+    Case(*case)
+    for case in (
+        ("fp32", 0, "full", False, 1),
+        ("fp32", 2, "full", True, 1),
+        ("fp32", 3, "full", False, 1),
+        ("bf16", 0, "full", False, 1),
+        ("bf16", 1, "full", True, 1),
+        ("bf16", 2, "full", False, 1),
+        ("bf16", 3, "full", True, 1),
+        ("fp32", 2, "lora", False, 1),
+        ("fp32", 3, "lora", True, 1),
+        ("bf16", 2, "lora", True, 1),
+        ("fp32", 2, "full", False, 2),
+        ("fp32", 3, "full", True, 2),
+        ("bf16", 3, "lora", False, 2),
+    )
+)
+
+
+def bench(folder: Path, say: Callable[[str], None], cases: Iterable[Case] = CASES) -> None:
+    """Measure what is missing in `folder`, then write plan.json and plan.md there.
+
+    Raises:
+        UserError: a configuration failed, naming its log.
+    """
+    world = write_world(folder / "world")
+    found = []
+    for case in cases:
+        if case.ranks > _devices():
+            say(f"{case.name}: left out, there are {_devices()} devices")
+            continue
+        measured = _measure(case, world, folder)
+        on_cpu = measured["device"] == "cpu"
+        memory = predict(case.config(world), _planned(case, on_cpu=on_cpu))
+        peak = max(rank["peak"] for rank in measured["ranks"])
+        row = asdict(case) | {
+            "device": measured["device"],
+            "predicted": memory.peak,
+            "measured": peak,
+            "error": memory.peak / peak - 1,
+            "phase": memory.worst.value,
+            "parts": {part.name: part.nbytes for part in memory.device if part.alive(memory.worst)},
+        }
+        found.append(row)
+        say(
+            f"{case.name}: predicted {memory.peak / _MIB:.0f} MiB, measured {peak / _MIB:.0f} MiB ({row['error']:+.1%})"
+        )
+    (folder / "plan.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (folder / "plan.md").write_text(as_markdown(found), encoding="utf-8")
+    say(f"table: {folder / 'plan.md'}")
+
+
+def predict(config: RunConfig, devices: Devices) -> Memory:
+    """Of the rounds alone."""
+    return run_memory(config, Costs(find_model(config), config), devices, rounds_only=True)
+
+
+def write_world(folder: Path) -> Path:
+    """A random model in float32 and in bfloat16, and prompts."""
+    if not (folder / "prompts.txt").is_file():
+        pipeline = make_pipeline(_PROMPTS, _SIZES, seed=0)
+        pipeline.save_pretrained(folder / "fp32")
+        pipeline.to(torch.bfloat16).save_pretrained(folder / "bf16")
+        (folder / "prompts.txt").write_text("\n".join(_PROMPTS) + "\n", encoding="utf-8")
+    return folder
+
+
+def as_markdown(found: list[dict[str, Any]]) -> str:
+    """The table."""
+    lines = [
+        "| precision | ZeRO | student | checkpointing | ranks | worst phase | predicted, MiB | measured, MiB | error |",
+        "|---|---|---|---|---|---|---:|---:|---:|",
+    ]
+    for row in found:
+        cells = [
+            row["precision"],
+            str(row["stage"]),
+            row["kind"],
+            "yes" if row["checkpointing"] else "no",
+            str(row["ranks"]),
+            row["phase"],
+            f"{row['predicted'] / _MIB:,.0f}",
+            f"{row['measured'] / _MIB:,.0f}",
+            f"{row['error']:+.1%}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _devices() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 2
+
+
+def _planned(case: Case, *, on_cpu: bool) -> Devices:
+    return parse_devices(f"{case.ranks}x{'cpu' if on_cpu else 'H100-80GB'}", "--gpus")
+
+
+def _measure(case: Case, world: Path, folder: Path) -> dict[str, Any]:
+    """By the worker, one process per rank; a measurement that is there is not repeated."""
+    place = folder / case.name
+    place.mkdir(parents=True, exist_ok=True)
+    out = place / "measured.json"
+    if out.is_file():
+        return json.loads(out.read_text(encoding="utf-8"))
+    config = place / "config.yaml"
+    config.write_text(yaml.safe_dump(case.config(world).model_dump(mode="json")), encoding="utf-8")
+    packages = [str(package_root().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    shared = os.environ | _ALLOCATOR
+    shared |= {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(packages),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(unused_port()),
+        "WORLD_SIZE": str(case.ranks),
+        "LOCAL_WORLD_SIZE": str(case.ranks),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "opd_ds.bench.plan_worker",
+        str(config),
+        str(out),
+        str(case.config(world).run.rounds),
+    ]
+    processes = []
+    for rank in range(case.ranks):
+        with (place / f"rank{rank}.log").open("wb") as log:
+            environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    codes = [process.wait() for process in processes]
+    if any(codes) or not out.is_file():
+        raise UserError(f"{case.name} ended with exit codes {codes}; see {place}/rank*.log")
+    return json.loads(out.read_text(encoding="utf-8"))

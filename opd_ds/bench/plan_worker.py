@@ -1,0 +1,95 @@
+"""One configuration in processes of their own: rounds of it, and the most memory they took beyond the libraries.
+
+python -m opd_ds.bench.plan_worker CONFIG.yaml OUT.json ROUNDS     (RANK, WORLD_SIZE and so on as torchrun sets them)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+
+from opd_ds.config import RunConfig
+from opd_ds.launch import prepare_environment, who_am_i
+from opd_ds.loading import load_config, parse_config
+
+_TINY = "package:miniature/assets/miniature_base"
+
+
+def main(config_file: str, out: str, rounds: int) -> None:
+    """Rank 0 writes `out`: bytes on every rank, in the most expensive of the rounds and while loading."""
+    world = who_am_i()
+    prepare_environment(world)
+    config = load_config(None, Path(config_file), [])
+    import torch
+    from deepspeed import comm
+
+    from opd_ds.engine import init_group
+    from opd_ds.preparation import prepare
+    from opd_ds.quiet import quiet_libraries
+
+    quiet_libraries()
+    with init_group(world) as group:
+        warm = torch.ones(1 << 22, device=group.device)
+        comm.all_reduce(warm)
+        # What libraries load and keep at their first use is theirs: the same round once, with a tiny network.
+        prepare(_tiny(config), group).trainer.run_round(0)
+        del warm
+        on_cpu = group.device.type == "cpu"
+        baseline = _resident() if on_cpu else torch.cuda.memory_allocated()
+        _reset_peak(on_cpu)
+        parts = prepare(config, group)
+        loading = _peak(on_cpu) - baseline
+        _reset_peak(on_cpu)
+        seconds = []
+        for index in range(rounds):
+            seconds.append(sum(parts.trainer.run_round(index).seconds.values()))
+        peak = _peak(on_cpu) - baseline
+        found = group.gather({"peak": peak, "loading": loading, "seconds": seconds[-1]})
+        if world.is_main:
+            Path(out).write_text(json.dumps({"device": group.device.type, "ranks": found}) + "\n", encoding="utf-8")
+
+
+def _tiny(config: RunConfig) -> RunConfig:
+    data = config.model_dump(mode="json")
+    data["model"] |= {"path": _TINY, "height": None, "width": None}
+    for task in data["tasks"].values():
+        task["teacher"]["path"] = _TINY
+    return parse_config(data)
+
+
+def _status(field: str) -> int:
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(text.split(f"{field}:")[1].split()[0]) * 1024
+
+
+def _resident() -> int:
+    """Bytes of this process in memory, what the allocator holds back returned before."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status("VmRSS")
+
+
+def _reset_peak(on_cpu: bool) -> None:
+    if on_cpu:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # see proc(5)
+        return
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+
+
+def _peak(on_cpu: bool) -> int:
+    if on_cpu:
+        return _status("VmHWM")
+    import torch
+
+    return torch.cuda.max_memory_allocated()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    os._exit(0)  # nothing is left to do; DeepSpeed's threads may take their time

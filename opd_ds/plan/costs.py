@@ -1,0 +1,151 @@
+"""What is read or measured once of a run, whatever setting is planned: sizes, costs of passes, ds_configs."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from opd_ds.config import LoraSection, RunConfig
+from opd_ds.engine import read_ds_config
+from opd_ds.loading import PACKAGE_PREFIX, resolve_ds_config, resolve_path
+from opd_ds.models import lora
+from opd_ds.plan.inputs import network_inputs, squared_sum
+from opd_ds.plan.metering import Cost, Meter, forward_cost, held_tensors, training_cost
+from opd_ds.plan.network import Counts, Model, count, student_network
+
+
+class Costs:
+    """Measured costs of the run's networks by batch; each is measured once. Between batches they are straight lines
+    through two measured ones.
+    """
+
+    _MEASURED = (1, 2)
+
+    def __init__(self, model: Model, config: RunConfig) -> None:
+        self.model, self._settings = model, config.student
+        self._found: dict[tuple[str, bool, int], Cost] = {}
+        self._counts: dict[tuple[LoraSection | None, float], Counts] = {}
+        self._adapters: dict[str, int | None] = {}
+        self._ds_configs: dict[str, tuple[dict[str, Any], str]] = {}
+
+    def student(self, threshold: float = 0) -> Counts:
+        """Elements of the student; `threshold` as for `count`."""
+        return self._count(self._settings.lora if self._settings.kind == "lora" else None, threshold)
+
+    def base(self, threshold: float = 0) -> Counts:
+        """Elements of a full checkpoint."""
+        return self._count(None, threshold)
+
+    def ds_config(self, value: str, key: str) -> tuple[dict[str, Any], str]:
+        """A ds_config as it is written, and where; read once. `key` names it in errors."""
+        if value not in self._ds_configs:
+            path = resolve_ds_config(value, key)
+            self._ds_configs[value] = read_ds_config(path), str(path)
+        return self._ds_configs[value]
+
+    def on_disk(self, path: str) -> bool:
+        """Whether a teacher's weights can be looked at."""
+        return path.startswith(PACKAGE_PREFIX) or Path(path).expanduser().exists()
+
+    def adapter(self, path: str) -> int | None:
+        """Elements of the LoRA at `path`, None for a full checkpoint. What is not on disk is a LoRA of the student's
+        rank when its name says so.
+        """
+        if path not in self._adapters:
+            self._adapters[path] = self._read_adapter(path)
+        return self._adapters[path]
+
+    def _read_adapter(self, path: str) -> int | None:
+        if not self.on_disk(path):
+            named = "lora" in path.lower() or "adapter" in path.lower()
+            return self._count(LoraSection(rank=self._settings.lora.rank), 0).trained if named else None
+        file = lora.adapter_weights(resolve_path(path, "teacher.path"))
+        if file is None:
+            return None
+        stored = safe_open(file, framework="pt")
+        return sum(prod(stored.get_slice(key).get_shape()) for key in stored.keys())  # noqa: SIM118  # not a dict
+
+    def _count(self, adapter: LoraSection | None, threshold: float) -> Counts:
+        key = (adapter, threshold)
+        if key not in self._counts:
+            self._counts[key] = count(self.model.network(adapter), threshold)
+        return self._counts[key]
+
+    def forward(self, batch: int) -> Cost:
+        """Without gradient."""
+        return self._line("forward", False, batch)
+
+    def train(self, batch: int, *, checkpointing: bool) -> Cost:
+        """Forward and backward."""
+        return self._line("train", checkpointing, batch)
+
+    def decode(self, batch: int) -> Cost:
+        """Latents to pictures."""
+        return self._line("decode", False, batch)
+
+    def inputs(self, batch: int) -> int:
+        """Bytes of what one forward takes."""
+        return batch * _nbytes(self._first)
+
+    @cached_property
+    def prompt(self) -> int:
+        """Bytes of one encoded prompt."""
+        names = ("encoder_hidden_states", "pooled_projections", "cap_feats")
+        return _nbytes([value for name, value in self._first.items() if name in names])
+
+    @cached_property
+    def _first(self) -> dict[str, Any]:
+        return self._inputs(1)
+
+    @cached_property
+    def network(self) -> nn.Module:
+        return student_network(self.model, self._settings)
+
+    @cached_property
+    def _vae(self) -> nn.Module:
+        return self.model.vae()
+
+    def _line(self, kind: str, checkpointing: bool, batch: int) -> Cost:
+        (low, high) = self._MEASURED
+        if batch in self._MEASURED:
+            return self._measured(kind, checkpointing, batch)
+        first, second = (self._measured(kind, checkpointing, size) for size in (low, high))
+        return first.at(low, second, high, batch)
+
+    def _measured(self, kind: str, checkpointing: bool, batch: int) -> Cost:
+        key = (kind, checkpointing, batch)
+        if key not in self._found:
+            self._found[key] = self._measure(kind, checkpointing, batch)
+        return self._found[key]
+
+    def _measure(self, kind: str, checkpointing: bool, batch: int) -> Cost:
+        if kind == "decode":
+            return self._decode(batch)
+        network = self.network
+        (network.enable_gradient_checkpointing if checkpointing else network.disable_gradient_checkpointing)()  # type: ignore[operator]
+        inputs = self._inputs(batch)
+        return forward_cost(network, inputs) if kind == "forward" else training_cost(network, inputs, squared_sum)
+
+    def _inputs(self, batch: int) -> dict[str, Any]:
+        model, family = self.model, self.model.family
+        config = model.configs["transformer"]
+        return network_inputs(model.transformer_class, config, family.latent_shape, batch, model.tokens, family.dtype)
+
+    def _decode(self, batch: int) -> Cost:
+        family = self.model.family
+        latents = torch.empty(batch, *family.latent_shape, dtype=family.dtype, device="meta")
+        with torch.no_grad(), Meter([*self._vae.parameters(), *self._vae.buffers(), latents]) as meter:
+            pictures = family.decode_with(self._vae, latents)
+            saved = meter.now
+            del pictures
+        return Cost(meter.flops, meter.peak, saved, meter.operations)
+
+
+def _nbytes(inputs: Any) -> int:
+    return sum(tensor.nbytes for tensor in held_tensors(inputs))

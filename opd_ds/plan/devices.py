@@ -1,0 +1,89 @@
+"""GPU kinds, and what `8xH100-80GB` means."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from opd_ds.errors import UserError, nearest
+from opd_ds.launch import World
+
+GIB = 2**30
+GPUS_PER_NODE = 8
+
+
+@dataclass(frozen=True)
+class DeviceKind:
+    """Peak numbers from the makers' data sheets, dense bf16.
+
+    Attributes:
+        memory: bytes that a process can allocate.
+        flops: bf16 peak a second, without sparsity.
+        link: bytes a second and direction to the other GPUs of a node.
+        host: bytes a second between device and host memory.
+    """
+
+    name: str
+    memory: float
+    flops: float
+    link: float
+    host: float
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.name == "cpu"
+
+
+# What nvidia-smi calls total is a little less than the name says.
+_KINDS = {
+    kind.name: kind
+    for kind in (
+        DeviceKind("A100-40GB", 39.4 * GIB, 312e12, 300e9, 25e9),
+        DeviceKind("A100-80GB", 79.2 * GIB, 312e12, 300e9, 25e9),
+        DeviceKind("H100-80GB", 79.1 * GIB, 989e12, 450e9, 50e9),
+        DeviceKind("H200-141GB", 139.8 * GIB, 989e12, 450e9, 50e9),
+        DeviceKind("B200-180GB", 178.0 * GIB, 2250e12, 900e9, 50e9),
+        DeviceKind("A6000-48GB", 47.5 * GIB, 155e12, 25e9, 25e9),
+        DeviceKind("L40S-48GB", 44.7 * GIB, 362e12, 25e9, 25e9),
+        DeviceKind("RTX4090-24GB", 23.5 * GIB, 165e12, 25e9, 25e9),
+        DeviceKind("cpu", 64.0 * GIB, 0.1e12, 10e9, 10e9),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Devices:
+    """So many devices of one kind, at most eight on a node."""
+
+    kind: DeviceKind
+    count: int
+
+    @property
+    def per_node(self) -> int:
+        return min(self.count, GPUS_PER_NODE)
+
+    @property
+    def world(self) -> World:
+        return World(size=self.count, local_size=self.per_node)
+
+    def __str__(self) -> str:
+        return f"{self.count}x{self.kind.name}"
+
+
+def parse_devices(text: str, option: str) -> Devices:
+    """`8xH100-80GB`, `H100-80GB` for one, `2xcpu`.
+
+    Raises:
+        UserError: an unknown kind, no positive count, or nodes that are not full.
+    """
+    count, kind = re.fullmatch(r"(?:(\d+)x)?(.+)", text).groups()  # type: ignore[union-attr]  # matches anything
+    names = {name.lower(): name for name in _KINDS}
+    if kind.lower() not in names:
+        raise UserError(
+            f"{option} = {text!r}: unknown kind {kind!r}; allowed, with a count in front as in 8xH100-80GB: "
+            f"{', '.join(_KINDS)}.{nearest(kind, _KINDS)}"
+        )
+    number = int(count or 1)
+    if number < 1 or (number > GPUS_PER_NODE and number % GPUS_PER_NODE):
+        raise UserError(f"{option} = {text!r}: allowed are 1 to {GPUS_PER_NODE} devices or multiples of them")
+    return Devices(_KINDS[names[kind.lower()]], number)

@@ -1,0 +1,358 @@
+"""Everything a run keeps on one device and on its host, by part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import ceil, prod
+
+from opd_ds.config import DistilConfig, RunConfig, TeacherSection
+from opd_ds.engine import frozen_ds_config, student_ds_config
+from opd_ds.models import family_class
+from opd_ds.plan.costs import Costs
+from opd_ds.plan.devices import GIB, Devices
+from opd_ds.plan.network import Counts, Model, bytes_of
+from opd_ds.plan.passes import student_passes
+from opd_ds.plan.zero import FP32, Part, Phase, Placed, Zero, alive_when_reduced, frozen_weights, student_state
+from opd_ds.teach.config import NftSection, TeachConfig
+from opd_ds.teachers import ANCHOR
+
+# Parameters of reward models that score on the run's device, in float32 unless their options say otherwise.
+_REWARDS = {
+    "pickscore": 986e6,
+    "clipscore": 428e6,
+    "hpsv2": 986e6,
+    "aesthetic": 428e6,
+    "imagereward": 447e6,
+    "geneval": 536e6,
+}
+_HALF = ("bfloat16", "float16")
+
+# Allowances, on CUDA: context and loaded kernels; NCCL's channels; what the caching allocator cannot use of its blocks.
+CONTEXT, NCCL, FRAGMENTATION = 0.6 * GIB, 1.0 * GIB, 0.05
+# Host memory of a process before it holds any tensor: Python, torch, its libraries.
+PROCESS = 3.0 * GIB
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """One frozen network that serves tasks: LoRAs of one placement share a base.
+
+    Attributes:
+        adapters: elements of its LoRAs together.
+    """
+
+    tasks: tuple[str, ...]
+    placement: str
+    adapters: int
+    zero: Zero | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part: on one device, and on the host of one rank.
+
+    Attributes:
+        notes: what had to be assumed.
+    """
+
+    device: list[Part]
+    host: list[Part]
+    notes: list[str] = field(default_factory=list)
+
+    def in_phase(self, phase: Phase) -> float:
+        return sum(part.nbytes for part in self.device if part.alive(phase))
+
+    @property
+    def worst(self) -> Phase:
+        """The phase with the most on the device."""
+        return max((phase for phase in Phase), key=self.in_phase)
+
+    @property
+    def peak(self) -> float:
+        """Bytes of tensors on the device in the worst phase."""
+        return self.in_phase(self.worst)
+
+    def host_peak(self, per_node: int) -> float:
+        """Bytes on a node: what stays, and the largest of what comes and goes."""
+        stays = sum(part.nbytes for part in self.host if part.phases is None)
+        passing = max((part.nbytes for part in self.host if part.phases is not None), default=0.0)
+        return per_node * (stays + passing)
+
+
+def allowance(memory: Memory, devices: Devices) -> float:
+    """What a device loses beside tensors: stated, not measured."""
+    if devices.kind.is_cpu:
+        return 0.0
+    return CONTEXT + (NCCL if devices.count > 1 else 0) + FRAGMENTATION * memory.peak
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the run's networks lie on devices.
+
+    Attributes:
+        notes: what had to be assumed.
+    """
+
+    zero: Zero
+    teachers: list[Teacher]
+    notes: list[str]
+
+
+def layout(config: RunConfig, costs: Costs, devices: Devices) -> Layout:
+    """Read off the config and its ds_configs.
+
+    Raises:
+        UserError: as a start would, for what the ds_configs say.
+    """
+    template, source = costs.ds_config(config.deepspeed, "deepspeed")
+    zero = Zero.of(student_ds_config(template, config, devices.world, source), devices.count)
+    notes: list[str] = []
+    return Layout(zero, _find_teachers(config, costs, devices, notes), notes)
+
+
+def run_memory(
+    config: RunConfig, costs: Costs, devices: Devices, placed_as: Layout | None = None, *, rounds_only: bool = False
+) -> Memory:
+    """Bytes by part.
+
+    Args:
+        placed_as: the run's layout, where it is known.
+        rounds_only: without evaluation, checkpoints and export.
+    """
+    model = costs.model
+    element, on_cpu = bytes_of(config.precision), devices.kind.is_cpu
+    placed_as = placed_as or layout(config, costs, devices)
+    zero = placed_as.zero
+    counts = costs.student(zero.threshold)
+    asked, copies = isinstance(config, TeachConfig), config.weight_copies
+    student = student_state(counts, config.precision, element, zero, copies, on_cpu=on_cpu, asked=asked)
+    device, host = list(student.device), list(student.host)
+
+    for teacher in placed_as.teachers:
+        frozen = costs.base(teacher.zero.threshold if teacher.zero else 0)
+        placed = _teacher(teacher, frozen, element, on_cpu=on_cpu)
+        device += placed.device
+        host += placed.host
+    device += buffer_parts(config, costs, devices)
+    device += _activations(config, costs, devices, alive_when_reduced(counts.trained, zero), not rounds_only)
+    encoders = Placed([Part("text encoders", element * model.encoders)], [])
+    if config.model.text_encoders == "offload" and not on_cpu:
+        name = "text encoders"
+        encoders = Placed(
+            [Part(name, element * model.encoders, frozenset({Phase.ENCODE}))],
+            [Part(f"{name} (offloaded)", element * model.encoders)],
+        )
+    device += encoders.device
+    host += encoders.host
+    if not rounds_only or isinstance(config, TeachConfig):
+        device += _vae(config, costs, devices, element, evaluating=not rounds_only)
+    device += _rewards(config)
+    if not rounds_only:
+        host += _host(config, counts, zero, element)
+    return Memory(_without_empty(device), _without_empty(host), placed_as.notes)
+
+
+def _without_empty(parts: list[Part]) -> list[Part]:
+    return [part for part in parts if part.nbytes > 0]
+
+
+# ---- teachers ----
+
+
+def _find_teachers(config: RunConfig, costs: Costs, devices: Devices, notes: list[str]) -> list[Teacher]:
+    """As `TeacherPool` loads them. A teacher that is not on disk is a LoRA when its name says so, else a full
+    checkpoint; what is assumed is added to `notes`.
+    """
+    asked: dict[str, TeacherSection] = dict(config.teachers)
+    if isinstance(config, DistilConfig) and config.anchor:
+        asked[ANCHOR] = config.anchor
+    shared: dict[tuple[str, ...], dict[str, TeacherSection]] = {}
+    for task, teacher in asked.items():
+        if not costs.on_disk(teacher.path):
+            named = costs.adapter(teacher.path) is not None
+            kind = f"a LoRA of rank {config.student.lora.rank}" if named else "a full checkpoint"
+            notes.append(f"teacher of {task}: {teacher.path} is not on disk; taken for {kind}")
+        kind = "lora" if costs.adapter(teacher.path) is not None else teacher.path
+        shared.setdefault((kind, teacher.placement, str(teacher.deepspeed)), {})[task] = teacher
+    found = []
+    for (_, placement, _), tasks in shared.items():
+        first = next(iter(tasks.values()))
+        zero = None
+        if placement == "zero_inference":
+            template, source = costs.ds_config(first.deepspeed or "zero_inference_gpu", "teacher.deepspeed")
+            zero = Zero.of(frozen_ds_config(template, config.precision, devices.count, source), devices.count)
+        adapters = sum(costs.adapter(path) or 0 for path in {teacher.path for teacher in tasks.values()})
+        found.append(Teacher(tuple(tasks), placement, adapters, zero))
+    return found
+
+
+def _teacher(teacher: Teacher, counts: Counts, element: int, *, on_cpu: bool) -> Placed:
+    name = "teachers"
+    whole = element * (counts.parameters + counts.buffers + teacher.adapters)
+    if teacher.zero is not None:
+        held = Counts(0, counts.parameters + teacher.adapters, counts.buffers, 0, counts.small)
+        return frozen_weights(held, element, teacher.zero)
+    if teacher.placement == "offload" and not on_cpu:
+        return Placed(
+            [Part(f"{name} (while asked)", whole, frozenset({Phase.SCORE}))], [Part(f"{name} (offloaded)", whole)]
+        )
+    return Placed([Part(name, whole)], [])
+
+
+# ---- what a round keeps and computes ----
+
+
+def rows_per_rank(config: RunConfig, devices: Devices) -> int:
+    """Trajectories of one task and round on a rank."""
+    return ceil(config.rollout.samples / devices.count)
+
+
+def tasks_at_once(config: RunConfig) -> int:
+    """Tasks in one round."""
+    alternate = isinstance(config, TeachConfig) and config.teach.schedule == "alternate"
+    return 1 if alternate else len(config.tasks)
+
+
+def asked_networks(config: RunConfig) -> int:
+    """Frozen velocities that are kept of every trained state."""
+    if isinstance(config, TeachConfig):
+        return (config.teach.algorithm == "nft") + (config.teach.kl > 0)
+    assert isinstance(config, DistilConfig)
+    return (config.objective.method != "sft") + (config.anchor is not None)
+
+
+def kept_per_state(config: RunConfig) -> int:
+    """Further latents that the buffer keeps of every state: velocities and noise that were drawn with, or targets."""
+    if isinstance(config, TeachConfig):
+        return 1 if isinstance(config.teach, NftSection) else 2
+    assert isinstance(config, DistilConfig)
+    return {"closed_form": 0, "sft": 1, "ppo": 2}[config.objective.method]
+
+
+def buffer_bytes(config: RunConfig, model: Model, devices: Devices) -> Mapping[str, float]:
+    """Bytes of a rank's `TrajectoryBuffer`s of one round: `states` and what is kept beside them, `scored`."""
+    if config.rollout.mode == "fused":
+        return {"states": 0, "scored": 0}
+    rows = rows_per_rank(config, devices) * tasks_at_once(config)
+    latent = bytes_of(config.precision) * prod(model.family.latent_shape)
+    return {
+        "states": rows * config.rollout.steps * latent * (1 + kept_per_state(config)),
+        "scored": rows * config.trained_steps * latent * asked_networks(config),
+    }
+
+
+def buffer_parts(config: RunConfig, costs: Costs, devices: Devices) -> list[Part]:
+    """The buffer and the encoded prompts, with the copies that are made of them on the way."""
+    sizes = buffer_bytes(config, costs.model, devices)
+    rows = rows_per_rank(config, devices)
+    every = rows * tasks_at_once(config)
+    training = frozenset({Phase.TRAIN, Phase.REDUCE})
+    later = training | {Phase.ROLLOUT, Phase.SCORE, Phase.STEP}
+    single = (1 / tasks_at_once(config)) * sizes["scored"]
+    return [
+        # Stacked by step, then joined over micro-batches: both are there for a moment.
+        Part("trajectory buffer", sizes["states"], later),
+        Part("trajectory buffer: joining", sizes["states"], frozenset({Phase.ROLLOUT})),
+        Part("trajectory buffer: scored", sizes["scored"], training | {Phase.SCORE, Phase.STEP}),
+        Part("trajectory buffer: joining", single, training),
+        Part("encoded prompts", every * costs.prompt, later | {Phase.ENCODE}),
+        Part("encoded prompts", every * costs.prompt, frozenset({Phase.ROLLOUT})),
+    ]
+
+
+def batches(config: RunConfig, devices: Devices) -> dict[str, int]:
+    """Rows of the largest forward, guidance included: `rollout`, `score`, `train`, `evaluate`."""
+    rows = rows_per_rank(config, devices)
+    pairs = rows * config.trained_steps
+    student = max(student_passes(config, task) for task in config.tasks)
+    passes = frozen_passes(config)
+    fused = config.rollout.mode == "fused"
+    together = rows * (1 if isinstance(config, TeachConfig) or fused else tasks_at_once(config))
+    rollout = min(config.rollout.micro_batch, together)
+    return {
+        "rollout": rollout * student,
+        "score": min(rollout if fused else config.scoring_micro_batch, pairs) * passes,
+        "train": min(rollout if fused else config.train.micro_batch, pairs) * student,
+        "evaluate": config.evaluation.micro_batch * max(student, passes),
+    }
+
+
+def frozen_passes(config: RunConfig) -> int:
+    """Passes of the most expensive frozen network's guided velocity."""
+    asked = [teacher.guidance for teacher in config.teachers.values()]
+    if isinstance(config, DistilConfig) and config.anchor:
+        asked.append(config.anchor.guidance)
+    if isinstance(config, TeachConfig):
+        return max(student_passes(config, task) for task in config.tasks)
+    return max(family_class(config.model.family).passes(guidance) for guidance in asked)
+
+
+def _activations(
+    config: RunConfig, costs: Costs, devices: Devices, when_reduced: float, evaluating: bool
+) -> list[Part]:
+    sizes = batches(config, devices)
+    checkpointing = config.student.gradient_checkpointing
+    name = "activations"
+
+    def taken(batch: int) -> float:
+        return 2 * costs.inputs(batch)  # rows of the buffer, and their guided doubles
+
+    train = costs.train(sizes["train"], checkpointing=checkpointing).peak
+    if config.rollout.mode == "fused":
+        train += costs.forward(sizes["score"]).peak
+    parts = [
+        Part(name, costs.forward(sizes["rollout"]).peak + taken(sizes["rollout"]), frozenset({Phase.ROLLOUT})),
+        Part(name, train + taken(sizes["train"]), frozenset({Phase.TRAIN})),
+        Part(name, when_reduced * train + taken(sizes["train"]), frozenset({Phase.REDUCE})),
+    ]
+    if asked_networks(config):
+        parts.append(Part(name, costs.forward(sizes["score"]).peak + taken(sizes["score"]), frozenset({Phase.SCORE})))
+    if evaluating:
+        batch = sizes["evaluate"]
+        parts.append(Part(name, costs.forward(batch).peak + taken(batch), frozenset({Phase.EVALUATE})))
+    return parts
+
+
+def _vae(config: RunConfig, costs: Costs, devices: Devices, element: int, *, evaluating: bool) -> list[Part]:
+    """Loaded at the first picture, then kept. Where rewards are learned from, pictures are decoded beside the
+    rollout.
+    """
+    parts = [Part("VAE", element * costs.model.vae_parameters)]
+    if evaluating:
+        decode = costs.decode(config.evaluation.micro_batch).peak
+        parts.append(Part("VAE decode", decode, frozenset({Phase.DECODE})))
+    if isinstance(config, TeachConfig):
+        drawn = min(config.rollout.micro_batch, rows_per_rank(config, devices))
+        parts.append(Part("VAE decode", costs.decode(drawn).peak, frozenset({Phase.ROLLOUT})))
+    return parts
+
+
+def _rewards(config: RunConfig) -> list[Part]:
+    parts = []
+    for label, reward in config.rewards.items():
+        size = FP32 // 2 if reward.options.get("dtype") in _HALF else FP32
+        if reward.options.get("device", "") != "cpu":
+            parts.append(Part(f"reward {label}", size * _REWARDS.get(reward.name, 0)))
+    return parts
+
+
+# ---- the host ----
+
+
+def _host(config: RunConfig, counts: Counts, zero: Zero, element: int) -> list[Part]:
+    """Beside what is offloaded: the process, and what loading, checkpoints and the export need for a while."""
+    owned = counts.trained / zero.world  # at stage 0 all hold everything and each writes its part
+    saved = FP32 * owned * (3 + config.weight_copies)
+    background = config.run.checkpoint_in_background
+    passing = frozenset({Phase.EVALUATE})
+    loading = element * (counts.parameters + counts.buffers)
+    exported = (element + FP32) * (counts.parameters + counts.buffers) if config.student.kind == "full" else 0
+    return [
+        Part("process", PROCESS),
+        Part("loading the network", loading, passing),
+        Part("checkpoint", saved, None if background else passing),
+        # Rank 0 alone; counted on every rank of its node it would be eightfold.
+        Part("export", exported / min(zero.world, 8), passing),
+    ]

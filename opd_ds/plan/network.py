@@ -1,0 +1,178 @@
+"""The model of a run without its weights: from the configs of a local folder, or from those that we keep."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from peft import LoraConfig
+from safetensors import safe_open
+from torch import nn
+
+from opd_ds.config import LoraSection, RunConfig, StudentSection
+from opd_ds.errors import UserError, nearest
+from opd_ds.loading import PACKAGE_PREFIX, resolve_path
+from opd_ds.models import ModelFamily, family_class, lora
+from opd_ds.preparation import DTYPES, load_family
+
+_CLIP_TOKENS = 77
+_ADAPTER = "plan"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of elements: of parameters that are trained and that are not, of buffers, of the largest parameter."""
+
+    trained: int
+    frozen: int
+    buffers: int
+    largest: int
+    small: int  # of parameters below a persistence threshold
+
+    @property
+    def parameters(self) -> int:
+        return self.trained + self.frozen
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is known of a run's model before it is loaded.
+
+    Attributes:
+        source: where that is from, for people.
+        encoders: parameters of the text encoders.
+        tokens: of the longest prompt, as the network sees it.
+    """
+
+    source: str
+    family: ModelFamily
+    configs: dict[str, Any]
+    encoders: int
+    tokens: int
+
+    @property
+    def transformer_class(self) -> str:
+        return self.configs["transformer"]["_class_name"]
+
+    @cached_property
+    def vae_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.vae().parameters())
+
+    def network(self, adapter: LoraSection | None = None) -> nn.Module:
+        """The transformer on meta in the run's dtype; with an adapter only that is trained."""
+        module = self.family.empty_transformer()
+        if adapter is not None:
+            targets = list(adapter.targets or self.family.lora_targets)
+            settings = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets)
+            with torch.device("meta"):
+                lora.new_adapter(module, _ADAPTER, settings)
+        # Not `module.to`, with which diffusers warns about what is to stay in float32 where weights are converted.
+        return nn.Module.to(module, self.family.dtype).train()
+
+    def vae(self) -> nn.Module:
+        """The VAE on meta in the run's dtype."""
+        config = self.configs["vae"]
+        with torch.device("meta"):
+            vae = getattr(diffusers, self.family.vae_class).from_config(config)
+        return nn.Module.to(vae, self.family.dtype).eval().requires_grad_(False)
+
+
+def student_network(model: Model, settings: StudentSection) -> nn.Module:
+    """The student on meta, with its adapter and its checkpointing."""
+    module = model.network(settings.lora if settings.kind == "lora" else None)
+    if settings.gradient_checkpointing:
+        module.enable_gradient_checkpointing()  # type: ignore[operator]
+    return module
+
+
+def count(module: nn.Module, threshold: float = 0) -> Counts:
+    """Elements of a network; `threshold`: ZeRO-3 keeps parameters of fewer elements on every rank."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
+    return Counts(
+        trained=sum(size for size, trained in sizes if trained),
+        frozen=sum(size for size, trained in sizes if not trained),
+        buffers=sum(buffer.numel() for buffer in module.buffers()),
+        largest=max((size for size, trained in sizes if trained), default=0),
+        small=sum(size for size, _ in sizes if size < threshold),
+    )
+
+
+def known_models() -> list[str]:
+    """Names whose configs are kept here; the last part of their hub ids."""
+    return sorted(path.stem for path in _folder().glob("*.json"))
+
+
+def known_configs(name: str) -> dict[str, Any]:
+    """`transformer`, `vae` and `scheduler` as in a diffusers folder, and `text_encoders` with their sizes."""
+    return json.loads((_folder() / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def find_model(config: RunConfig) -> Model:
+    """The run's model, from a local folder's configs, or from ours by the last part of its hub id.
+
+    Raises:
+        UserError: neither is there, or the family does not fit.
+    """
+    value = config.model.path
+    if value.startswith(PACKAGE_PREFIX) or Path(value).expanduser().exists():
+        return _from_folder(config, resolve_path(value, "model.path"))
+    names = {name.lower(): name for name in known_models()}
+    name = names.get(value.rstrip("/").split("/")[-1].lower())
+    if name is None:
+        raise UserError(
+            f"model.path = {value!r}: not on disk, and its configs are not kept here; known are "
+            f"{', '.join(names.values())}; for others download the configs alone (hf download {value} --include "
+            f"'*.json' --local-dir DIR) and give --set model.path=DIR.{nearest(value.split('/')[-1], names.values())}"
+        )
+    return _from_known(config, name)
+
+
+def _from_known(config: RunConfig, name: str) -> Model:
+    configs = known_configs(name)
+    encoders = sum(encoder["parameters"] for encoder in configs.pop("text_encoders"))
+    files = {"transformer": "config.json", "vae": "config.json", "scheduler": "scheduler_config.json"}
+    with tempfile.TemporaryDirectory() as folder:  # a family reads its configs at once, and weights when asked
+        for part, file in files.items():
+            (Path(folder) / part).mkdir()
+            (Path(folder) / part / file).write_text(json.dumps(configs[part]), encoding="utf-8")
+        index = {"_class_name": family_class(config.model.family).pipeline_class}
+        (Path(folder) / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+        family = load_family(config, Path(folder), torch.device("cpu"))
+    return Model(f"configs kept for {name}", family, configs, encoders, _tokens(family, configs, _CLIP_TOKENS))
+
+
+def _from_folder(config: RunConfig, folder: Path) -> Model:
+    family = load_family(config, folder, torch.device("cpu"))
+    configs = {part: json.loads((folder / part / "config.json").read_text()) for part in ("transformer", "vae")}
+    encoders = sum(
+        prod(stored.get_slice(key).get_shape())
+        for file in sorted(folder.glob("text_encoder*/*.safetensors"))
+        for stored in [safe_open(file, framework="pt")]
+        for key in stored.keys()  # noqa: SIM118  # not a dict
+    )
+    tokenizer = folder / "tokenizer" / "tokenizer_config.json"
+    clip = json.loads(tokenizer.read_text())["model_max_length"] if tokenizer.is_file() else _CLIP_TOKENS
+    return Model(f"configs in {folder}", family, configs, encoders, _tokens(family, configs, clip))
+
+
+def _tokens(family: ModelFamily, configs: dict[str, Any], clip: int) -> int:
+    """SD3 puts CLIP's tokens in front of T5's."""
+    joined = configs["transformer"]["_class_name"] == "SD3Transformer2DModel"
+    return family.max_text_length + (clip if joined else 0)
+
+
+def _folder() -> Path:
+    return Path(str(resources.files("opd_ds"))) / "plan" / "known"
+
+
+def bytes_of(precision: str) -> int:
+    """Of one element in the run's dtype."""
+    return DTYPES[precision].itemsize

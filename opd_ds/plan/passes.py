@@ -1,0 +1,76 @@
+"""Passes of the network over one latent: what a run costs, known before it starts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from opd_ds.config import DistilConfig, RunConfig
+from opd_ds.models import family_class
+from opd_ds.teach.config import NftSection, TeachConfig
+
+
+@dataclass(frozen=True)
+class Passes:
+    forward: int = 0
+    backward: int = 0
+
+    def __add__(self, other: Passes) -> Passes:
+        return Passes(self.forward + other.forward, self.backward + other.backward)
+
+    def times(self, count: int) -> Passes:
+        return Passes(self.forward * count, self.backward * count)
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward
+
+    @property
+    def units(self) -> int:
+        """Pass units, in which budgets are compared: a backward pass does about the work of two forward passes."""
+        return self.forward + 2 * self.backward
+
+
+def planned_passes(config: RunConfig) -> Passes:
+    """Of all rounds of a run on one rank, by its settings; evaluation is not counted, as in metrics.jsonl."""
+    total = Passes()
+    for task, rounds in _rounds_by_task(config).items():
+        total += sum(round_passes(config, task).values(), Passes()).times(rounds)
+    return total
+
+
+def round_passes(config: RunConfig, task: str) -> dict[str, Passes]:
+    """One round of a task, by phase as `RoundReport.seconds` names them: `rollout`, `score` (what frozen networks are
+    asked at the trained states) and `train`. A fused round has one phase; its parts are told apart here all the same.
+    """
+    rollout, student = config.rollout, student_passes(config, task)
+    pairs = rollout.samples * config.trained_steps
+    drawn, asked, rolled = student, 0, rollout.samples * rollout.steps
+    if isinstance(config, TeachConfig):
+        asked += student if isinstance(config.teach, NftSection) else 0  # the old policy
+        asked += student if config.teach.kl else 0  # the start
+    elif isinstance(config, DistilConfig):
+        per_velocity = family_class(config.model.family).passes
+        teacher = per_velocity(config.tasks[task].teacher.guidance)
+        off_policy = config.objective.method == "sft"
+        asked += (0 if off_policy else teacher) + (per_velocity(config.anchor.guidance) if config.anchor else 0)
+        drawn = teacher if off_policy else student
+        if rollout.mode == "fused":  # a trained step's forward is the rollout's; random queries take all steps
+            pairs = rollout.samples * (rollout.steps if rollout.trained_steps.queries else config.trained_steps)
+            rolled -= pairs
+    trained = student * pairs * config.train.inner_epochs
+    return {"rollout": Passes(drawn * rolled), "score": Passes(asked * pairs), "train": Passes(trained, trained)}
+
+
+def student_passes(config: RunConfig, task: str) -> int:
+    """Passes of one guided velocity of the student."""
+    own = config.tasks[task].guidance
+    return family_class(config.model.family).passes(config.rollout.guidance if own is None else own)
+
+
+def _rounds_by_task(config: RunConfig) -> dict[str, int]:
+    rounds = config.run.rounds
+    if not isinstance(config, TeachConfig) or config.teach.schedule == "together":
+        return dict.fromkeys(config.tasks, rounds)
+    turns = [name for name, task in config.tasks.items() for _ in range(task.turns)]
+    return dict(Counter(turns[index % len(turns)] for index in range(rounds)))

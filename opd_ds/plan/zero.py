@@ -1,0 +1,227 @@
+"""What DeepSpeed keeps of a network on one rank, by ZeRO stage. As in DeepSpeed 0.19 (docs/plan.md has the table)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from math import ceil
+from typing import Any
+
+from opd_ds.plan.network import Counts
+
+FP32 = 4
+_DEFAULT_BUCKET, _PLAIN_BUCKET = 500_000_000, 500_000_000  # elements; the second is fixed in DeepSpeed's stage 0
+
+
+class Phase(str, Enum):
+    """Stretches of a run in which other things are alive; the plan takes the worst."""
+
+    ENCODE = "encode"
+    ROLLOUT = "rollout"
+    SCORE = "score"
+    TRAIN = "train"
+    REDUCE = "reduce"
+    STEP = "step"
+    EVALUATE = "evaluate"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes on one device under a name, in some phases; None: in all of them."""
+
+    name: str
+    nbytes: float
+    phases: frozenset[Phase] | None = None
+
+    def alive(self, phase: Phase) -> bool:
+        return self.phases is None or phase in self.phases
+
+
+@dataclass(frozen=True)
+class Zero:
+    """The numbers of a ds_config that decide about memory, defaults filled in; sizes in elements."""
+
+    stage: int
+    world: int
+    offload_optimizer: bool = False
+    offload_param: bool = False
+    nvme: bool = False
+    reduce_bucket: int = _DEFAULT_BUCKET
+    buffers: int = 1
+    prefetch: int = 50_000_000
+    max_live: int = 1_000_000_000
+    reuse: int = 1_000_000_000
+    threshold: int = 100_000
+    sub_group: int = 1_000_000_000
+    gather: int = 1  # ranks among which weights are gathered, where that is fewer than all (hpZ)
+
+    @staticmethod
+    def of(ds_config: dict[str, Any], world: int) -> Zero:
+        """From a ds_config, complete or not."""
+        zero = ds_config.get("zero_optimization", {})
+        stage = int(zero.get("stage", 0))
+        places = [zero.get(key, {}).get("device", "none") for key in ("offload_optimizer", "offload_param")]
+        overlap = zero.get("overlap_comm", stage == 3)
+        plain = Zero(stage, world)
+        return Zero(
+            stage=stage,
+            world=world,
+            offload_optimizer=places[0] in ("cpu", "nvme"),
+            offload_param=places[1] in ("cpu", "nvme"),
+            nvme="nvme" in places,
+            reduce_bucket=int(zero.get("reduce_bucket_size", plain.reduce_bucket)),
+            buffers=2 if overlap and stage in (1, 2) else 1,
+            prefetch=int(zero.get("stage3_prefetch_bucket_size", plain.prefetch)),
+            max_live=int(zero.get("stage3_max_live_parameters", plain.max_live)),
+            reuse=int(zero.get("stage3_max_reuse_distance", plain.reuse)),
+            threshold=int(zero.get("stage3_param_persistence_threshold", plain.threshold)),
+            sub_group=int(zero.get("sub_group_size", plain.sub_group)),
+            gather=max(int(zero.get("zero_hpz_partition_size", 1)), 1),
+        )
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A network's bytes on the device, and on the host of its rank."""
+
+    device: list[Part]
+    host: list[Part]
+
+
+def frozen_weights(counts: Counts, element: int, zero: Zero) -> Placed:
+    """A network without gradients under ZeRO-3 (ZeRO-Inference)."""
+    return _sharded_weights(counts, element, zero, "teachers", {Phase.SCORE}, trained=False)
+
+
+def student_state(
+    counts: Counts, precision: str, element: int, zero: Zero, copies: int, *, on_cpu: bool, asked: bool = False
+) -> Placed:
+    """Weights, masters, gradients, optimizer state and copies of a trained network under AdamW.
+
+    Args:
+        copies: further sets of the fp32 masters (averages and the like).
+        on_cpu: the device is a CPU: pages of buffers that are never written do not count, and torch's Adam works
+            tensor by tensor.
+        asked: frozen policies are asked through this network, their weights in its place.
+    """
+    trained = counts.trained
+    shard = trained / zero.world if zero.stage else trained
+    device, host = [], []
+    if zero.stage == 3:
+        passes = {Phase.ROLLOUT, Phase.EVALUATE} | ({Phase.SCORE} if asked else set())
+        weights = _sharded_weights(counts, element, zero, "student weights", passes, trained=True)
+        device += weights.device
+        host += weights.host
+    else:
+        device.append(Part("student weights", element * (counts.parameters + counts.buffers)))
+    states = host if zero.offload_optimizer else device
+    masters = 0 if zero.stage == 0 and precision == "fp32" else FP32 * shard
+    states.append(Part("fp32 masters", masters))
+    states.append(Part("optimizer state", 2 * FP32 * shard))
+    states.append(Part("weight copies", copies * FP32 * shard))
+    gradients = _gradients(trained, shard, precision, element, zero)
+    phases = {Phase.TRAIN, Phase.REDUCE, Phase.STEP}
+    if _copies_gradients(precision, zero):  # flattened for the optimizer they are another tensor
+        phases.discard(Phase.STEP)
+        if zero.stage == 1:  # they move into the bucket, parameter by parameter
+            phases.discard(Phase.REDUCE)
+            left = element * (trained - min(zero.reduce_bucket, trained))
+            states.append(Part("gradients", left, frozenset({Phase.REDUCE})))
+    # At stage 3 a buffer from the start; BF16_Optimizer, too, sets its gradients to zero and keeps them.
+    always = zero.stage == 3 or _by_bf16_optimizer(precision, zero)
+    states.append(Part("gradients", gradients, None if always else frozenset(phases)))
+    device += _reduction(trained, shard, precision, element, zero, on_cpu=on_cpu)
+    states.append(Part("optimizer step", _step(counts, shard, precision, zero, on_cpu=on_cpu), frozenset({Phase.STEP})))
+    return Placed(device, host)
+
+
+def _sharded_weights(
+    counts: Counts, element: int, zero: Zero, name: str, passes: set[Phase], *, trained: bool
+) -> Placed:
+    """ZeRO-3's: this rank's share; small parameters whole; buffers whole; and what is gathered while it works.
+
+    After the first rounds DeepSpeed knows the order of modules and leaves a parameter in place when it is used again
+    within `reuse` elements: the last half of that before the turn from forward to backward.
+    """
+    if zero.world == 1:  # nothing is gathered, the shard is the parameter
+        live, share = 0.0, float(counts.parameters)
+        small = 0
+    else:
+        share = counts.parameters / zero.world
+        small = counts.small
+        whole = counts.parameters - small
+        live = min(whole, zero.max_live, zero.reuse / 2 + zero.prefetch)
+    coming = min(live, zero.prefetch)
+    device = [Part(name, element * ((0 if zero.offload_param else share) + small + counts.buffers))]
+    if zero.gather > 1:
+        device.append(Part(f"{name}: second shard (hpZ)", element * counts.parameters / zero.gather))
+    device.append(Part(f"{name}: gathered", element * 2 * coming, frozenset(passes)))
+    if trained:
+        training = frozenset({Phase.TRAIN, Phase.REDUCE})
+        device.append(Part(f"{name}: gathered", element * (live + coming), training))
+    host = [Part(f"{name} (offloaded)", element * share)] if zero.offload_param and not zero.nvme else []
+    return Placed(device, host)
+
+
+def alive_when_reduced(trained: int, zero: Zero) -> float:
+    """The share of a backward's activations that is still there when the first bucket of gradients is full."""
+    return max(0.0, 1 - min(zero.reduce_bucket, trained) / trained) if zero.stage else 0.0
+
+
+def _accumulates_in_fp32(precision: str, zero: Zero) -> bool:
+    """Whether gradients of several micro-batches add up in another dtype than the network's."""
+    return precision == "bf16" and zero.stage > 0
+
+
+def _by_bf16_optimizer(precision: str, zero: Zero) -> bool:
+    """Stage 1 in bf16 is a class of its own in DeepSpeed: one flat gradient in float32, reduced in bf16."""
+    return zero.stage == 1 and _accumulates_in_fp32(precision, zero)
+
+
+def _copies_gradients(precision: str, zero: Zero) -> bool:
+    return zero.stage in (1, 2) and not _accumulates_in_fp32(precision, zero)
+
+
+def _gradients(trained: float, shard: float, precision: str, element: int, zero: Zero) -> float:
+    """What lives from micro-batch to micro-batch."""
+    if _by_bf16_optimizer(precision, zero):  # those of the network, and their sum
+        return (element + FP32) * trained
+    accumulated = FP32 if _accumulates_in_fp32(precision, zero) else element
+    return accumulated * (shard if zero.stage >= 2 else trained)  # stage 1 shards optimizer states only
+
+
+def _reduction(trained: int, shard: float, precision: str, element: int, zero: Zero, *, on_cpu: bool) -> list[Part]:
+    """Buckets that gradients are gathered in, and their copies while they are reduced."""
+    used = min(zero.reduce_bucket, trained)
+    reduce = frozenset({Phase.REDUCE})
+    name = "reduction buckets"
+    if zero.stage == 0:
+        return [Part("reduction", element * min(_PLAIN_BUCKET, trained), reduce)]
+    if zero.stage == 3:
+        return [
+            Part(name, element * (used if on_cpu else zero.reduce_bucket)),
+            Part("reduction", element * used, reduce),
+        ]
+    if _by_bf16_optimizer(precision, zero):
+        return [Part("reduction", element * trained, reduce)]
+    # A rank's own share is copied out of the bucket; where it is the accumulated gradient, it is added there.
+    kept = 0.0 if _accumulates_in_fp32(precision, zero) else element * shard
+    copies = max(element * used, kept) if used == trained else element * used + kept
+    if on_cpu:
+        filled = min(zero.buffers, ceil(trained / zero.reduce_bucket))
+        return [Part(name, element * used * filled, reduce), Part("reduction", copies, reduce)]
+    whole = element * zero.reduce_bucket * zero.buffers
+    return [Part(name, whole, reduce | {Phase.TRAIN}), Part("reduction", copies, reduce)]
+
+
+def _step(counts: Counts, shard: float, precision: str, zero: Zero, *, on_cpu: bool) -> float:
+    """Gradients as the optimizer takes them, and Adam's own temporaries: two tensors of the size of the largest that it
+    updates where it works tensor by tensor, one for everything where it takes lists (on CUDA).
+    """
+    if zero.offload_optimizer:  # DeepSpeed's CPU Adam takes the gradients where they are
+        return 0
+    updated = min(shard, zero.sub_group) if zero.stage == 3 else shard
+    copied = zero.stage == 3 or _copies_gradients(precision, zero) or (zero.stage == 0 and precision != "fp32")
+    gradients = FP32 * updated if copied else 0
+    return gradients + (2 * FP32 * (updated if zero.stage else counts.largest) if on_cpu else FP32 * updated)

@@ -1,0 +1,358 @@
+"""The plan of a run: sizes of known models, memory by hand, measured passes, and the search."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+from typer.testing import CliRunner
+
+from opd_ds.cli import app
+from opd_ds.config import DistilConfig, RunConfig
+from opd_ds.errors import UserError
+from opd_ds.loading import load_config
+from opd_ds.models import Conditioning
+from opd_ds.models.lora import PEFT_WEIGHTS
+from opd_ds.models.sd3 import SD3
+from opd_ds.plan.costs import Costs
+from opd_ds.plan.devices import DeviceKind, Devices, parse_devices
+from opd_ds.plan.inputs import network_inputs, squared_sum
+from opd_ds.plan.memory import Memory, batches, buffer_bytes, run_memory
+from opd_ds.plan.metering import forward_cost, training_cost
+from opd_ds.plan.network import Counts, Model, count, find_model, known_configs, known_models
+from opd_ds.plan.planner import AS_FAST, fit, make_plan, settings
+from opd_ds.plan.zero import Part, Phase, Zero, student_state
+from opd_ds.preparation import Parts
+from tests.tiny import run_settings, write_config
+
+Build = Callable[..., tuple[RunConfig, Parts]]
+
+# Parameters in 10^9, as the models' authors state them or their checkpoints hold; of SD3 with the table of positions.
+PARAMETERS = {
+    "stable-diffusion-3.5-medium": (2.24, 2.50),
+    "stable-diffusion-3.5-large": (8.05, 8.15),
+    "FLUX.1-dev": (11.88, 11.92),
+    "FLUX.2-klein-4B": (3.8, 4.1),
+    "Qwen-Image": (20.4, 20.5),
+    "Z-Image": (6.14, 6.17),
+    "Wan2.1-T2V-1.3B-Diffusers": (1.29, 1.43),
+    "Wan2.1-T2V-14B-Diffusers": (14.0, 14.4),
+}
+
+
+@pytest.fixture
+def configured(tiny_world: Path, tmp_path: Path) -> Callable[..., DistilConfig]:
+    return lambda **changes: DistilConfig.model_validate(run_settings(tiny_world, tmp_path / "out", **changes))
+
+
+def costs_of(config: RunConfig) -> Costs:
+    return Costs(find_model(config), config)
+
+
+# ---- models without weights ----
+
+
+@pytest.mark.parametrize("name", known_models())
+def test_known_models_have_the_parameters_of_the_real_ones(name: str) -> None:
+    configs = known_configs(name)
+    with torch.device("meta"):
+        network = getattr(diffusers, configs["transformer"]["_class_name"]).from_config(configs["transformer"])
+    low, high = PARAMETERS[name]
+    found = count(network)
+    assert low < found.parameters / 1e9 < high
+    if "3.5" in name:
+        assert low < (found.parameters + found.buffers) / 1e9 < high
+
+
+def test_a_hub_id_is_planned_from_the_configs_kept_here() -> None:
+    model = find_model(load_config("mopd_sd35m", None, []))
+    assert (model.transformer_class, model.family.latent_shape) == ("SD3Transformer2DModel", (16, 64, 64))
+    assert model.tokens == 77 + 128
+    assert 5.5e9 < model.encoders < 5.7e9
+
+
+def test_unknown_models_are_refused_with_what_is_known(configured: Callable[..., DistilConfig]) -> None:
+    with pytest.raises(UserError, match=r"somebody/something.*FLUX\.1-dev.*hf download"):
+        find_model(configured(model__path="somebody/something"))
+
+
+# ---- passes, measured without data ----
+
+
+def test_metered_bytes_are_those_that_a_real_forward_saves(tiny_world: Path) -> None:
+    network = diffusers.SD3Transformer2DModel.from_pretrained(tiny_world / "base", subfolder="transformer")
+    with torch.device("meta"):
+        empty = diffusers.SD3Transformer2DModel.from_config(network.config)
+    inputs = network_inputs("SD3Transformer2DModel", network.config, (4, 8, 8), 3, 20, torch.float32)
+    real = {key: torch.randn(value.shape) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    known = {tensor.untyped_storage().data_ptr() for tensor in [*network.parameters(), *network.buffers()]}
+    known |= {value.untyped_storage().data_ptr() for value in real.values() if isinstance(value, Tensor)}
+    saved: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = network(**real)[0]
+    keep(output)
+    counted = sum(storage.nbytes() for address, storage in saved.items() if address not in known)
+    assert training_cost(empty, inputs, squared_sum).saved == counted
+    empty.enable_gradient_checkpointing()
+    assert training_cost(empty, inputs, squared_sum).saved < counted / 2
+
+
+class _Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(32, 32, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        heads = self.project(x).unflatten(-1, (2, 16)).transpose(1, 2)
+        return (functional.scaled_dot_product_attention(heads, heads, heads),)
+
+
+def test_work_and_peak_of_a_network_by_hand() -> None:
+    batch, rows = 3, 64
+    with torch.device("meta"):
+        network, x = _Attending(), torch.empty(batch, rows, 32)
+    linear, attention = 2 * batch * rows * 32 * 32, 2 * 2 * batch * 2 * rows * rows * 16
+    forward = forward_cost(network, {"x": x})
+    assert forward.flops == linear + attention
+    tensor = batch * rows * 32 * 4
+    assert forward.peak == 2 * tensor + batch * 2 * rows * 4  # projected, attended, a number per row; no matrix
+    # Of the input no gradient is asked; attention's backward computes its matrix once more and has four products.
+    assert training_cost(network, {"x": x}, squared_sum).flops == 2 * linear + attention + attention * 5 / 2
+
+
+def test_costs_between_measured_batches_are_those_of_the_batch(configured: Callable[..., DistilConfig]) -> None:
+    config = configured()
+    costs = costs_of(config)
+    inputs = network_inputs(
+        "SD3Transformer2DModel", costs.model.configs["transformer"], (4, 8, 8), 5, 20, torch.float32
+    )
+    measured = training_cost(costs.network, inputs, squared_sum)
+    line = costs.train(5, checkpointing=False)
+    assert line.flops == measured.flops
+    assert line.peak == pytest.approx(measured.peak, rel=0.01)
+
+
+def test_sd3s_inputs_are_the_familys(tiny_world: Path) -> None:
+    family = SD3(tiny_world / "base", dtype=torch.float32, device=torch.device("cpu"), max_text_length=10)
+    taken: dict[str, Any] = {}
+
+    def network(**inputs: Any) -> tuple[Tensor]:
+        taken.update(inputs)
+        return (inputs["hidden_states"],)
+
+    cond: Conditioning = family.encode(["a", "b"])
+    family.velocity(network, torch.zeros(2, *family.latent_shape), torch.ones(2), cond)
+    config = json.loads((tiny_world / "base" / "transformer" / "config.json").read_text())
+    ours = network_inputs("SD3Transformer2DModel", config, family.latent_shape, 2, 20, torch.float32)
+    assert ours.keys() == taken.keys()
+    for key, value in taken.items():
+        if isinstance(value, Tensor):
+            assert (ours[key].shape, ours[key].dtype) == (value.shape, value.dtype)
+
+
+# ---- memory ----
+
+COUNTS = Counts(trained=1000, frozen=200, buffers=10, largest=300, small=40)
+
+
+def sizes(parts: list[Part], phase: Phase) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for part in parts:
+        if part.alive(phase):
+            found[part.name] = found.get(part.name, 0) + part.nbytes
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("stage", "precision", "weights", "masters", "gradients"),
+    [
+        (0, "fp32", 4 * 1210, 0, 4 * 1000),
+        (0, "bf16", 2 * 1210, 4 * 1000, 2 * 1000),
+        (1, "fp32", 4 * 1210, "4/W", 4 * 1000),
+        (1, "bf16", 2 * 1210, "4/W", (2 + 4) * 1000),
+        (2, "fp32", 4 * 1210, "4/W", "4/W"),
+        (2, "bf16", 2 * 1210, "4/W", "4/W"),
+        (2, "fp16", 2 * 1210, "4/W", "2/W"),
+        (3, "fp32", None, "4/W", "4/W"),
+        (3, "bf16", None, "4/W", "4/W"),
+    ],
+)
+def test_state_by_hand(
+    stage: int, precision: str, weights: float | None, masters: Any, gradients: Any, world: int
+) -> None:
+    def of(value: Any) -> float:
+        return int(value[0]) * 1000 / world if isinstance(value, str) else value
+
+    element = 4 if precision == "fp32" else 2
+    zero = Zero(stage, world, reduce_bucket=100, prefetch=100, max_live=500, reuse=10**9)
+    state = student_state(COUNTS, precision, element, zero, copies=2, on_cpu=False)
+    found = sizes(state.device, Phase.TRAIN)
+    if weights is None:
+        shard = 1200 / world
+        weights = element * (shard + (40 if world > 1 else 0) + 10)
+        live = 500 + 100 if world > 1 else 0
+        assert found.get("student weights: gathered", 0) == element * live
+    share = 1000 if stage == 0 else 1000 / world
+    assert found["student weights"] == weights
+    assert found["fp32 masters"] == of(masters)
+    assert found["optimizer state"] == 8 * share
+    assert found["weight copies"] == 2 * 4 * share
+    assert found["gradients"] == of(gradients)
+    assert not state.host
+
+
+def test_offload_moves_state_to_the_host() -> None:
+    zero = Zero(3, 2, offload_optimizer=True, offload_param=True, reduce_bucket=100)
+    state = student_state(COUNTS, "bf16", 2, zero, copies=1, on_cpu=False)
+    assert sizes(state.device, Phase.STEP)["student weights"] == 2 * (40 + 10)
+    host = sizes(state.host, Phase.STEP)
+    assert host["student weights (offloaded)"] == 2 * 600
+    assert host["fp32 masters"] + host["optimizer state"] + host["weight copies"] == (4 + 8 + 4) * 500
+
+
+def teachers_in(memory: Memory, phase: Phase) -> float:
+    return sum(part.nbytes for part in memory.device if part.name.startswith("teachers") and part.alive(phase))
+
+
+def test_teachers_by_placement(configured: Callable[..., DistilConfig], tiny_world: Path, tmp_path: Path) -> None:
+    gpu = parse_devices("2xH100-80GB", "--gpus")
+    both = {"tasks__one__teacher__path": str(tiny_world / "adapter2")}
+    config = configured(**both, deepspeed="zero2")
+    costs = costs_of(config)
+    base = 4 * (costs.base().parameters + costs.base().buffers)
+    files = [load_file(tiny_world / name / PEFT_WEIGHTS) for name in ("adapter", "adapter2")]
+    adapters = sum(4 * value.numel() for file in files for value in file.values())
+    resident = run_memory(config, costs, gpu)
+    assert teachers_in(resident, Phase.TRAIN) == base + adapters  # one base for two LoRAs
+
+    def placed(where: str) -> Memory:
+        changes = {f"tasks__{task}__teacher__placement": where for task in ("one", "two")}
+        return run_memory(configured(**both, deepspeed="zero2", **changes), costs, gpu)
+
+    offload = placed("offload")
+    assert teachers_in(offload, Phase.TRAIN) == 0
+    assert teachers_in(offload, Phase.SCORE) == base + adapters
+    assert sum(part.nbytes for part in offload.host if "teachers" in part.name) == base + adapters
+    # At the default threshold every parameter of the tiny model stays whole on every rank.
+    sharding = tmp_path / "sharding.json"
+    sharding.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    both |= {f"tasks__{task}__teacher__deepspeed": str(sharding) for task in ("one", "two")}
+    buffers = 4 * costs.base().buffers
+    assert teachers_in(placed("zero_inference"), Phase.TRAIN) == (base + adapters - buffers) / 2 + buffers
+
+
+@pytest.mark.parametrize("method", ["closed_form", "ppo", "sft"])
+def test_the_buffers_bytes_are_those_of_the_real_buffer(
+    method: str, build_run: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {"objective": {"method": method}, "rollout__trained_steps": {"steps": [0, 2]}}
+    if method == "ppo":
+        changes |= {"rollout__kernel": "flow", "rollout__noise_level": 0.7}
+    config, parts = build_run(**changes)
+    seen: dict[str, float] = {"states": 0, "scored": 0}
+    train = parts.trainer._train
+
+    def look(buffers: Any, *rest: Any) -> Any:
+        for buffer in buffers.values():
+            seen["states"] += sum(x.nbytes for x in (buffer.states, *buffer.kept.values()))
+            seen["scored"] += sum(x.nbytes for velocities in buffer.scored.values() for x in velocities)
+        return train(buffers, *rest)
+
+    monkeypatch.setattr(parts.trainer, "_train", look)
+    parts.trainer.run_round(0)
+    assert buffer_bytes(config, find_model(config), parse_devices("1xcpu", "--gpus")) == seen
+
+
+# ---- devices and the search ----
+
+
+def test_devices_are_read_and_unknown_ones_refused() -> None:
+    devices = parse_devices("16xh100-80gb", "--gpus")
+    assert (devices.count, devices.per_node, devices.kind.name) == (16, 8, "H100-80GB")
+    assert parse_devices("A100-40GB", "--gpus").count == 1
+    with pytest.raises(UserError, match=r"--fit = '8xH100'.*allowed.*A100-80GB, H100-80GB.*Did you mean 'H100-80GB'"):
+        parse_devices("8xH100", "--fit")
+    for count_ in ("0", "12"):
+        with pytest.raises(UserError, match="multiples"):
+            parse_devices(f"{count_}xH100-80GB", "--gpus")
+
+
+def small(memory: float) -> Devices:
+    """Two devices on which the tiny model is large: links that do not hide, and no allowance."""
+    return Devices(DeviceKind("cpu", memory, 1e9, 1e7, 1e7), 2)
+
+
+def test_the_search_finds_the_fastest_that_fits(configured: Callable[..., DistilConfig]) -> None:
+    config = configured(rollout__samples=2, rollout__steps=2)
+    costs = costs_of(config)
+    everything = [make_plan(setting.of(config), costs, small(1)) for setting in settings(config, small(1))]
+    needed = sorted(plan.needed for plan in everything)
+    for memory in (1e12, needed[len(needed) // 4], needed[0]):
+        setting, plan = fit(config, costs, small(memory))
+        assert plan.needed <= memory
+        assert make_plan(setting.of(config), costs, small(memory)) == plan
+        fastest = min(other.seconds.total for other in everything if other.needed <= memory)
+        assert plan.seconds.total <= AS_FAST * fastest
+    with pytest.raises(UserError, match=r"nothing fits.*most of it \w+"):
+        fit(config, costs, small(needed[0] - 1))
+
+
+def test_larger_batches_need_more_and_sharding_needs_less(configured: Callable[..., DistilConfig]) -> None:
+    costs = costs_of(configured())
+    devices = parse_devices("4xH100-80GB", "--gpus")
+
+    def needed(**changes: Any) -> float:
+        return make_plan(configured(deepspeed="zero2", **changes), costs, devices).memory.in_phase(Phase.TRAIN)
+
+    assert needed(train__micro_batch=2) < needed(train__micro_batch=4)
+    assert needed(student__gradient_checkpointing=True) < needed()
+    assert batches(configured(), devices) == {"rollout": 4, "score": 8, "train": 8, "evaluate": 32}
+
+
+def test_the_command_prints_what_can_be_pasted(configured: Callable[..., DistilConfig], tmp_path: Path) -> None:
+    file = write_config(tmp_path / "run.yaml", configured().model_dump(mode="json"))
+    options = ["plan", "--config", str(file), "--set", "rollout.samples=2"]
+    result = CliRunner().invoke(app, [*options, "--gpus", "2xcpu", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    device = found["device_bytes"]
+    assert sum(device["parts"].values()) == pytest.approx(device["peak"])
+    assert device["peak"] == max(device["phases"].values())
+    assert found["round"]["passes"]["train"] == {"forward": 2 * 2 * 4 * 2, "backward": 2 * 2 * 4 * 2}
+    result = CliRunner().invoke(app, [*options, "--fit", "2xcpu"])
+    assert result.exit_code == 0, result.output
+    pasted = [line.strip().removesuffix("\\").split()[1] for line in result.output.splitlines() if "--set " in line]
+    load_config(None, file, pasted)
+
+
+def test_a_ds_config_is_read_with_deepspeeds_defaults() -> None:
+    assert Zero.of({"zero_optimization": {"stage": 2, "overlap_comm": True}}, 4).buffers == 2
+    read = Zero.of({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": 7}}, 4)
+    assert (read.stage, read.max_live, read.world, read.offload_param) == (3, 7, 4, False)
+
+
+def test_models_are_the_same_from_a_folder(configured: Callable[..., DistilConfig], tiny_world: Path) -> None:
+    model: Model = find_model(configured())
+    real = diffusers.SD3Transformer2DModel.from_pretrained(tiny_world / "base", subfolder="transformer")
+    found = count(model.network())
+    assert found.parameters == sum(parameter.numel() for parameter in real.parameters())
+    assert found.buffers == sum(buffer.numel() for buffer in real.buffers())
+    assert model.tokens == 10 + 10
+
+
+def test_loss_of_parts_is_one_number() -> None:
+    assert squared_sum(([torch.ones(2), torch.ones(3)],)).item() == 5.0
