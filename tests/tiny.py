@@ -24,7 +24,7 @@ from opd_ds.models import lora
 # Everything is under the default persistence threshold here and would never be partitioned.
 ALL_SHARDED = str(Path(__file__).parent / "all_sharded.json")
 # For `launch`: several configs in one process group.
-TRAIN_MANY = train_many.__file__
+TRAIN_MANY = train_many.__name__
 TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
 
 
@@ -94,11 +94,13 @@ def write_config(file: Path, data: dict[str, Any]) -> Path:
 
 
 def command_line(ranks: int, *arguments: str, script: str | None = None, command: str = "train") -> list[str]:
-    """`opd-ds <command>` (or `script`) on `ranks` processes: by itself, or under the real deepspeed launcher."""
+    """`opd-ds <command>`, or `script` (a file or a module), on `ranks` processes, several by the deepspeed launcher."""
     if ranks == 1:
         return [sys.executable, "-m", "opd_ds.cli", command, *arguments]
     start = train_many.under_launcher(ranks)
-    return [*start, script, *arguments] if script else [*start, "--module", "opd_ds.cli", command, *arguments]
+    if script is None:
+        return [*start, "--module", "opd_ds.cli", command, *arguments]
+    return [*start, *([] if script.endswith(".py") else ["--module"]), script, *arguments]
 
 
 def launch(
