@@ -6,7 +6,6 @@ import json
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,13 @@ from torch import nn
 
 from opd_ds.config import LoraSection, RunConfig, StudentSection
 from opd_ds.errors import UserError, nearest
+<<<<<<< HEAD
 from opd_ds.loading import PACKAGE_PREFIX, resolve_path
 from opd_ds.models import ModelFamily, family_class, lora
+=======
+from opd_ds.loading import PACKAGE_PREFIX, package_root, resolve_path
+from opd_ds.models import ModelFamily, lora
+>>>>>>> h-plan
 from opd_ds.preparation import DTYPES, load_family
 
 _CLIP_TOKENS = 77
@@ -170,7 +174,7 @@ def _tokens(family: ModelFamily, configs: dict[str, Any], clip: int) -> int:
 
 
 def _folder() -> Path:
-    return Path(str(resources.files("opd_ds"))) / "plan" / "known"
+    return package_root() / "plan" / "known"
 
 
 def bytes_of(precision: str) -> int:
