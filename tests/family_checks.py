@@ -13,11 +13,10 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from opd_ds.diffusion import kernel
+from opd_ds.bench.family_checks import trajectory
 from opd_ds.errors import UserError
 from opd_ds.models import ModelFamily, build_family, lora
 from opd_ds.prompts import SampleNoise
-from opd_ds.rollout import rollout
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red 3 on blue", "a neat 8 beside a black square on a white square", "the number 5"]
@@ -44,18 +43,9 @@ def close(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 
 
-@torch.no_grad()
 def roll_out(family: ModelFamily, network: nn.Module, guidance: float) -> Tensor:
     """Our final latents."""
-    cond, uncond, sigmas = family.encode(PROMPTS), family.encode([""]), family.sigmas(STEPS)
-    return rollout(
-        lambda x, sigma, rows, step: family.guided_velocity(network, x, sigma, cond[rows], uncond, guidance),
-        noise(family),
-        kernel("euler").coefficients(sigmas),
-        sigmas,
-        micro_batch=2,
-        device=CPU,
-    ).final
+    return trajectory(family, network, PROMPTS, noise(family), guidance, STEPS).final
 
 
 def draw(tiny: ModuleType, family: ModelFamily, pipeline: Any, guidance: float, **options: Any) -> Tensor:

@@ -18,13 +18,8 @@ from torch import nn
 
 from opd_ds.config import LoraSection, RunConfig, StudentSection
 from opd_ds.errors import UserError, nearest
-<<<<<<< HEAD
-from opd_ds.loading import PACKAGE_PREFIX, resolve_path
-from opd_ds.models import ModelFamily, family_class, lora
-=======
 from opd_ds.loading import PACKAGE_PREFIX, package_root, resolve_path
-from opd_ds.models import ModelFamily, lora
->>>>>>> h-plan
+from opd_ds.models import ModelFamily, family_class, lora
 from opd_ds.preparation import DTYPES, load_family
 
 _CLIP_TOKENS = 77
