@@ -204,13 +204,6 @@ def listener(job: str) -> socket.socket:
     raise UserError(f"all {_PORTS_TRIED} ports of job {job!r} are taken on this host ({tried}, ...); set MASTER_PORT")
 
 
-def unused_port() -> int:
-    """A port that nobody on this host listens on, chosen by the system."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
 def prepare_environment(world: World) -> None:
     """Environment that DeepSpeed and torch read when they start; call before importing them. Ranks that have no port
     yet agree on one here.
@@ -219,7 +212,8 @@ def prepare_environment(world: World) -> None:
 
     port = world.master_port
     if port is None:
-        port = unused_port() if world.size == 1 else agree_on_port(world)
+        # Alone: the system chooses one when it is opened, so that nobody can come in between.
+        port = 0 if world.size == 1 else agree_on_port(world)
     os.environ |= {
         "RANK": str(world.rank),
         "LOCAL_RANK": str(world.local_rank),

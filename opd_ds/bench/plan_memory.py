@@ -75,6 +75,7 @@ CASES = tuple(
     Case(*case)
     for case in (
         ("fp32", 0, "full", False, 1),
+        ("fp32", 1, "full", False, 1),
         ("fp32", 2, "full", True, 1),
         ("fp32", 3, "full", False, 1),
         ("bf16", 0, "full", False, 1),
@@ -86,6 +87,7 @@ CASES = tuple(
         ("bf16", 2, "lora", True, 1),
         ("fp32", 2, "full", False, 2),
         ("fp32", 3, "full", True, 2),
+        ("bf16", 2, "full", True, 2),
         ("bf16", 3, "lora", False, 2),
     )
 )

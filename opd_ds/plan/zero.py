@@ -158,14 +158,17 @@ def _sharded_weights(
         device.append(Part(f"{name}: second shard (hpZ)", element * counts.parameters / zero.gather))
     device.append(Part(f"{name}: gathered", element * 2 * coming, frozenset(passes)))
     if trained:
-        training = frozenset({Phase.TRAIN, Phase.REDUCE})
-        device.append(Part(f"{name}: gathered", element * (live + coming), training))
+        training, left = element * (live + coming), alive_when_reduced(counts.trained, zero)
+        device.append(Part(f"{name}: gathered", training, frozenset({Phase.TRAIN})))
+        device.append(Part(f"{name}: gathered", left * training, frozenset({Phase.REDUCE})))
     host = [Part(f"{name} (offloaded)", element * share)] if zero.offload_param and not zero.nvme else []
     return Placed(device, host)
 
 
 def alive_when_reduced(trained: int, zero: Zero) -> float:
-    """The share of a backward's activations that is still there when the first bucket of gradients is full."""
+    """The share of a backward that is still to come when the first bucket of gradients is full: of activations, and of
+    gathered weights, that are still there.
+    """
     return max(0.0, 1 - min(zero.reduce_bucket, trained) / trained) if zero.stage else 0.0
 
 
