@@ -204,6 +204,13 @@ def listener(job: str) -> socket.socket:
     raise UserError(f"all {_PORTS_TRIED} ports of job {job!r} are taken on this host ({tried}, ...); set MASTER_PORT")
 
 
+def unused_port() -> int:
+    """A port that nobody on this host listens on, chosen by the system."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def prepare_environment(world: World) -> None:
     """Environment that DeepSpeed and torch read when they start; call before importing them. Ranks that have no port
     yet agree on one here.

@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import sys
 import time
 from pathlib import Path
 
+from opd_ds.launch import unused_port
+
 
 def under_launcher(ranks: int) -> list[str]:
     """The command line, up to what is started, of `ranks` processes under the deepspeed launcher, on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     launcher = Path(sys.executable).parent / "deepspeed"
-    return [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(port)]
+    return [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(unused_port())]
 
 
 def main(arguments: list[str]) -> None:
