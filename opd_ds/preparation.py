@@ -215,9 +215,14 @@ def load_family(config: RunConfig, path: Path, device: torch.device, dtype: torc
 
 
 def _check_weights(config: RunConfig, files: RunFiles, family: ModelFamily) -> None:
+    family.check_guidance("rollout.guidance", config.rollout.guidance)
+    for name, judged in config.evaluated.items():
+        if judged.guidance is not None:
+            family.check_guidance(f"{config.place(name)}.guidance", judged.guidance)
     for name, spec in files.teachers.items():
         key = "anchor.path" if name == ANCHOR else f"tasks.{name}.teacher.path"
         settings = spec.settings
+        family.check_guidance(f"{key.removesuffix('path')}guidance", settings.guidance)
         check_weights(family, key, settings.path, spec.path, config.model.path, trust_base=settings.trust_base)
     if files.start is None:
         return

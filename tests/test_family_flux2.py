@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from opd_ds.bench.tiny import flux2 as tiny
+from opd_ds.engine import Group
 from opd_ds.errors import UserError
+from opd_ds.loading import parse_config
+from opd_ds.preparation import prepare
 from tests import family_checks as checks
+from tests.tiny import run_settings
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +44,19 @@ def test_finite_at_both_ends(base: Path) -> None:
 def test_the_distilled_model_is_drawn_without_guidance(tmp_path: Path) -> None:
     family = checks.build("flux2", tiny.write(tmp_path / "klein", is_distilled=True))
     checks.check_parity(tiny, family, 1.0)
-    with pytest.raises(UserError, match=r"guidance = 4.0.*allowed: 1.0"):
+    with pytest.raises(UserError, match=r"guidance = 4: .*allowed: 1.0"):
         checks.roll_out(family, family.load_transformer(), 4.0)
+
+
+def test_a_guidance_that_it_does_not_know_is_found_before_weights_load(tmp_path: Path, group: Group) -> None:
+    klein = tiny.write(tmp_path / "klein", is_distilled=True)
+    (klein / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "prompts.txt").write_text("a red 3\n")
+    task = {"teacher": {"path": str(klein), "guidance": 2.0}, "prompts": str(tmp_path / "prompts.txt")}
+    model = {"family": "flux2", "path": str(klein)}
+    settings = run_settings(tmp_path, tmp_path / "out", model=model, rollout__guidance=1.0, tasks={"one": task})
+    with pytest.raises(UserError, match=r"^tasks\.one\.teacher\.guidance = 2: .*allowed: 1\.0"):
+        prepare(parse_config(settings), group)
 
 
 def test_refusals(base: Path, tmp_path: Path) -> None:

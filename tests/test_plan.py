@@ -79,6 +79,35 @@ def test_a_hub_id_is_planned_from_the_configs_kept_here() -> None:
     assert 5.5e9 < model.encoders < 5.7e9
 
 
+@pytest.mark.parametrize(
+    ("name", "family", "latents"),
+    [
+        ("black-forest-labs/FLUX.1-dev", "flux", (16, 128, 128)),
+        ("black-forest-labs/FLUX.2-klein-4B", "flux2", (128, 64, 64)),
+        ("Qwen/Qwen-Image", "qwen_image", (16, 128, 128)),
+        ("Tongyi-MAI/Z-Image", "z_image", (16, 128, 128)),
+        ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "wan", (16, 21, 60, 104)),
+    ],
+)
+def test_known_models_are_of_their_families(name: str, family: str, latents: tuple[int, ...]) -> None:
+    size = "null" if family == "wan" else 1024
+    changes = [f"model.path={name}", f"model.family={family}", f"model.height={size}", f"model.width={size}"]
+    changes += ["model.max_text_length=null"]
+    model = find_model(load_config("mopd_sd35m", None, changes))
+    assert model.family.latent_shape == latents
+    assert model.tokens == 512
+
+
+def test_cached_prompts_need_no_text_encoders(configured: Callable[..., DistilConfig]) -> None:
+    def encoders(how: str) -> float:
+        config = configured(model__text_encoders=how)
+        memory = run_memory(config, costs_of(config), parse_devices("1xH100-80GB", "--gpus"))
+        return sum(part.nbytes for part in (*memory.device, *memory.host) if part.name.startswith("text encoders"))
+
+    assert encoders("cached") == 0
+    assert encoders("offload") == 2 * encoders("resident") > 0
+
+
 def test_unknown_models_are_refused_with_what_is_known(configured: Callable[..., DistilConfig]) -> None:
     with pytest.raises(UserError, match=r"somebody/something.*FLUX\.1-dev.*hf download"):
         find_model(configured(model__path="somebody/something"))

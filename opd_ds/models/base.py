@@ -191,6 +191,11 @@ class ModelFamily(ABC):
 
     # ---- what families share ----
 
+    @property
+    def unguided(self) -> bool:
+        """Whether the network was distilled to be run as it is: a guidance other than 1 is refused."""
+        return False
+
     @classmethod
     def passes(cls, guidance: float) -> int:
         """Network passes that one guided velocity costs."""
@@ -215,13 +220,22 @@ class ModelFamily(ABC):
             sigma: [B], float32.
             cond: B encoded prompts.
             uncond: one encoded negative prompt.
+
+        Raises:
+            UserError: see `check_guidance`.
         """
+        self.check_guidance("guidance", guidance)
         if guidance == 1.0:
             return self.velocity(transformer, latents, sigma, cond)
         both = Conditioning.cat([uncond.expand(len(cond)), cond])
         velocity = self.velocity(transformer, torch.cat([latents, latents]), sigma.repeat(2), both)
         v_uncond, v_cond = velocity.chunk(2)
         return self.combine(v_uncond, v_cond, guidance)
+
+    def check_guidance(self, key: str, guidance: float) -> None:
+        """Raise UserError, naming `key` of the run config, for a guidance that the model does not know."""
+        if self.unguided and guidance != 1.0:
+            raise UserError(f"{key} = {guidance:g}: {self.path} is distilled to be run without; allowed: 1.0")
 
     def combine(self, v_uncond: Tensor, v_cond: Tensor, guidance: float) -> Tensor:
         """How the family's pipeline mixes the two velocities."""
@@ -355,14 +369,6 @@ class ModelFamily(ABC):
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(self._scheduler_config)
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
         return scheduler.sigmas.to(torch.float64)
-
-    def _check_unguided(self, guidance: float) -> None:
-        """For networks that were distilled to be run as they are."""
-        if guidance != 1.0:
-            raise UserError(
-                f"guidance = {guidance}: {self.path} is distilled to be run without guidance; allowed: 1.0; "
-                "set rollout.guidance and the guidance of tasks and teachers to 1.0"
-            )
 
     def _linear_mu(self, tokens: int) -> float:
         """The `mu` of pipelines in which it grows linearly with the picture's tokens; read by dynamic shifting only."""

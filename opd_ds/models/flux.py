@@ -35,6 +35,10 @@ class Flux(ModelFamily):
     lora_targets = JOINT_ATTENTION
     embedded_guidance = True
 
+    @property
+    def unguided(self) -> bool:
+        return not self._transformer_config["guidance_embeds"]  # schnell
+
     def default_size(self) -> tuple[int, int]:
         size = self._vae_config["sample_size"]
         return size, size
@@ -70,14 +74,8 @@ class Flux(ModelFamily):
         uncond: Conditioning,
         guidance: float,
     ) -> Tensor:
-        """One pass at any guidance: the scale is an input of the network; `uncond` is not used.
-
-        Raises:
-            UserError: a guidance other than 1 for a network without that input (schnell).
-        """
-        embedded = self._transformer_config["guidance_embeds"]
-        if not embedded:
-            self._check_unguided(guidance)
+        """One pass at any guidance: the scale is an input of the network; `uncond` is not used."""
+        self.check_guidance("guidance", guidance)
         embeds = cond.tensors["embeds"]
         # In memory as the pipeline has them: the product with another order rounds differently in bf16.
         tokens = pixel_unshuffle(latents.to(self.dtype), _PATCH).flatten(2).transpose(1, 2).contiguous()
@@ -85,7 +83,7 @@ class Flux(ModelFamily):
         patches = transformer(
             hidden_states=tokens,
             timestep=(sigma * 1000).to(self.dtype) / 1000,  # sigma, rounded as the pipeline rounds it
-            guidance=torch.full_like(sigma, guidance, dtype=torch.float32) if embedded else None,
+            guidance=torch.full_like(sigma, guidance, dtype=torch.float32) if not self.unguided else None,
             encoder_hidden_states=embeds,
             pooled_projections=cond.tensors["pooled"],
             txt_ids=torch.zeros(embeds.shape[1], 3, device=embeds.device),

@@ -49,6 +49,10 @@ class Flux2(ModelFamily):
             )
         self._distilled = index.get("is_distilled", False)
 
+    @property
+    def unguided(self) -> bool:
+        return self._distilled  # its pipeline ignores guidance
+
     def default_size(self) -> tuple[int, int]:
         size = self._vae_config["sample_size"]
         return size, size
@@ -82,24 +86,6 @@ class Flux2(ModelFamily):
             return_dict=False,
         )[0]
         return tokens.transpose(1, 2).unflatten(2, (rows, columns))
-
-    def guided_velocity(
-        self,
-        transformer: Callable[..., Any],
-        latents: Tensor,
-        sigma: Tensor,
-        cond: Conditioning,
-        uncond: Conditioning,
-        guidance: float,
-    ) -> Tensor:
-        """As in every family.
-
-        Raises:
-            UserError: a guidance other than 1 for a model distilled to few steps, whose pipeline ignores guidance.
-        """
-        if self._distilled:
-            self._check_unguided(guidance)
-        return super().guided_velocity(transformer, latents, sigma, cond, uncond, guidance)
 
     def decode_with(self, vae: Any, latents: Tensor) -> Tensor:
         mean = vae.bn.running_mean.view(1, -1, 1, 1).to(latents.dtype)

@@ -137,13 +137,7 @@ def run_memory(
         host += placed.host
     device += buffer_parts(config, costs, devices)
     device += _activations(config, costs, devices, alive_when_reduced(counts.trained, zero), not rounds_only)
-    encoders = Placed([Part("text encoders", element * model.encoders)], [])
-    if config.model.text_encoders == "offload" and not on_cpu:
-        name = "text encoders"
-        encoders = Placed(
-            [Part(name, element * model.encoders, frozenset({Phase.ENCODE}))],
-            [Part(f"{name} (offloaded)", element * model.encoders)],
-        )
+    encoders = _text_encoders(config, element * model.encoders, on_cpu=on_cpu)
     device += encoders.device
     host += encoders.host
     if not rounds_only or isinstance(config, TeachConfig):
@@ -186,6 +180,15 @@ def _find_teachers(config: RunConfig, costs: Costs, devices: Devices, notes: lis
         adapters = sum(costs.adapter(path) or 0 for path in {teacher.path for teacher in tasks.values()})
         found.append(Teacher(tuple(tasks), placement, adapters, zero))
     return found
+
+
+def _text_encoders(config: RunConfig, nbytes: int, *, on_cpu: bool) -> Placed:
+    name = "text encoders"
+    if config.model.text_encoders == "cached":
+        return Placed([], [])
+    if config.model.text_encoders == "resident" or on_cpu:
+        return Placed([Part(name, nbytes)], [])
+    return Placed([Part(name, nbytes, frozenset({Phase.ENCODE}))], [Part(f"{name} (offloaded)", nbytes)])
 
 
 def _teacher(teacher: Teacher, counts: Counts, element: int, *, on_cpu: bool) -> Placed:

@@ -144,6 +144,8 @@ def _teacher_transfer(costs: Costs, placed_as: Layout, devices: Devices, element
 
 def _encode_seconds(config: RunConfig, model: Model, element: int, devices: Devices) -> float:
     """Text encoders over a rank's prompts, and their way to the device and back."""
+    if config.model.text_encoders == "cached":
+        return 0.0
     prompts = rows_per_rank(config, devices) * tasks_at_once(config)
     work = 2 * model.encoders * model.tokens * prompts
     seconds = work / (ACHIEVED * devices.kind.flops * PRECISION_FACTOR[config.precision])

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from opd_ds.bench.tiny.parts import DYNAMIC_SHIFT, TEXTS, VAE_BLOCKS, save
+from opd_ds.bench.tiny.parts import DYNAMIC_SHIFT, TEXTS, VAE_BLOCKS, run, save
 from opd_ds.miniature.networks import make_tokenizer
 from opd_ds.models.base import ModelFamily
 
@@ -78,14 +78,8 @@ def draw(
     pictures: bool = False,
 ) -> Tensor:
     """What diffusers' pipeline makes of `noise` [B, C, h, w]: latents of that shape, or pictures [B, 3, H, W]."""
-    drawn = pipeline(
-        prompts,
-        height=family.height,
-        width=family.width,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        latents=pipeline._pack_latents(noise, *noise.shape),
-        max_sequence_length=family.max_text_length,
-        output_type="pt" if pictures else "latent",
+    packed = pipeline._pack_latents(noise, *noise.shape)
+    drawn = run(
+        pipeline, family, steps, pictures=pictures, prompt=prompts, guidance_scale=guidance, latents=packed
     ).images
     return drawn if pictures else pipeline._unpack_latents(drawn, family.height, family.width, family.size_unit // 2)

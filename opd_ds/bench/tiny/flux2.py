@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opd_ds.bench.tiny.parts import DYNAMIC_SHIFT, TEXTS, VAE_BLOCKS, save
+from opd_ds.bench.tiny.parts import DYNAMIC_SHIFT, TEXTS, VAE_BLOCKS, run, save
 from opd_ds.miniature.networks import make_tokenizer
 from opd_ds.models.base import ModelFamily
 
@@ -77,15 +77,8 @@ def draw(
     pictures: bool = False,
 ) -> Tensor:
     """What diffusers' pipeline makes of `noise` [B, C, h, w]: latents of that shape, or pictures [B, 3, H, W]."""
-    drawn = pipeline(
-        prompt=prompts,
-        height=family.height,
-        width=family.width,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        latents=noise,
-        max_sequence_length=family.max_text_length,
-        output_type="pt" if pictures else "latent",
+    drawn = run(
+        pipeline, family, steps, pictures=pictures, prompt=prompts, guidance_scale=guidance, latents=noise
     ).images
     if pictures:
         return drawn

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from opd_ds.models import ModelFamily
+
 # What the tokenizers are trained on.
 TEXTS = ["a red 3 on blue", "a green 7 on white", "a blue 0 on red", "the number 5", "a neat 8 beside a black square"]
 
@@ -41,3 +43,15 @@ def save(pipeline: Any, folder: Path) -> Path:
         parameter.copy_(start + 0.08 * torch.randn_like(parameter))
     pipeline.save_pretrained(folder)
     return folder
+
+
+def run(pipeline: Any, family: ModelFamily, steps: int, *, pictures: bool = False, **more: Any) -> Any:
+    """What `pipeline` gives with the family's settings: latents, or pictures [B, 3, H, W]."""
+    return pipeline(
+        num_inference_steps=steps,
+        height=family.height,
+        width=family.width,
+        max_sequence_length=family.max_text_length,
+        output_type="pt" if pictures else "latent",
+        **more,
+    )

@@ -15,7 +15,7 @@ from diffusers import (
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from opd_ds.bench.tiny.parts import save
+from opd_ds.bench.tiny.parts import run, save
 from opd_ds.bench.tiny.qwen_tokenizer import make_tokenizer
 from opd_ds.models import ModelFamily
 from opd_ds.models.qwen_image import pack, unpack
@@ -87,15 +87,6 @@ def draw(
     pictures: bool = False,
 ) -> Tensor:
     """What diffusers' pipeline makes of `noise` [B, C, h, w]: latents of that shape, or pictures [B, 3, H, W]."""
-    drawn = pipeline(
-        prompts,
-        negative_prompt=None if guidance == 1 else [""] * len(prompts),
-        true_cfg_scale=guidance,
-        height=family.height,
-        width=family.width,
-        num_inference_steps=steps,
-        latents=pack(noise),
-        max_sequence_length=family.max_text_length,
-        output_type="pt" if pictures else "latent",
-    ).images
+    guided = {"true_cfg_scale": guidance, "negative_prompt": None if guidance == 1 else [""] * len(prompts)}
+    drawn = run(pipeline, family, steps, pictures=pictures, prompt=prompts, latents=pack(noise), **guided).images
     return drawn if pictures else unpack(drawn, *noise.shape[-2:])

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from opd_ds.bench.tiny.parts import save
+from opd_ds.bench.tiny.parts import run, save
 from opd_ds.miniature.networks import Sizes, make_pipeline
 from opd_ds.models import ModelFamily
 
@@ -24,13 +24,4 @@ def write(folder: Path, seed: int = 0, sizes: Sizes = SIZES) -> Path:
 
 def draw(pipeline: Any, family: ModelFamily, prompts: list[str], noise: Tensor, guidance: float, steps: int) -> Tensor:
     """Final latents [B, C, h, w] of diffusers' pipeline from `noise` of that shape."""
-    return pipeline(
-        prompt=prompts,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        latents=noise,
-        max_sequence_length=family.max_text_length,
-        height=family.height,
-        width=family.width,
-        output_type="latent",
-    ).images
+    return run(pipeline, family, steps, prompt=prompts, guidance_scale=guidance, latents=noise).images

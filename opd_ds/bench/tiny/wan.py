@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from opd_ds.bench.tiny.parts import TEXTS, save
+from opd_ds.bench.tiny.parts import TEXTS, run, save
 from opd_ds.miniature.networks import make_tokenizer
 from opd_ds.models import ModelFamily
 
@@ -55,14 +55,7 @@ def write(folder: Path, seed: int = 0) -> Path:
 
 def draw(pipeline: Any, family: ModelFamily, prompts: list[str], noise: Tensor, guidance: float, steps: int) -> Tensor:
     """Final latents [B, C, f, h, w] of diffusers' pipeline from `noise` of that shape."""
-    return pipeline(
-        prompt=prompts,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        latents=noise,
-        max_sequence_length=family.max_text_length,
-        height=family.height,
-        width=family.width,
-        num_frames=family.frames,
-        output_type="latent",
+    frames = family.frames
+    return run(
+        pipeline, family, steps, prompt=prompts, guidance_scale=guidance, latents=noise, num_frames=frames
     ).frames

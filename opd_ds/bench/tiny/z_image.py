@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipe
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 
-from opd_ds.bench.tiny.parts import save
+from opd_ds.bench.tiny.parts import run, save
 from opd_ds.bench.tiny.qwen_tokenizer import make_tokenizer
 from opd_ds.models import ModelFamily
 
@@ -78,14 +78,6 @@ def draw(
     pictures: bool = False,
 ) -> Tensor:
     """What diffusers' pipeline makes of `noise` [B, C, h, w]: latents of that shape, or pictures [B, 3, H, W]."""
-    return pipeline(
-        list(prompts),  # the pipeline writes into it
-        negative_prompt=[""] * len(prompts),
-        guidance_scale=guidance - 1,
-        height=family.height,
-        width=family.width,
-        num_inference_steps=steps,
-        latents=noise,
-        max_sequence_length=family.max_text_length,
-        output_type="pt" if pictures else "latent",
-    ).images
+    guided = {"guidance_scale": guidance - 1, "negative_prompt": [""] * len(prompts)}
+    copied = list(prompts)  # the pipeline writes into it
+    return run(pipeline, family, steps, pictures=pictures, prompt=copied, latents=noise, **guided).images
