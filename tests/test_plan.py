@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typer.testing import CliRunner
 
+from opd_ds.bench.full_size import FullSize
+from opd_ds.bench.plan_memory import bench
 from opd_ds.cli import app
 from opd_ds.config import DistilConfig, RunConfig
 from opd_ds.errors import UserError
@@ -385,3 +387,13 @@ def test_models_are_the_same_from_a_folder(configured: Callable[..., DistilConfi
 
 def test_loss_of_parts_is_one_number() -> None:
     assert squared_sum(([torch.ones(2), torch.ones(3)],)).item() == 5.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "teachers"), [("lora", "full"), ("full", "lora")])
+def test_a_round_at_true_width_takes_what_the_plan_says(tmp_path: Path, kind: str, teachers: str) -> None:
+    """One block of SD3.5-Medium."""
+    bench(tmp_path, print, [FullSize(1, kind, teachers)])
+    (row,) = json.loads((tmp_path / "plan.json").read_text())
+    assert abs(row["error"]) < 0.15
+    assert f"| {kind} | {teachers} |" in (tmp_path / "plan.md").read_text()

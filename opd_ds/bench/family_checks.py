@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from weakref import WeakSet
 
 import diffusers
 import torch
@@ -20,6 +22,8 @@ from opd_ds.checkpoint_export import checkpointed_student
 from opd_ds.diffusion import kernel, velocity_error
 from opd_ds.export import EXPORT_FOLDER
 from opd_ds.models import ModelFamily, build_family, family_class
+from opd_ds.plan.inputs import network_inputs, squared_sum
+from opd_ds.plan.metering import held_tensors, training_cost
 from opd_ds.prompts import SampleNoise
 from opd_ds.rollout import Trajectory, rollout
 
@@ -28,6 +32,7 @@ KINDS = ("full", "lora")
 PROMPTS = ["a red 3 on blue", "a neat 8 beside a black square on a white square", "the number 5", "a green 7"]
 STEPS = 4
 GUIDANCES = (1.0, 3.5)
+_TEXTS = ("encoder_hidden_states", "cap_feats")  # how networks name the prompt's states
 DS_CONFIG = {
     # Everything is under the default threshold here and would never be partitioned.
     "zero_optimization": {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0},
@@ -132,6 +137,15 @@ class Trial:
             found += [family.velocity(network, x, torch.full((len(x),), sigma), cond) for sigma in (1.0, 0.0)]
         return all(bool(velocity.isfinite().all()) for velocity in found)
 
+    def plan_error(self) -> float:
+        """Relative error of what the plan expects each further row to keep for the backward, in bytes.
+
+        The plan runs the network without data on inputs that it makes itself; here a real forward is counted. What does
+        not grow with the batch (tables of positions) is left out: in a tiny network it would outweigh the rest.
+        """
+        planned, kept = zip(*(self._kept_of(rows) for rows in (1, 2)), strict=True)
+        return (planned[1] - planned[0]) / (kept[1] - kept[0]) - 1
+
     # ---- the parts ----
 
     @cached_property
@@ -169,6 +183,17 @@ class Trial:
     def _roll_out(self, network: nn.Module, guidance: float) -> Tensor:
         return trajectory(self.family, network, PROMPTS, self._noise, guidance, STEPS).final
 
+    def _kept_of(self, rows: int) -> tuple[float, int]:
+        """Bytes kept for the backward of so many rows: by the plan, and really."""
+        family, network = self.family, self.family.load_transformer()
+        cond, noise = family.encode(PROMPTS[:1] * rows), SampleNoise(list(range(rows)), family.latent_shape)
+        x, sigma = noise.draw(slice(None)), torch.full((rows,), 0.5)
+        kept, seen = _bytes_kept(network, lambda: family.velocity(network, x, sigma, cond))
+        (text,) = (held_tensors(value)[0].shape[-2] for name, value in seen.items() if name in _TEXTS)
+        config = json.loads((self._base / "transformer" / "config.json").read_text(encoding="utf-8"))
+        inputs = network_inputs(family.transformer_class, config, family.latent_shape, rows, text, torch.float32)
+        return training_cost(family.empty_transformer(), inputs, squared_sum).saved, kept
+
     @torch.no_grad()
     def _losses(self, family: ModelFamily, states: Tensor) -> Tensor:
         """The student's and the teacher's squared distance at `states` [B, T, ...]: [B, T]. Weights would cancel."""
@@ -200,6 +225,46 @@ class Trial:
             "tasks": {"one": {"teacher": teacher, "prompts": str(self.folder / "prompts.txt")}},
             "evaluation": {"baselines": False},
         }
+
+
+class _Kept:
+    """What autograd keeps of a tensor; it goes with the part of the graph that needs it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def _bytes_kept(network: nn.Module, forward: Callable[[], object]) -> tuple[int, dict[str, Any]]:
+    """Bytes that `forward` keeps for a backward of `network`, its parameters and inputs left out, its output not; and
+    the inputs.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
+    kept: WeakSet[_Kept] = WeakSet()
+    seen: dict[str, Any] = {}
+    given: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> _Kept:
+        one = _Kept(tensor)
+        kept.add(one)
+        return one
+
+    def note_inputs(_: nn.Module, __: object, inputs: dict[str, Any]) -> None:
+        seen.update(inputs)
+        known.update(tensor.untyped_storage().data_ptr() for tensor in held_tensors(inputs))
+        kept.clear()  # what came before belongs to no network
+
+    hooks = [
+        network.register_forward_pre_hook(note_inputs, with_kwargs=True),
+        network.register_forward_hook(lambda _, __, output: given.extend(held_tensors(output))),
+    ]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one.tensor):
+        held = forward()
+    for hook in hooks:
+        hook.remove()
+    storages = [tensor.untyped_storage() for tensor in (*(one.tensor for one in kept), *given)]
+    del held
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(nbytes for address, nbytes in sizes.items() if address not in known), seen
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

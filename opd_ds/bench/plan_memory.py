@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 
+from opd_ds.bench.full_size import FullSize
 from opd_ds.config import RunConfig
 from opd_ds.errors import UserError
 from opd_ds.launch import unused_port
@@ -30,6 +31,7 @@ _PROMPTS = ["a red 3 on blue", "a green 7 on white", "a blue 0 on red", "the num
 # Large tensors get pages of their own and give them back when they are freed: what is resident is what is alive.
 _ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 _MIB = 2**20
+_RESULTS = ("device", "predicted", "measured", "error", "phase", "parts")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,14 @@ class Case:
     def pairs(self) -> int:
         """(state, step) pairs per rank and micro-batch; beside a LoRA's states activations should count."""
         return 4 if self.kind == "lora" else 1
+
+    def write(self, world: Path) -> None:
+        """A random model in float32 and in bfloat16, and prompts."""
+        if not (world / "prompts.txt").is_file():
+            pipeline = make_pipeline(_PROMPTS, _SIZES, seed=0)
+            pipeline.save_pretrained(world / "fp32")
+            pipeline.to(torch.bfloat16).save_pretrained(world / "bf16")
+            (world / "prompts.txt").write_text("\n".join(_PROMPTS) + "\n", encoding="utf-8")
 
     def config(self, world: Path) -> RunConfig:
         """Two micro-batches a round."""
@@ -93,18 +103,19 @@ CASES = tuple(
 )
 
 
-def bench(folder: Path, say: Callable[[str], None], cases: Iterable[Case] = CASES) -> None:
+def bench(folder: Path, say: Callable[[str], None], cases: Iterable[Case | FullSize] = CASES) -> None:
     """Measure what is missing in `folder`, then write plan.json and plan.md there.
 
     Raises:
         UserError: a configuration failed, naming its log.
     """
-    world = write_world(folder / "world")
+    world = folder.resolve() / "world"
     found = []
     for case in cases:
         if case.ranks > _devices():
             say(f"{case.name}: left out, there are {_devices()} devices")
             continue
+        case.write(world)
         measured = _measure(case, world, folder)
         on_cpu = measured["device"] == "cpu"
         memory = predict(case.config(world), _planned(case, on_cpu=on_cpu))
@@ -131,29 +142,16 @@ def predict(config: RunConfig, devices: Devices) -> Memory:
     return run_memory(config, Costs(find_model(config), config), devices, rounds_only=True)
 
 
-def write_world(folder: Path) -> Path:
-    """A random model in float32 and in bfloat16, and prompts."""
-    if not (folder / "prompts.txt").is_file():
-        pipeline = make_pipeline(_PROMPTS, _SIZES, seed=0)
-        pipeline.save_pretrained(folder / "fp32")
-        pipeline.to(torch.bfloat16).save_pretrained(folder / "bf16")
-        (folder / "prompts.txt").write_text("\n".join(_PROMPTS) + "\n", encoding="utf-8")
-    return folder
-
-
 def as_markdown(found: list[dict[str, Any]]) -> str:
     """The table."""
+    settings = [key for key in found[0] if key not in _RESULTS] if found else []
     lines = [
-        "| precision | ZeRO | student | checkpointing | ranks | worst phase | predicted, MiB | measured, MiB | error |",
-        "|---|---|---|---|---|---|---:|---:|---:|",
+        f"| {' | '.join(settings)} | worst phase | predicted, MiB | measured, MiB | error |",
+        f"|{'---|' * len(settings)}---|---:|---:|---:|",
     ]
     for row in found:
         cells = [
-            row["precision"],
-            str(row["stage"]),
-            row["kind"],
-            "yes" if row["checkpointing"] else "no",
-            str(row["ranks"]),
+            *(_cell(row[key]) for key in settings),
             row["phase"],
             f"{row['predicted'] / _MIB:,.0f}",
             f"{row['measured'] / _MIB:,.0f}",
@@ -163,15 +161,19 @@ def as_markdown(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _cell(value: Any) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
 def _devices() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 2
 
 
-def _planned(case: Case, *, on_cpu: bool) -> Devices:
+def _planned(case: Case | FullSize, *, on_cpu: bool) -> Devices:
     return parse_devices(f"{case.ranks}x{'cpu' if on_cpu else 'H100-80GB'}", "--gpus")
 
 
-def _measure(case: Case, world: Path, folder: Path) -> dict[str, Any]:
+def _measure(case: Case | FullSize, world: Path, folder: Path) -> dict[str, Any]:
     """By the worker, one process per rank; a measurement that is there is not repeated."""
     place = folder / case.name
     place.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ def main(config_file: str, out: str, rounds: int) -> None:
 
 def _tiny(config: RunConfig) -> RunConfig:
     data = config.model_dump(mode="json")
-    data["model"] |= {"path": _TINY, "height": None, "width": None}
+    data["model"] |= {"path": _TINY, "height": None, "width": None, "text_encoders": "offload"}
     for task in data["tasks"].values():
         task["teacher"]["path"] = _TINY
     return parse_config(data)
