@@ -219,8 +219,7 @@ def prepare_environment(world: World) -> None:
 
     port = world.master_port
     if port is None:
-        # Alone: the system chooses one when it is opened, so that nobody can come in between.
-        port = 0 if world.size == 1 else agree_on_port(world)
+        port = unused_port() if world.size == 1 else agree_on_port(world)
     os.environ |= {
         "RANK": str(world.rank),
         "LOCAL_RANK": str(world.local_rank),

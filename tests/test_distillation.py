@@ -131,7 +131,7 @@ def test_a_student_that_starts_at_its_teacher_has_nothing_to_learn(
     [
         ({"kind": "lora", "start": "other"}, "is a full checkpoint and student.kind = 'lora'; set model.path to it"),
         ({"kind": "lora", "start": "adapter2"}, "has rank 2 and alpha 4, student.lora has rank 4 and alpha 8"),
-        ({"kind": "full", "start": "prompts.txt"}, "student.start = .*neither a LoRA nor a checkpoint"),
+        ({"kind": "full", "start": "prompts.txt"}, "student.start = .*no safetensors file"),
     ],
 )
 def test_a_start_that_does_not_fit_is_refused(
