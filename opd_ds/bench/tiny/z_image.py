@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipe
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 
-from opd_ds.bench.tiny.parts import run, save
+from opd_ds.bench.tiny.parts import VAE_BLOCKS, run, save
 from opd_ds.bench.tiny.qwen_tokenizer import make_tokenizer
 from opd_ds.models import ModelFamily
 
@@ -35,12 +35,7 @@ def write(folder: Path, seed: int = 0) -> Path:
         axes_lens=[1024, 32, 32],
     )
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
+        **VAE_BLOCKS,
         scaling_factor=0.3611,
         shift_factor=0.1159,
         use_quant_conv=False,
