@@ -28,6 +28,25 @@ class RoundLosses:
     by_step: dict[str, dict[str, Tensor]]
 
 
+@dataclass(frozen=True)
+class Share:
+    """One task's rows of a micro-batch.
+
+    Attributes:
+        loss, measured: float32 [b], of these rows, and what else the loss measured of them.
+        steps: int64 [b].
+        weights: [b], 0 for samples that only fill up or do not count.
+        pairs: (sample, step) pairs of the task in this optimizer step that count, over all ranks.
+    """
+
+    task: str
+    loss: Tensor
+    measured: dict[str, Tensor]
+    steps: Tensor
+    weights: Tensor
+    pairs: float
+
+
 class RoundAccumulator:
     """Backward of every micro-batch of one optimizer step.
 
@@ -56,22 +75,23 @@ class RoundAccumulator:
         self._left = micro_batches
         self._sums = {task: torch.zeros(len(self._rows), steps, device=group.device) for task in weights}
 
-    def add(
-        self, task: str, loss: Tensor, measured: dict[str, Tensor], steps: Tensor, weights: Tensor, pairs: float
-    ) -> None:
-        """One micro-batch: `loss` and what was `measured`, float32 [b], at `steps` int64 [b].
-
-        Args:
-            weights: [b], 0 for samples that only fill up or do not count.
-            pairs: (sample, step) pairs of the task in this optimizer step that count, over all ranks.
-        """
-        steps, weights = steps.to(loss.device), weights.to(loss.device)
+    def add(self, *shares: Share) -> None:
+        """One micro-batch: the rows of one task, or of several that were computed together."""
         self._left -= 1
-        self._student.accumulate((loss * weights).sum() * (self._weights[task] / pairs), last=self._left == 0)
-        values = {"count": torch.ones_like(weights), "loss": loss, **measured}
-        # Not a product with the weight alone: 0 times what overflowed would be NaN, in what is only measured too.
-        rows = [torch.where(weights > 0, values[name].detach() * weights, 0.0) for name in self._rows]
-        self._sums[task].index_add_(1, steps, torch.stack(rows))
+        parts = [(share.loss * self._on_device(share.weights)).sum() * self._factor(share) for share in shares]
+        self._student.accumulate(torch.stack(parts).sum(), last=self._left == 0)
+        for share in shares:
+            weights = self._on_device(share.weights)
+            values = {"count": torch.ones_like(weights), "loss": share.loss, **share.measured}
+            # Not a product with the weight alone: 0 times what overflowed would be NaN, in what is only measured too.
+            rows = [torch.where(weights > 0, values[name].detach() * weights, 0.0) for name in self._rows]
+            self._sums[share.task].index_add_(1, self._on_device(share.steps), torch.stack(rows))
+
+    def _factor(self, share: Share) -> float:
+        return self._weights[share.task] / share.pairs
+
+    def _on_device(self, values: Tensor) -> Tensor:
+        return values.to(self._group.device, non_blocking=True)
 
     def measure(self) -> RoundLosses:
         """The sums over all ranks; the one host sync of the round. Collective."""

@@ -21,6 +21,12 @@ class Pairs:
     sample: Tensor
     step: Tensor
 
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def __getitem__(self, rows: slice) -> Pairs:
+        return Pairs(self.sample[rows], self.step[rows])
+
 
 @dataclass
 class TrajectoryBuffer:
@@ -32,7 +38,7 @@ class TrajectoryBuffer:
         weights: [B] float32, 1 for a sample, 0 for one that only fills up the rank's share or does not count.
         cond: the B encoded prompts.
         kept: by name [B, T, C, ...], what else is known of every state.
-        scored: by name, velocities at the chosen pairs, one tensor per micro-batch of scoring, as networks gave them.
+        scored: by name, velocities at the chosen pairs, one tensor per forward of scoring, as networks gave them.
         per_sample: by name [B], what is known of every sample.
     """
 
@@ -44,12 +50,16 @@ class TrajectoryBuffer:
     scored: dict[str, list[Tensor]] = field(default_factory=dict)
     per_sample: dict[str, Tensor] = field(default_factory=dict)
 
-    def micro_batches(self, size: int) -> list[Pairs]:
-        """All pairs, sample by sample, in micro-batches of `size`; the same order for scoring and for training."""
+    @property
+    def pairs(self) -> Pairs:
+        """All of them, sample by sample; the order of scoring and of training."""
         count, picks = self.chosen.shape
-        sample = torch.arange(count).repeat_interleave(picks)
-        step = self.chosen.flatten()
-        return [Pairs(sample[rows], step[rows]) for rows in chunks(len(sample), size)]
+        return Pairs(torch.arange(count).repeat_interleave(picks), self.chosen.flatten())
+
+    def micro_batches(self, size: int) -> list[Pairs]:
+        """All pairs in micro-batches of `size`."""
+        pairs = self.pairs
+        return [pairs[rows] for rows in chunks(len(pairs), size)]
 
     def inputs(self, pairs: Pairs, sigmas: Tensor) -> tuple[Tensor, Tensor, Conditioning]:
         """States [b, C, ...], their sigma [b] float32 and their prompts."""

@@ -115,6 +115,11 @@ class RolloutSection(Section):
     guidance: float = Field(4.5, ge=0, description="the student's, in rollout, training and evaluation")
     micro_batch: PositiveInt = Field(8, description="trajectories per forward and rank")
     mode: Literal["buffered", "fused"] = "buffered"
+    gather: Literal["auto", "once", "per_layer"] = Field(
+        "auto",
+        description="under ZeRO-3, for rollouts and evaluation: the student's weights whole on every rank, once, or "
+        "layer by layer at every forward; auto: once where half of the free memory is enough",
+    )
     trained_steps: TrainedSteps = TrainedSteps(fraction=1.0)
 
     @model_validator(mode="after")
@@ -166,7 +171,11 @@ class TrainSection(Section):
 
 
 class ScoringSection(Section):
-    micro_batch: PositiveInt | None = Field(None, description="pairs per teacher forward and rank; default: train's")
+    micro_batch: PositiveInt | Literal["auto"] | None = Field(
+        None,
+        description="pairs per teacher forward and rank; default: train's, so that a student that is its own teacher "
+        "has loss 0; auto: on an accelerator the largest that fits, halved when memory runs out",
+    )
 
 
 class TeacherSection(Section):
@@ -360,8 +369,11 @@ class RunConfig(Section):
 
     @property
     def scoring_micro_batch(self) -> int:
-        """Pairs per forward of a frozen network; equal to the training micro-batch unless told otherwise."""
-        return self.scoring.micro_batch or self.train.micro_batch
+        """Pairs per forward of a frozen network; equal to the training micro-batch unless told otherwise. With `auto`
+        what is certain to fit: a round starts above that.
+        """
+        wanted = self.scoring.micro_batch
+        return wanted if isinstance(wanted, int) else self.train.micro_batch
 
     @property
     def trained_steps(self) -> int:
@@ -389,6 +401,17 @@ class DistilConfig(RunConfig):
     @property
     def teachers(self) -> dict[str, TeacherSection]:
         return {name: task.teacher for name, task in self.tasks.items()}
+
+    @model_validator(mode="after")
+    def _same_forwards(self) -> DistilConfig:
+        if self.scoring.micro_batch == "auto":
+            for name, teacher in self.teachers.items():
+                if teacher.placement == "zero_inference":
+                    raise ValueError(
+                        "scoring.micro_batch = 'auto' may come out differently on each rank, but the forwards of "
+                        f"tasks.{name}.teacher.placement = 'zero_inference' are collective; give a number"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> DistilConfig:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from opd_ds.accumulate import RoundAccumulator, RoundLosses
+from opd_ds.accumulate import RoundAccumulator, RoundLosses, Share
 from opd_ds.buffer import TrajectoryBuffer, noised_states
 from opd_ds.config import DistilConfig
 from opd_ds.diffusion import Coefficients, kl_weight, ppo_style_loss, step_weights, velocity_error
@@ -17,6 +19,30 @@ from opd_ds.prompts import PromptSet, SampleNoise, sample_seed
 from opd_ds.rollout import chunks
 from opd_ds.teachers import ANCHOR, TeacherPool
 from opd_ds.trainer import Draw, Trainer
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Tasks that are rolled out together, as they share one student guidance: a step is one forward for all of them.
+
+    Attributes:
+        rows: of each task, one after the other.
+    """
+
+    guidance: float
+    rows: dict[str, slice]
+    cond: Conditioning
+    noise: SampleNoise
+
+    @property
+    def sizes(self) -> list[int]:
+        return [rows.stop - rows.start for rows in self.rows.values()]
+
+    def of(self, task: str, rows: slice) -> slice:
+        """What of `rows` is the task's, counted from the start of `rows`; it may be empty."""
+        own = self.rows[task]
+        first = max(own.start, rows.start)
+        return slice(first - rows.start, max(min(own.stop, rows.stop), first) - rows.start)
 
 
 class DistillationLoss:
@@ -99,23 +125,31 @@ class Distillation(Trainer):
             losses, grad_norm = self._optimize(lambda: self._train(buffers, pairs, self._loss))
         return losses, grad_norm
 
-    def _drawn_by_student(self, draws: dict[str, Draw], conds: dict[str, Conditioning]) -> dict[str, TrajectoryBuffer]:
-        """Tasks with one student guidance are rolled out together: a step is one forward for all of them."""
-        with_noise = self._config.objective.method == "ppo"
+    def _joined(self, draws: dict[str, Draw], conds: dict[str, Conditioning]) -> list[Joined]:
         together: dict[float, list[str]] = {}
         for task in draws:
             together.setdefault(self._guidance(task), []).append(task)
-        buffers = {}
+        joined = []
         for guidance, tasks in together.items():
+            ends = list(accumulate(len(draws[task].part) for task in tasks))
+            rows = {task: slice(end - len(draws[task].part), end) for task, end in zip(tasks, ends, strict=True)}
             cond = Conditioning.cat([conds[task] for task in tasks])
-            noise = SampleNoise.cat([draws[task].noise for task in tasks])
-            rolled = self._roll_out(self._student, cond, noise, guidance, transitions=with_noise)
-            for task, own in zip(tasks, rolled.split([len(draws[task].part) for task in tasks]), strict=True):
-                assert own.states is not None
-                self._final[task] = own.final
-                buffers[task] = TrajectoryBuffer(own.states, draws[task].chosen, draws[task].part.weights, conds[task])
-                if own.velocity is not None and own.noise is not None:
-                    buffers[task].kept = {"velocity": own.velocity, "noise": own.noise}
+            joined.append(Joined(guidance, rows, cond, SampleNoise.cat([draws[task].noise for task in tasks])))
+        return joined
+
+    def _drawn_by_student(self, draws: dict[str, Draw], conds: dict[str, Conditioning]) -> dict[str, TrajectoryBuffer]:
+        with_noise = self._config.objective.method == "ppo"
+        buffers = {}
+        with self._student.gathered() as student:
+            for joined in self._joined(draws, conds):
+                rolled = self._roll_out(student, joined.cond, joined.noise, joined.guidance, transitions=with_noise)
+                for task, own in zip(joined.rows, rolled.split(joined.sizes), strict=True):
+                    assert own.states is not None
+                    self._final[task] = own.final
+                    draw = draws[task]
+                    buffers[task] = TrajectoryBuffer(own.states, draw.chosen, draw.part.weights, conds[task])
+                    if own.velocity is not None and own.noise is not None:
+                        buffers[task].kept = {"velocity": own.velocity, "noise": own.noise}
         return {task: buffers[task] for task in draws}
 
     def _drawn_by_teachers(
@@ -156,32 +190,53 @@ class Distillation(Trainer):
         # With random queries any step may be some sample's; the others then weigh 0, so that ranks stay in step.
         first = next(iter(draws.values()))
         trained = range(settings.steps) if settings.trained_steps.queries else first.chosen[0].tolist()
-        parts = len(chunks(len(first.part), settings.micro_batch)) * len(trained) * len(draws)
+        together = self._joined(draws, conds)
+        parts = sum(len(chunks(len(joined.cond), settings.micro_batch)) for joined in together) * len(trained)
         accumulator = self._accumulator(list(draws), parts)
-        for task, draw in draws.items():
-            predict = self._fused_step(task, draw, conds[task], set(trained), accumulator)
-            self._final[task] = self._rollout(predict, draw.noise).final
+        for joined in together:
+            rolled = self._rollout(self._fused_step(joined, draws, set(trained), accumulator), joined.noise)
+            for task, own in zip(joined.rows, rolled.split(joined.sizes), strict=True):
+                self._final[task] = own.final
         return accumulator
 
     def _fused_step(
-        self, task: str, draw: Draw, cond: Conditioning, trained: set[int], accumulator: RoundAccumulator
+        self, joined: Joined, draws: dict[str, Draw], trained: set[int], accumulator: RoundAccumulator
     ) -> Callable[[Tensor, Tensor, slice, int], Tensor]:
-        chosen = torch.zeros(len(draw.part), self._config.rollout.steps).scatter_(1, draw.chosen, 1.0)
+        steps = self._config.rollout.steps
+        chosen = {
+            task: torch.zeros(len(draws[task].part), steps).scatter_(1, draws[task].chosen, 1.0) for task in joined.rows
+        }
+        weights = torch.cat([chosen[task] * draws[task].part.weights[:, None] for task in joined.rows])
 
         def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
-            state = x.to(self._family.dtype)
+            state, cond = x.to(self._family.dtype), joined.cond[rows]
             with torch.set_grad_enabled(step in trained):
-                velocity = self._velocity(self._student, state, sigma, cond[rows], self._guidance(task))
+                velocity = self._velocity(self._student, state, sigma, cond, joined.guidance)
             if step in trained:
-                steps = torch.full((len(x),), step)
-                known = {"teacher": self._asked(task, state, sigma, cond[rows])}
+                known = {"teacher": self._routed(joined, state, sigma, cond, rows)}
                 if self._config.anchor:
-                    known["anchor"] = self._asked(ANCHOR, state, sigma, cond[rows])
-                weights = chosen[rows, step] * draw.part.weights[rows]
-                accumulator.add(task, *self._loss(velocity, steps, known), steps, weights, draw.pairs)
+                    known["anchor"] = self._asked(ANCHOR, state, sigma, cond)
+                at = torch.full((len(x),), step)
+                losses, measured = self._loss(velocity, at, known)
+                shares = []
+                for task in joined.rows:
+                    own = joined.of(task, rows)
+                    of_task = {name: values[own] for name, values in measured.items()}
+                    share = weights[rows, step][own]
+                    shares.append(Share(task, losses[own], of_task, at[own], share, draws[task].pairs))
+                accumulator.add(*shares)
             return velocity.detach()
 
         return predict
+
+    def _routed(self, joined: Joined, state: Tensor, sigma: Tensor, cond: Conditioning, rows: slice) -> Tensor:
+        """Each task's teacher at its own rows."""
+        asked = []
+        for task in joined.rows:
+            own = joined.of(task, rows)
+            if own.start < own.stop:
+                asked.append(self._asked(task, state[own], sigma[own], cond[own]))
+        return torch.cat(asked)
 
     @torch.no_grad()
     def _asked(self, teacher: str, state: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:

@@ -160,7 +160,7 @@ def prepare(config: RunConfig, group: Group) -> Parts:
         module = student_module(config.student, config.run.seed, family, files.start)
         if group.device.type == "cuda":
             module.to(group.device)
-    student = StudentEngine(module, files.student_ds_config, group)
+    student = StudentEngine(module, files.student_ds_config, group, config.rollout.gather)
     ema = ShardedEma(student, config.student.ema) if config.student.ema.decay > 0 else None
     teachers = TeacherPool(family, files.teachers, group.device)
     rewards = build_rewards(config.rewards, group.device)
@@ -281,7 +281,7 @@ def student_module(settings: StudentSection, seed: int, family: ModelFamily, sta
 def run_identity(config: RunConfig, files: RunFiles) -> dict[str, Any]:
     """What decides a run's numbers: settings, and hashes of all weights and prompts. Speed settings are left out."""
     data = config.model_dump(mode="json")
-    for section, keys in {"rollout": ("micro_batch", "mode"), "student": ("gradient_checkpointing",)}.items():
+    for section, keys in {"rollout": ("micro_batch", "mode", "gather"), "student": ("gradient_checkpointing",)}.items():
         for key in keys:
             data[section].pop(key)
     if files.start is not None:

@@ -178,7 +178,7 @@ def _baselines(config: RunConfig, parts: Parts, session: _Session, *, fresh: boo
     # Before the first round the student is the base, or what it starts from instead.
     started_from = parts.identity["student"]["start"]
     name, sha256 = ("start", started_from) if started_from else ("base", parts.identity["base"]["sha256"])
-    base = Contestant(name, sha256, guidance, partial(nullcontext, parts.student))
+    base = Contestant(name, sha256, guidance, parts.student.gathered)
     teachers = [
         Contestant(
             f"teacher:{task}",
@@ -206,6 +206,13 @@ def _final_student(parts: Parts) -> Iterator[StudentEngine]:
         yield parts.student
 
 
+@contextmanager
+def _drawing_student(parts: Parts) -> Iterator[Any]:
+    """The same, to ask only."""
+    with _final_student(parts) as student, student.gathered() as network:
+        yield network
+
+
 def _show_student(config: RunConfig, parts: Parts, report: RoundReport, watch: Watch | None, monitor: Monitor) -> None:
     """Scores, looks and image grids while the run goes on. Collective: `watch` lives on rank 0, the drawing on all."""
     done, evaluator = report.round, parts.evaluator
@@ -220,7 +227,7 @@ def _show_student(config: RunConfig, parts: Parts, report: RoundReport, watch: W
     held_out: dict[str, list[Shown]] = {}
     guidance = student_guidance(config, evaluator.tasks)
     if score_now or show_now or (due(config.watch.every) and config.watch.held_out):
-        with _final_student(parts) as network:
+        with _drawing_student(parts) as network:
             if due(config.watch.every) and config.watch.held_out:
                 held_out = evaluator.look(network, guidance, config.watch.held_out)
             if score_now:
@@ -246,7 +253,7 @@ def _finish(config: RunConfig, parts: Parts, baselines: list[Contestant], sessio
     if benchmark.sets:
         identity = group.gather(weights_sha256(folder / EXPORT_FOLDER) if group.world.is_main else None)[0]
         guidance = student_guidance(config, list(benchmark.sets))
-        models = [*baselines, Contestant("student", identity, guidance, partial(_final_student, parts))]
+        models = [*baselines, Contestant("student", identity, guidance, partial(_drawing_student, parts))]
         scores = _evaluate(config, benchmark, models, session)
     if group.world.is_main:
         data: dict[str, Any] = summary(scores, {name: judged.headline for name, judged in config.evaluated.items()})

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_ds.accumulate import Loss, RoundAccumulator, RoundLosses
+from opd_ds.accumulate import Loss, RoundAccumulator, RoundLosses, Share
 from opd_ds.buffer import TrajectoryBuffer, choose_steps
 from opd_ds.config import RunConfig
 from opd_ds.diffusion import kernel
 from opd_ds.engine import Group, ShardedCopy, ShardedEma, StudentEngine
 from opd_ds.errors import NonFiniteError
+from opd_ds.fitting import Fitting
 from opd_ds.models import Conditioning, ModelFamily
 from opd_ds.prompts import PromptSet, SampleNoise, Shard, draw_prompts, sample_seed, shard
 from opd_ds.rollout import Trajectory, rollout
@@ -91,6 +92,9 @@ class Trainer(ABC):
         self._coefficients = kernel(config.rollout.kernel, config.rollout.noise_level).coefficients(self._sigmas)
         self._uncond = family.encode([config.model.negative_prompt])
         self._task_weights = {name: task.weight for name, task in config.tasks.items()}
+        found = config.scoring.micro_batch == "auto" and group.device.type != "cpu"
+        size = None if found else config.scoring_micro_batch
+        self._scoring = Fitting("scoring.micro_batch = auto", size, shrinks=found)
         self._seconds: dict[str, float] = {}
         self._passes: dict[str, int] = {}
         self._final: dict[str, Tensor] = {}
@@ -183,10 +187,12 @@ class Trainer(ABC):
     @torch.no_grad()
     def _score(self, name: str, network: Any, buffer: TrajectoryBuffer, guidance: float) -> None:
         """A frozen network's velocities at the chosen pairs, kept under `name`."""
-        velocities = buffer.scored.setdefault(name, [])
-        for pairs in buffer.micro_batches(self._settings.scoring_micro_batch):
-            states, sigma, cond = buffer.inputs(pairs, self._sigmas)
-            velocities.append(self._velocity(network, states, sigma, cond, guidance))
+        pairs = buffer.pairs
+
+        def ask(rows: slice) -> Tensor:
+            return self._velocity(network, *buffer.inputs(pairs[rows], self._sigmas), guidance)
+
+        buffer.scored[name] = [*buffer.scored.get(name, []), *self._scoring.run(len(pairs), ask)]
 
     def _train(self, buffers: dict[str, TrajectoryBuffer], pairs: dict[str, float], loss: Loss) -> RoundAccumulator:
         """Forward and backward of all pairs of all tasks.
@@ -201,7 +207,8 @@ class Trainer(ABC):
                 states, sigma, cond = buffer.inputs(batch, self._sigmas)
                 velocity = self._velocity(self._student, states, sigma, cond, self._guidance(task))
                 losses, measured = loss(velocity, batch.step, known)
-                accumulator.add(task, losses, measured, batch.step, buffer.weights[batch.sample], pairs[task])
+                weights = buffer.weights[batch.sample]
+                accumulator.add(Share(task, losses, measured, batch.step, weights, pairs[task]))
         return accumulator
 
     def _accumulator(self, tasks: list[str], micro_batches: int) -> RoundAccumulator:

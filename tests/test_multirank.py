@@ -65,11 +65,13 @@ CUTS: dict[str, dict[str, Any]] = {
     "stage 2 fused": {"deepspeed": "zero2", "rollout__mode": "fused", "rollout__micro_batch": 2},
     "stage 3, sharded teachers": {
         "deepspeed": ALL_SHARDED,
+        "rollout__gather": "per_layer",
         "tasks__one__teacher__placement": "zero_inference",
         "tasks__two__teacher__placement": "zero_inference",
     },
     "stage 3, offloaded teacher": {
         "deepspeed": ALL_SHARDED,
+        "rollout__gather": "once",
         "tasks__one__teacher__placement": "offload",
         "student__gradient_checkpointing": True,
     },

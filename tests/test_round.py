@@ -82,6 +82,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one micro-batch": {"train__micro_batch": 64},
     "checkpointing": {"student__gradient_checkpointing": True},
     "fused": {"rollout__mode": "fused", "rollout__micro_batch": 3},
+    "fused, each task alone": {"rollout__mode": "fused", "tasks__two__guidance": 2.0 + 1e-12},
     "offloaded teachers": {"tasks__one__teacher__placement": "offload", "tasks__two__teacher__placement": "offload"},
     "sharded teachers": {
         "tasks__one__teacher__placement": "zero_inference",
@@ -108,6 +109,34 @@ def test_the_gradient_does_not_depend_on_how_the_round_is_cut(
         found = gradients(parts)
         worst = max(float((found[key] - expected[key]).abs().max()) for key in expected)
         assert worst < 1e-5 * scale + 1e-7, f"{name}: gradients differ by {worst} at scale {scale}"
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("full", "bf16"), ("lora", "fp32")])
+def test_weights_gathered_once_or_layer_by_layer_make_the_same_rounds(
+    build_run: Build, kind: str, precision: str
+) -> None:
+    """Bit for bit, with velocities kept from the rollout; and all is sharded afterwards."""
+    noisy = {"rollout__kernel": "flow", "rollout__noise_level": 0.7, "objective": {"method": "ppo"}}
+    found = {}
+    for gather in ("once", "per_layer", "auto"):
+        _, parts = build_run(student__kind=kind, precision=precision, rollout__gather=gather, **noisy)
+        losses = [parts.trainer.run_round(index).losses.loss for index in range(2)]
+        sharded = [p.ds_status.name for p in parts.student.module.parameters() if not p.ds_persist]
+        assert set(sharded) == {"NOT_AVAILABLE"}
+        found[gather] = losses, parts.student.gather_weights(trainable_only=True)
+    for losses, weights in found.values():
+        assert losses == found["per_layer"][0]
+        assert all(torch.equal(value, found["per_layer"][1][name]) for name, value in weights.items())
+
+
+def test_weights_that_would_not_fit_are_gathered_layer_by_layer(
+    build_run: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, parts = build_run()
+    monkeypatch.setattr("opd_ds.engine.gathered._free_bytes", lambda group: 1000)
+    with caplog.at_level("INFO", logger="opd_ds"), parts.student.gathered() as network:
+        assert network is parts.student
+    assert "rollout.gather = auto: weights are gathered layer by layer" in caplog.text
 
 
 def test_a_task_is_a_mean_and_another_task_rescales_nothing(build_run: Build, sgd: Callable[[int], str]) -> None:

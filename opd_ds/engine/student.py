@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import deepspeed
 import torch
@@ -13,6 +16,7 @@ from opd_ds.engine import state
 from opd_ds.engine.comm import Group
 from opd_ds.engine.ds_config import zero_stage
 from opd_ds.engine.fragments import Fragment, fragments
+from opd_ds.engine.gathered import PlainTwin, fits
 from opd_ds.engine.state import ShardReader
 
 
@@ -20,11 +24,23 @@ class StudentEngine:
     """A DeepSpeed engine of any ZeRO stage around the trainable network.
 
     Every rank must make the same calls in the same order: under ZeRO-3 each forward is a collective.
+
+    Args:
+        gather: how `gathered` works under ZeRO-3: the whole network at `once`, `per_layer` with every forward, or
+            `auto`: at once where half of the free memory is enough for it.
     """
 
-    def __init__(self, module: nn.Module, ds_config: dict[str, Any], group: Group) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        ds_config: dict[str, Any],
+        group: Group,
+        gather: Literal["auto", "once", "per_layer"] = "auto",
+    ) -> None:
         self._group = group
         self.zero_stage = zero_stage(ds_config)
+        self._twin = PlainTwin(module) if self.zero_stage == 3 and gather != "per_layer" else None
+        self._decided = gather != "auto"
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._engine, *_ = deepspeed.initialize(
             model=module, model_parameters=trainable, config=ds_config, dist_init_required=False
@@ -37,6 +53,25 @@ class StudentEngine:
     @property
     def module(self) -> nn.Module:
         return self._engine.module
+
+    @contextmanager
+    def gathered(self) -> Iterator[Callable[..., Any]]:
+        """The network to ask many times without a gradient while its weights stay what they are. Collective."""
+        if self._twin is not None and not self._decided:
+            self._decide()
+        if self._twin is None:
+            yield self
+            return
+        with self._twin.filled(self.module) as network:
+            yield network
+
+    def _decide(self) -> None:
+        self._decided = True
+        if not fits(self.module, self._group):
+            self._twin = None
+        if self._group.world.is_main:
+            how = "once a rollout" if self._twin is not None else "layer by layer: whole they would not fit"
+            logging.getLogger("opd_ds").info("rollout.gather = auto: weights are gathered %s", how)
 
     @property
     def learning_rate(self) -> float:

@@ -99,6 +99,11 @@ class TeachConfig(RunConfig):
                 f"rollout.samples = {rollout.samples} is no multiple of teach.group = {teach.group}; it counts the "
                 "pictures of all prompts of a task and round"
             )
+        if self.scoring.micro_batch == "auto":
+            raise ValueError(
+                "scoring.micro_batch = 'auto' may come out differently on each rank, but frozen policies are asked "
+                "through the student, whose forwards may be collective; give a number"
+            )
         if rollout.mode == "fused":
             raise ValueError("rollout.mode = 'fused': rewards come after a rollout; set it to 'buffered'")
         if isinstance(teach, GuardSection):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,18 +66,18 @@ class Reinforcement(Trainer):
     def _learn(self, index: int, draws: dict[str, Draw], conds: dict[str, Conditioning]) -> tuple[RoundLosses, float]:
         self._coefficients = self._table(index)
         buffers, pending = {}, {}
-        with self._behaviour():
+        with self._behaviour(), self._student.gathered() as policy:
             with self._phase("rollout"):
                 for task, draw in draws.items():
-                    rolled, pending[task] = self._roll_out_and_judge(task, draw, conds[task])
+                    rolled, pending[task] = self._roll_out_and_judge(policy, task, draw, conds[task])
                     self._final[task] = rolled.final
                     buffers[task] = self._buffer(index, task, draw, conds[task], rolled)
             if self._old is not None:
                 with self._phase("score"):
-                    self._ask("old", buffers)
+                    self._ask("old", policy, buffers)
         if self._start is not None:
-            with self._phase("score"), self._start.swapped_in():
-                self._ask("start", buffers)
+            with self._phase("score"), self._start.swapped_in(), self._student.gathered() as start:
+                self._ask("start", start, buffers)
         with self._phase("rewards"):
             pairs = {task: self._weigh(task, draws[task], buffers[task], pending[task]) for task in draws}
         for _ in range(self._config.train.inner_epochs):
@@ -101,12 +102,14 @@ class Reinforcement(Trainer):
         """Inside, the network is the policy that draws."""
         return nullcontext() if self._old is None else self._old.swapped_in()
 
-    def _roll_out_and_judge(self, task: str, draw: Draw, cond: Conditioning) -> tuple[Trajectory, list[Future[Tensor]]]:
+    def _roll_out_and_judge(
+        self, policy: Any, task: str, draw: Draw, cond: Conditioning
+    ) -> tuple[Trajectory, list[Future[Tensor]]]:
         parts, pending = [], []
         asked = self._config.tasks[task].rewards
         for rows in chunks(len(draw.part), self._config.rollout.micro_batch):
             noise, guidance = draw.noise[rows], self._guidance(task)
-            part = self._roll_out(self._student, cond[rows], noise, guidance, transitions=self._old is None)
+            part = self._roll_out(policy, cond[rows], noise, guidance, transitions=self._old is None)
             parts.append(part if self._old is None else Trajectory(part.final))
             pending.append(self._judge.submit(asked, part.final, draw.prompts[rows], draw.metadata[rows]))
         return Trajectory.cat(parts), pending
@@ -124,9 +127,9 @@ class Reinforcement(Trainer):
         known = {name: values for name, values in kept.items() if values is not None}
         return TrajectoryBuffer(rolled.states, draw.chosen, draw.part.weights, cond, known)
 
-    def _ask(self, name: str, buffers: dict[str, TrajectoryBuffer]) -> None:
+    def _ask(self, name: str, network: Any, buffers: dict[str, TrajectoryBuffer]) -> None:
         for task, buffer in buffers.items():
-            self._score(name, self._student, buffer, self._guidance(task))
+            self._score(name, network, buffer, self._guidance(task))
 
     def _weigh(self, task: str, draw: Draw, buffer: TrajectoryBuffer, pending: list[Future[Tensor]]) -> float:
         """Rewards of all ranks to what each sample is worth; returns how many pairs count. Collective.

@@ -1,0 +1,90 @@
+"""A sharded network, whole on every rank for a while: for rollouts, which use every weight at every step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from opd_ds.engine.comm import Group
+
+_AT_ONCE = 50_000_000  # elements in one collective
+# The part of the free memory that gathered weights may take; activations of a rollout need the rest.
+_SHARE_OF_FREE = 0.5
+
+
+class PlainTwin:
+    """The modules of a network a second time, without weights and without DeepSpeed's hooks.
+
+    Its weights come from the sharded network when they are needed (`filled`). DeepSpeed's hooks could be taken off and
+    put on again instead, as others do; then it forgets, each time, in which order to prefetch for training (0.19.8,
+    parameter_offload.py, `_register_deepspeed_module`).
+
+    Args:
+        module: before `deepspeed.initialize`, which makes hooks of it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        memo: dict[int, object] = {
+            id(value): nn.Parameter(torch.empty(0, dtype=value.dtype, device=value.device), requires_grad=False)
+            for value in module.parameters()
+        }
+        memo |= {id(value): value for value in module.buffers()}
+        self._twin: nn.Module = copy.deepcopy(module, memo)
+        self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+
+    @contextmanager
+    def filled(self, module: nn.Module) -> Iterator[nn.Module]:
+        """Inside, the twin has the weights of `module`, the very network under ZeRO-3. Collective.
+
+        What is gathered is not copied: DeepSpeed lets go of a storage that the twin holds on to.
+        """
+        twins = dict(self._twin.named_parameters())
+        pairs = [(parameter, twins[name]) for name, parameter in module.named_parameters()]
+        for name, owner in module.named_modules():  # DeepSpeed replaces buffers when it changes their dtype
+            self._twin.get_submodule(name)._buffers.update(owner._buffers)
+        try:
+            for bucket in _buckets(pairs):
+                with deepspeed.zero.GatheredParameters([parameter for parameter, _ in bucket]):
+                    for parameter, twin in bucket:
+                        twin.data = parameter.data
+            yield self._twin
+        finally:
+            for _, twin in pairs:
+                twin.data = torch.empty(0, dtype=twin.dtype, device=twin.device)
+
+
+def _buckets(pairs: list[tuple[nn.Parameter, nn.Parameter]]) -> Iterator[list[tuple[nn.Parameter, nn.Parameter]]]:
+    """Small ("persistent") parameters are whole already, and stay so: they are taken as they are."""
+    bucket: list[tuple[nn.Parameter, nn.Parameter]] = []
+    size = 0
+    for parameter, twin in pairs:
+        if parameter.ds_status.name == "AVAILABLE":  # type: ignore[attr-defined]
+            twin.data = parameter.data
+            continue
+        if bucket and size + parameter.ds_numel > _AT_ONCE:  # type: ignore[attr-defined]
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((parameter, twin))
+        size += parameter.ds_numel  # type: ignore[attr-defined]
+    if bucket:
+        yield bucket
+
+
+def fits(module: nn.Module, group: Group) -> bool:
+    """Whether every rank has room for the whole of a network under ZeRO-3. Collective."""
+    needed = sum(parameter.ds_numel * parameter.element_size() for parameter in module.parameters())  # type: ignore[attr-defined]
+    return min(group.gather(_free_bytes(group))) * _SHARE_OF_FREE > needed
+
+
+def _free_bytes(group: Group) -> int:
+    accelerator = get_accelerator()
+    free = int(accelerator.available_memory())
+    if group.device.type == "cpu":
+        return free // group.world.local_size
+    return free + int(accelerator.memory_reserved() - accelerator.memory_allocated())
