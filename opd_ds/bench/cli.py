@@ -72,3 +72,41 @@ def plan_memory(
 
     quiet_libraries()
     bench(output_dir, typer.echo, cases(lora_layers, full_layers) if full_size else CASES)
+
+
+@app.command()
+def speed(
+    output_dir: Annotated[Path, typer.Option(help="speed.json, speed.md, plots and one folder per job go here")],
+    size: Annotated[str, typer.Option(help="miniature, 50m or sd35m (GPU only)")] = "miniature",
+    world_sizes: Annotated[str, typer.Option(help="ranks on this machine; ratios are of the first")] = "1,2,4",
+    samples: Annotated[int, typer.Option(min=1, help="trajectories per task and device; the public code has 3")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="the ratios on one device alone")] = False,
+    check: Annotated[
+        Path | None, typer.Option(help="an earlier speed.json: exit code 1 where a ratio is a quarter below its")
+    ] = None,
+) -> None:
+    """How much faster than the public loop, on the same work? The same command goes on."""
+    from opd_ds.errors import UserError
+    from opd_ds.launch import World, prepare_environment
+
+    prepare_environment(World())
+    from dataclasses import replace
+
+    from opd_ds.bench.speed import speed as measured
+    from opd_ds.bench.speed.report import write_report
+    from opd_ds.quiet import quiet_libraries
+
+    quiet_libraries()
+    chosen = measured.size_named(size)
+    parts = world_sizes.split(",")
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"--world-sizes {world_sizes}: needs numbers of ranks, as in 1,2,4")
+    plan = measured.quick(chosen) if quick else measured.Bench(chosen, worlds=tuple(map(int, parts)))
+    found = measured.bench(replace(plan, samples=samples), output_dir, typer.echo)
+    write_report(found, output_dir)
+    typer.echo(f"table: {output_dir / 'speed.md'}")
+    slower = measured.check(found, check) if check else []
+    for line in slower:
+        typer.echo(f"slower: {line}", err=True)
+    if slower:
+        raise typer.Exit(1)

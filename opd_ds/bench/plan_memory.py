@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,11 +11,11 @@ from typing import Any
 import torch
 import yaml
 
+from opd_ds.bench import plan_worker
 from opd_ds.bench.full_size import FullSize
+from opd_ds.bench.ranks import run_ranks
 from opd_ds.config import RunConfig
-from opd_ds.errors import UserError
-from opd_ds.launch import unused_port
-from opd_ds.loading import package_root, parse_config
+from opd_ds.loading import parse_config
 from opd_ds.miniature.networks import Sizes, make_pipeline
 from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import Devices, parse_devices
@@ -29,7 +26,7 @@ from opd_ds.plan.network import find_model
 _SIZES = Sizes(layers=3, heads=12, head_dim=64)
 _PROMPTS = ["a red 3 on blue", "a green 7 on white", "a blue 0 on red", "the number 5"]
 # Large tensors get pages of their own and give them back when they are freed: what is resident is what is alive.
-_ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 _MIB = 2**20
 _RESULTS = ("device", "predicted", "measured", "error", "phase", "parts")
 
@@ -107,7 +104,7 @@ def bench(folder: Path, say: Callable[[str], None], cases: Iterable[Case | FullS
     """Measure what is missing in `folder`, then write plan.json and plan.md there.
 
     Raises:
-        UserError: a configuration failed, naming its log.
+        UserError: a configuration failed, naming its logs.
     """
     world = folder.resolve() / "world"
     found = []
@@ -182,30 +179,6 @@ def _measure(case: Case | FullSize, world: Path, folder: Path) -> dict[str, Any]
         return json.loads(out.read_text(encoding="utf-8"))
     config = place / "config.yaml"
     config.write_text(yaml.safe_dump(case.config(world).model_dump(mode="json")), encoding="utf-8")
-    packages = [str(package_root().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    shared = os.environ | _ALLOCATOR
-    shared |= {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(packages),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(unused_port()),
-        "WORLD_SIZE": str(case.ranks),
-        "LOCAL_WORLD_SIZE": str(case.ranks),
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "opd_ds.bench.plan_worker",
-        str(config),
-        str(out),
-        str(case.config(world).run.rounds),
-    ]
-    processes = []
-    for rank in range(case.ranks):
-        with (place / f"rank{rank}.log").open("wb") as log:
-            environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    codes = [process.wait() for process in processes]
-    if any(codes) or not out.is_file():
-        raise UserError(f"{case.name} ended with exit codes {codes}; see {place}/rank*.log")
+    arguments = [str(config), str(out), str(case.config(world).run.rounds)]
+    run_ranks(plan_worker.__name__, arguments, case.ranks, place, ALLOCATOR | {"OMP_NUM_THREADS": "1"})
     return json.loads(out.read_text(encoding="utf-8"))

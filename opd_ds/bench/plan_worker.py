@@ -11,10 +11,14 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from opd_ds.config import RunConfig
 from opd_ds.launch import prepare_environment, who_am_i
 from opd_ds.loading import load_config, parse_config
+
+if TYPE_CHECKING:
+    from opd_ds.engine import Group
 
 _TINY = "package:miniature/assets/miniature_base"
 
@@ -24,33 +28,62 @@ def main(config_file: str, out: str, rounds: int) -> None:
     world = who_am_i()
     prepare_environment(world)
     config = load_config(None, Path(config_file), [])
-    import torch
-    from deepspeed import comm
-
     from opd_ds.engine import init_group
     from opd_ds.preparation import prepare
     from opd_ds.quiet import quiet_libraries
 
     quiet_libraries()
     with init_group(world) as group:
-        warm = torch.ones(1 << 22, device=group.device)
-        comm.all_reduce(warm)
-        # What libraries load and keep at their first use is theirs: the same round once, with a tiny network.
-        prepare(_tiny(config), group).trainer.run_round(0)
-        del warm
-        on_cpu = group.device.type == "cpu"
-        baseline = _resident() if on_cpu else torch.cuda.memory_allocated()
-        _reset_peak(on_cpu)
+        warm_up(config, group)
+        baseline = baseline_memory(group)
+        reset_peak(group)
         parts = prepare(config, group)
-        loading = _peak(on_cpu) - baseline
-        _reset_peak(on_cpu)
+        loading = peak_memory(group) - baseline
+        reset_peak(group)
         seconds = []
         for index in range(rounds):
             seconds.append(sum(parts.trainer.run_round(index).seconds.values()))
-        peak = _peak(on_cpu) - baseline
+        peak = peak_memory(group) - baseline
         found = group.gather({"peak": peak, "loading": loading, "seconds": seconds[-1]})
         if world.is_main:
             Path(out).write_text(json.dumps({"device": group.device.type, "ranks": found}) + "\n", encoding="utf-8")
+
+
+def warm_up(config: RunConfig, group: Group) -> None:
+    """What libraries load and keep at their first use is theirs: a round of `config` with a tiny network."""
+    import torch
+    from deepspeed import comm
+
+    from opd_ds.preparation import prepare
+
+    comm.all_reduce(torch.ones(1 << 22, device=group.device))
+    prepare(_tiny(config), group).trainer.run_round(0)
+
+
+def baseline_memory(group: Group) -> int:
+    """Bytes that this process holds now."""
+    import torch
+
+    return _resident() if group.device.type == "cpu" else torch.cuda.memory_allocated()
+
+
+def reset_peak(group: Group) -> None:
+    """Measure peaks from now on."""
+    if group.device.type == "cpu":
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # see proc(5)
+        return
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory(group: Group) -> int:
+    """The most bytes since `reset_peak`."""
+    if group.device.type == "cpu":
+        return _status("VmHWM")
+    import torch
+
+    return torch.cuda.max_memory_allocated()
 
 
 def _tiny(config: RunConfig) -> RunConfig:
@@ -71,23 +104,6 @@ def _resident() -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return _status("VmRSS")
-
-
-def _reset_peak(on_cpu: bool) -> None:
-    if on_cpu:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # see proc(5)
-        return
-    import torch
-
-    torch.cuda.reset_peak_memory_stats()
-
-
-def _peak(on_cpu: bool) -> int:
-    if on_cpu:
-        return _status("VmHWM")
-    import torch
-
-    return torch.cuda.max_memory_allocated()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+../opd_ds/bench/speed/public_loop.py
