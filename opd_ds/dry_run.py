@@ -39,6 +39,19 @@ def describe(config: RunConfig, world: World) -> str:
         group = []
     asked = -(-pairs // config.scoring_micro_batch) * _asked(config)
     at_once = 1 if isinstance(config, TeachConfig) and config.teach.schedule == "alternate" else len(config.tasks)
+    if settings.mode == "fused":
+        count = -(-len(part) * len(config.tasks) // settings.micro_batch)
+        work = [
+            f"rollout and training   {settings.steps} steps in {count} micro-batches over all tasks, {passes}, then "
+            "one optimizer step",
+        ]
+    else:
+        work = [
+            f"rollout                {settings.steps} steps in micro-batches of {settings.micro_batch}, {passes}",
+            f"scoring                {asked} forwards of frozen weights per task and process",
+            f"training               {-(-pairs // config.train.micro_batch) * at_once} micro-batches of "
+            f"{config.train.micro_batch} per process, then one optimizer step",
+        ]
     lines = [
         f"processes              {world.size}",
         f"tasks                  {len(config.tasks)}: {tasks}",
@@ -47,10 +60,7 @@ def describe(config: RunConfig, world: World) -> str:
         f"samples per process    {len(part)} per task"
         + (f" ({filled} filling samples at weight 0, because {settings.samples} is not a multiple)" if filled else ""),
         f"trained steps          {trained} of {settings.steps}: {pairs} (state, step) pairs per task and process",
-        f"rollout                {settings.steps} steps in micro-batches of {settings.micro_batch}, {passes}",
-        f"scoring                {asked} forwards of frozen weights per task and process",
-        f"training               {-(-pairs // config.train.micro_batch) * at_once} micro-batches of "
-        f"{config.train.micro_batch} per process, then one optimizer step",
+        *work,
         f"rounds                 {config.run.rounds}, a checkpoint every {config.run.checkpoint_every}",
     ]
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

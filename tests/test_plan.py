@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from opd_ds.plan.network import Counts, Model, count, find_model, known_configs,
 from opd_ds.plan.planner import AS_FAST, fit, make_plan, settings
 from opd_ds.plan.zero import Part, Phase, Zero, student_state
 from opd_ds.preparation import Parts
-from tests.tiny import run_settings, write_config
+from tests.tiny import ALL_SHARDED, run_settings, write_config
 
 Build = Callable[..., tuple[RunConfig, Parts]]
 
@@ -352,6 +353,25 @@ def test_larger_batches_need_more_and_sharding_needs_less(configured: Callable[.
     assert needed(train__micro_batch=2) < needed(train__micro_batch=4)
     assert needed(student__gradient_checkpointing=True) < needed()
     assert batches(configured(), devices) == {"rollout": 4, "score": 8, "train": 8, "evaluate": 32}
+
+
+def test_whole_weights_are_there_for_rollouts_where_they_fit(configured: Callable[..., DistilConfig]) -> None:
+    config = configured(deepspeed=ALL_SHARDED)
+    costs, devices = costs_of(config), parse_devices("4xH100-80GB", "--gpus")
+
+    def whole(devices: Devices, phase: Phase, **changes: Any) -> float:
+        memory = make_plan(configured(deepspeed=ALL_SHARDED, **changes), costs, devices).memory
+        return sum(part.nbytes for part in memory.device if part.name.endswith("whole") and part.alive(phase))
+
+    counts = costs.student()
+    element = 4 if config.precision == "fp32" else 2
+    assert whole(devices, Phase.ROLLOUT) == element * counts.parameters
+    assert whole(devices, Phase.TRAIN) == 0
+    assert whole(devices, Phase.ROLLOUT, rollout__mode="fused") == 0
+    assert whole(devices, Phase.ROLLOUT, rollout__gather="per_layer") == 0
+    tight = replace(devices, kind=replace(devices.kind, memory=element * counts.parameters))
+    assert whole(tight, Phase.ROLLOUT) == 0
+    assert whole(tight, Phase.ROLLOUT, rollout__gather="once") > 0
 
 
 def test_the_command_prints_what_can_be_pasted(configured: Callable[..., DistilConfig], tmp_path: Path) -> None:

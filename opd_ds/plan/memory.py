@@ -30,6 +30,8 @@ _HALF = ("bfloat16", "float16")
 
 # Allowances, on CUDA: context and loaded kernels; NCCL's channels; what the caching allocator cannot use of its blocks.
 CONTEXT, NCCL, FRAGMENTATION = 0.6 * GIB, 1.0 * GIB, 0.05
+# What `rollout.gather: auto` gives whole weights, of the memory that is free (`engine/gathered.py`).
+WHOLE_SHARE = 0.5
 # Host memory of a process before it holds any tensor: Python, torch, its libraries.
 PROCESS = 3.0 * GIB
 
@@ -92,11 +94,13 @@ class Layout:
     """How the run's networks lie on devices.
 
     Attributes:
+        gathered: the student's weights are whole on every rank while it is asked without a gradient.
         notes: what had to be assumed.
     """
 
     zero: Zero
     teachers: list[Teacher]
+    gathered: bool
     notes: list[str]
 
 
@@ -109,7 +113,23 @@ def layout(config: RunConfig, costs: Costs, devices: Devices) -> Layout:
     template, source = costs.ds_config(config.deepspeed, "deepspeed")
     zero = Zero.of(student_ds_config(template, config, devices.world, source), devices.count)
     notes: list[str] = []
-    return Layout(zero, _find_teachers(config, costs, devices, notes), notes)
+    teachers = _find_teachers(config, costs, devices, notes)
+    return Layout(zero, teachers, _gathered(config, costs, devices, zero, teachers), notes)
+
+
+def _gathered(config: RunConfig, costs: Costs, devices: Devices, zero: Zero, teachers: list[Teacher]) -> bool:
+    """As `StudentEngine` decides it: `auto` wants half of what is free, taken here as all that does not stay."""
+    wanted = config.rollout.gather
+    if zero.stage < 3 or wanted == "per_layer":
+        return False
+    element, on_cpu = bytes_of(config.precision), devices.kind.is_cpu
+    counts = costs.student(zero.threshold)
+    parts = student_state(counts, config.precision, element, zero, config.weight_copies, on_cpu=on_cpu).device
+    for teacher in teachers:
+        base = costs.base(teacher.zero.threshold if teacher.zero else 0)
+        parts += _teacher(teacher, base, element, on_cpu=on_cpu).device
+    stays = sum(part.nbytes for part in parts if part.phases is None)
+    return wanted == "once" or element * counts.parameters < WHOLE_SHARE * (devices.kind.memory - stays)
 
 
 def run_memory(
@@ -129,6 +149,11 @@ def run_memory(
     asked, copies = isinstance(config, TeachConfig), config.weight_copies
     student = student_state(counts, config.precision, element, zero, copies, on_cpu=on_cpu, asked=asked)
     device, host = list(student.device), list(student.host)
+    if placed_as.gathered and zero.world > 1:
+        fused = config.rollout.mode == "fused"
+        phases = {Phase.EVALUATE} | (set() if fused else {Phase.ROLLOUT}) | ({Phase.SCORE} if asked else set())
+        whole = element * (counts.parameters - counts.small)
+        device.append(Part("student weights: whole", whole, frozenset(phases)))
 
     for teacher in placed_as.teachers:
         frozen = costs.base(teacher.zero.threshold if teacher.zero else 0)
@@ -272,12 +297,12 @@ def batches(config: RunConfig, devices: Devices) -> dict[str, int]:
     student = max(student_passes(config, task) for task in config.tasks)
     passes = frozen_passes(config)
     fused = config.rollout.mode == "fused"
-    together = rows * (1 if isinstance(config, TeachConfig) or fused else tasks_at_once(config))
+    together = rows * (1 if isinstance(config, TeachConfig) else tasks_at_once(config))
     rollout = min(config.rollout.micro_batch, together)
     return {
         "rollout": rollout * student,
-        "score": min(rollout if fused else config.scoring_micro_batch, pairs) * passes,
-        "train": min(rollout if fused else config.train.micro_batch, pairs) * student,
+        "score": (min(rollout, rows) if fused else min(config.scoring_micro_batch, pairs)) * passes,
+        "train": (rollout if fused else min(config.train.micro_batch, pairs)) * student,
         "evaluate": config.evaluation.micro_batch * max(student, passes),
     }
 

@@ -98,7 +98,7 @@ def settings(config: RunConfig, devices: Devices) -> Iterator[Setting]:
     """
     rows = rows_per_rank(config, devices)
     fused = config.rollout.mode == "fused"
-    rollouts = _up_to(rows if fused else rows * tasks_at_once(config))
+    rollouts = _up_to(rows * tasks_at_once(config))
     trains = (config.train.micro_batch,) if fused else _up_to(rows * config.trained_steps)
     placements: tuple[str | None, ...] = (("resident",) if fused else _PLACEMENTS) if config.teachers else (None,)
     for deepspeed in _STAGES[0 if config.precision == "fp32" else 1 :]:

@@ -57,7 +57,7 @@ def round_seconds(config: RunConfig, costs: Costs, devices: Devices, placed_as: 
     return Seconds(
         {
             "encode": _encode_seconds(config, costs.model, element, devices),
-            "rollout": asked("rollout", gather),
+            "rollout": asked("rollout", 0.0) + gather if placed_as.gathered else asked("rollout", gather),
             "score": asked("score", _teacher_gather(config, costs, placed_as, devices, element))
             + _teacher_transfer(costs, placed_as, devices, element),
             "train": _seconds(trained, sizes["train"], train, moved, config, devices),
@@ -128,6 +128,8 @@ def _teacher_gather(config: RunConfig, costs: Costs, placed_as: Layout, devices:
     frozen policies are swapped into it.
     """
     if isinstance(config, TeachConfig):
+        if placed_as.gathered:  # with the rollout
+            return 0.0
         return _gather_seconds(costs.base(placed_as.zero.threshold), element, placed_as.zero, devices)
     each = [_gather_seconds(costs.base(), element, one.zero, devices) for one in placed_as.teachers if one.zero]
     return sum(each) / len(placed_as.teachers)
