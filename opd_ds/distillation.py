@@ -174,8 +174,11 @@ class Distillation(Trainer):
     def _ask_teachers(self, buffers: dict[str, TrajectoryBuffer]) -> None:
         """One pass per teacher over all steps and samples of the round; the anchor over all tasks."""
         if self._config.objective.method != "sft":
-            for task, buffer in buffers.items():
+            following = [*list(buffers)[1:], ANCHOR if self._config.anchor else None]
+            for (task, buffer), then in zip(buffers.items(), following, strict=True):
                 with self._teachers.active(task) as teacher:
+                    if then is not None:
+                        self._teachers.expect(then)
                     self._score("teacher", teacher, buffer, self._teachers.guidance(task))
         if self._config.anchor:
             with self._teachers.active(ANCHOR) as anchor:

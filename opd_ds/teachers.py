@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from opd_ds.config import TeacherSection
-from opd_ds.engine import FrozenEngine
+from opd_ds.engine import FrozenEngine, free_memory
 from opd_ds.errors import UserError, about
 from opd_ds.models import ModelFamily, lora
 
@@ -43,6 +43,7 @@ class _Network:
     ) -> None:
         module.requires_grad_(False).eval()
         self._placement, self._device = placement, device
+        self._coming: tuple[torch.Stream, list[Tensor]] | None = None
         self.module = module
         self.forward: Any = module
         if placement == "resident":
@@ -60,18 +61,43 @@ class _Network:
     def _tensors(self) -> list[Tensor]:
         return [*self.module.parameters(), *self.module.buffers()]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    @property
+    def travels(self) -> bool:
+        """Whether the weights have to come to the device to be asked."""
+        return self._placement == "offload" and self._device.type != "cpu"
+
+    def fetch(self) -> None:
+        """Weights set out for the device, on a stream of their own, while the device goes on computing."""
+        if not self.travels or self._coming is not None:
+            return
+        stream = torch.Stream(device=self._device)
+        with stream:
+            copies = [tensor.data.to(self._device, non_blocking=True, copy=True) for tensor in self._tensors()]
+        self._coming = stream, copies
+
     @contextmanager
     def present(self) -> Iterator[None]:
         """Inside, an offloaded network's weights are on the device. They never change, so nothing is copied back."""
-        if self._placement != "offload":
+        if not self.travels:
             yield
             return
+        self.fetch()
+        assert self._coming is not None
+        stream, copies = self._coming
+        here = torch.accelerator.current_stream(self._device)
+        here.wait_stream(stream)
         home = [tensor.data for tensor in self._tensors()]
         try:
-            for tensor in self._tensors():
-                tensor.data = tensor.data.to(self._device, non_blocking=True)
+            for tensor, copied in zip(self._tensors(), copies, strict=True):
+                copied.record_stream(here)  # or the allocator could hand it out again before it has been used
+                tensor.data = copied
             yield
         finally:
+            self._coming = None
             for tensor, host in zip(self._tensors(), home, strict=True):
                 tensor.data = host
 
@@ -80,7 +106,7 @@ class TeacherPool:
     """Routes tasks to teachers. All ranks call it in the same order with equally many rows (ZeRO-Inference)."""
 
     def __init__(self, family: ModelFamily, specs: dict[str, TeacherSpec], device: torch.device) -> None:
-        self._family, self._specs = family, specs
+        self._family, self._specs, self._device = family, specs, device
         self._networks: dict[str, _Network] = {}
         self._adapters: dict[str, str | None] = {}
         for tasks in self._shared_networks():
@@ -113,6 +139,12 @@ class TeacherPool:
             lora.activate(network.module, adapter)
         with network.present():
             yield network.forward
+
+    def expect(self, task: str) -> None:
+        """`task` is asked next: what has to travel sets out, where the device has room for it beside what is there."""
+        network = self._networks[task]
+        if network.travels and free_memory(self._device) > 2 * network.nbytes:
+            network.fetch()
 
     def guidance(self, task: str) -> float:
         return self._specs[task].settings.guidance

@@ -5,6 +5,7 @@ from opd_ds.engine.consolidate import consolidated_weights
 from opd_ds.engine.copies import ShardedCopy, ShardedEma
 from opd_ds.engine.ds_config import frozen_ds_config, read_ds_config, student_ds_config, zero_stage
 from opd_ds.engine.frozen import FrozenEngine
+from opd_ds.engine.gathered import free_memory
 from opd_ds.engine.state import OLD_POLICY, START, ShardReader, write_shard
 from opd_ds.engine.student import StudentEngine
 
@@ -18,6 +19,7 @@ __all__ = [
     "ShardedEma",
     "StudentEngine",
     "consolidated_weights",
+    "free_memory",
     "frozen_ds_config",
     "init_group",
     "read_ds_config",

@@ -82,9 +82,15 @@ def fits(module: nn.Module, group: Group) -> bool:
     return min(group.gather(_free_bytes(group))) * _SHARE_OF_FREE > needed
 
 
-def _free_bytes(group: Group) -> int:
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated; on a CPU by all processes together."""
     accelerator = get_accelerator()
     free = int(accelerator.available_memory())
-    if group.device.type == "cpu":
-        return free // group.world.local_size
+    if device.type == "cpu":
+        return free
     return free + int(accelerator.memory_reserved() - accelerator.memory_allocated())
+
+
+def _free_bytes(group: Group) -> int:
+    """What of it is this rank's."""
+    return free_memory(group.device) // (group.world.local_size if group.device.type == "cpu" else 1)

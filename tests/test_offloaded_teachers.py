@@ -1,0 +1,76 @@
+"""Teachers that travel, with the CPU for a device, to which weights are copied, and streams that note."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opd_ds.config import TeacherSection
+from opd_ds.models import build_family
+from opd_ds.teachers import TeacherPool, TeacherSpec, _Network
+
+
+class Stream:
+    """Notes what was waited for."""
+
+    waited: list[Any]
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.waited = []
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def wait_stream(self, other: Any) -> None:
+        self.waited.append(other)
+
+
+@pytest.fixture
+def computing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
+    """The stream that the device computes on."""
+    stream = Stream()
+    monkeypatch.setattr(torch, "Stream", Stream)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device=None: stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    monkeypatch.setattr(_Network, "travels", True)
+    return stream
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_the_next_teacher_sets_out_while_this_one_is_asked(
+    tiny_world: Path, computing: Stream, monkeypatch: pytest.MonkeyPatch, room: bool
+) -> None:
+    monkeypatch.setattr("opd_ds.teachers.free_memory", lambda device: 10**9 if room else 0)
+    cpu = torch.device("cpu")
+    family = build_family("sd3", tiny_world / "base", dtype=torch.float32, device=cpu, max_text_length=10)
+    specs = {
+        task: TeacherSpec(TeacherSection(path=str(path), placement="offload"), path)
+        for task, path in (("one", tiny_world / "other"), ("two", tiny_world / "base"))
+    }
+    pool = TeacherPool(family, specs, cpu)
+    networks = {task: pool._networks[task].module for task in specs}
+    homes = {task: {name: p.data_ptr() for name, p in network.named_parameters()} for task, network in networks.items()}
+    before = {task: {name: p.clone() for name, p in network.named_parameters()} for task, network in networks.items()}
+
+    def away(task: str) -> bool:
+        moved = {p.data_ptr() != homes[task][name] for name, p in networks[task].named_parameters()}
+        assert len(moved) == 1  # all together
+        return moved.pop()
+
+    for _ in range(2):
+        with pool.active("one"):
+            assert (away("one"), away("two")) == (True, False)
+            pool.expect("two")
+            assert (pool._networks["two"]._coming is not None) == room
+        assert pool._networks["one"]._coming is None
+        with pool.active("two"):
+            assert (away("one"), away("two")) == (False, True)
+            pool.expect("two")  # it is there: nothing more to do
+            assert all(torch.equal(p, before["two"][name]) for name, p in networks["two"].named_parameters())
+        assert not away("two")
+    assert len(computing.waited) == 4  # every visit waits for its own weights
