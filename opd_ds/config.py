@@ -49,6 +49,11 @@ class ModelSection(Section):
         description="on the device all the time; there only to encode; or never loaded: read what `opd-ds data encode` "
         "wrote",
     )
+    compile_blocks: bool = Field(
+        False,
+        description="torch.compile of the network's blocks, student's and teachers'; minutes at the first round. Under "
+        "ZeRO-3 only where weights are gathered once: DeepSpeed's hooks are not compiled",
+    )
     text_cache: Path | None = Field(
         None, description="folder of encoded prompts; default: text_cache in run.output_dir"
     )

@@ -24,7 +24,7 @@ from opd_ds.export import STUDENT_ADAPTER
 from opd_ds.hashing import weights_sha256
 from opd_ds.launch import World
 from opd_ds.loading import resolve_ds_config, resolve_path
-from opd_ds.models import ModelFamily, build_family, lora
+from opd_ds.models import ModelFamily, build_family, compile_blocks, lora
 from opd_ds.prompts import PromptSet
 from opd_ds.rewards import Reward, build, check
 from opd_ds.teach.config import TeachConfig, WeightedReward
@@ -158,11 +158,13 @@ def prepare(config: RunConfig, group: Group) -> Parts:
         identity = run_identity(config, files) if group.world.is_main else None
     with group.agreed():
         module = student_module(config.student, config.run.seed, family, files.start)
+        if config.model.compile_blocks:
+            compile_blocks(module)
         if group.device.type == "cuda":
             module.to(group.device)
     student = StudentEngine(module, files.student_ds_config, group, config.rollout.gather)
     ema = ShardedEma(student, config.student.ema) if config.student.ema.decay > 0 else None
-    teachers = TeacherPool(family, files.teachers, group.device)
+    teachers = TeacherPool(family, files.teachers, group.device, compiled=config.model.compile_blocks)
     rewards = build_rewards(config.rewards, group.device)
     trainer: Trainer
     if isinstance(config, TeachConfig):

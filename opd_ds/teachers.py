@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from opd_ds.config import TeacherSection
 from opd_ds.engine import FrozenEngine, free_memory
 from opd_ds.errors import UserError, about
-from opd_ds.models import ModelFamily, lora
+from opd_ds.models import ModelFamily, compile_blocks, lora
 
 _CONFIGS = ("transformer/config.json", "config.json")
 # The name under which the anchor is asked; no task can have it.
@@ -105,7 +105,9 @@ class _Network:
 class TeacherPool:
     """Routes tasks to teachers. All ranks call it in the same order with equally many rows (ZeRO-Inference)."""
 
-    def __init__(self, family: ModelFamily, specs: dict[str, TeacherSpec], device: torch.device) -> None:
+    def __init__(
+        self, family: ModelFamily, specs: dict[str, TeacherSpec], device: torch.device, *, compiled: bool = False
+    ) -> None:
         self._family, self._specs, self._device = family, specs, device
         self._networks: dict[str, _Network] = {}
         self._adapters: dict[str, str | None] = {}
@@ -115,6 +117,8 @@ class TeacherPool:
             if spec.is_lora:
                 for name, path in self._adapter_names(tasks).items():
                     lora.load_adapter(module, name, path, family.pipeline_class)
+            if compiled:
+                compile_blocks(module)
             network = _Network(module, spec.settings.placement, device, spec.ds_config)
             for task in tasks:
                 self._networks[task] = network

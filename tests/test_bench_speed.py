@@ -90,7 +90,12 @@ def test_every_switch_is_a_run(name: str, tmp_path: Path) -> None:
             for sections in (switch.off, switch.on)
         )
         assert off != on
-        ignored = {"rollout": {"micro_batch", "mode", "gather"}, "train": {"micro_batch"}, "scoring": True}
+        ignored = {
+            "rollout": {"micro_batch", "mode", "gather"},
+            "train": {"micro_batch"},
+            "scoring": True,
+            "model": {"compile_blocks"},
+        }
         assert off.model_dump(exclude=ignored) == on.model_dump(exclude=ignored)
 
 
@@ -163,8 +168,8 @@ def test_a_ratio_that_falls_is_named(tmp_path: Path) -> None:
         }
         return speed.check(found, tmp_path / "speed.json")
 
-    assert check(1.51) == []
-    assert check(1.49) == ["full-offload, buffered over public: 1.49x, in the baseline 2.00x"]
+    assert check(1.21) == []
+    assert check(1.19) == ["full-offload, buffered over public: 1.19x, in the baseline 2.00x"]
     with pytest.raises(UserError, match="measured with --size miniature, not 50m"):
         speed.check({"size": "50m", "ratios": {}}, tmp_path / "speed.json")
 

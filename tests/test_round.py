@@ -129,6 +129,41 @@ def test_weights_gathered_once_or_layer_by_layer_make_the_same_rounds(
         assert all(torch.equal(value, found["per_layer"][1][name]) for name, value in weights.items())
 
 
+@pytest.mark.parametrize("stage", ["zero0", "sharded"])
+def test_compiled_blocks_make_the_same_rounds(build_run: Build, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """What dynamo makes of them, run as it is: machine code takes minutes (below)."""
+    made = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        made.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self: setattr(self, "_compiled_call_impl", torch.compile(self._call_impl, backend=backend)),
+    )
+    changes = {"student__kind": "lora", "student__gradient_checkpointing": True}
+    changes |= {"deepspeed": "zero0"} if stage == "zero0" else {"rollout__gather": "once"}
+    found = []
+    for compiled in (False, True):
+        _, parts = build_run(model__compile_blocks=compiled, **changes)
+        found.append(parts.trainer.run_round(0).losses.loss)
+        assert bool(made) == compiled
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_to_machine_code(build_run: Build) -> None:
+    torch._dynamo.reset()
+    found = []
+    for compiled in (False, True):
+        _, parts = build_run(model__compile_blocks=compiled, deepspeed="zero0", student__gradient_checkpointing=True)
+        found.append([parts.trainer.run_round(index).losses.loss for index in range(3)])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 def test_weights_that_would_not_fit_are_gathered_layer_by_layer(
     build_run: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

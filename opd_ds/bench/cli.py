@@ -82,7 +82,7 @@ def speed(
     samples: Annotated[int, typer.Option(min=1, help="trajectories per task and device; the public code has 3")] = 3,
     quick: Annotated[bool, typer.Option("--quick", help="the ratios on one device alone")] = False,
     check: Annotated[
-        Path | None, typer.Option(help="an earlier speed.json: exit code 1 where a ratio is a quarter below its")
+        Path | None, typer.Option(help="an earlier speed.json: exit code 1 where a ratio is less than 0.6 of it")
     ] = None,
 ) -> None:
     """How much faster than the public loop, on the same work? The same command goes on."""

@@ -36,6 +36,9 @@ class PlainTwin:
         }
         memo |= {id(value): value for value in module.buffers()}
         self._twin: nn.Module = copy.deepcopy(module, memo)
+        for name, original in module.named_modules():
+            if original._compiled_call_impl is not None:  # not copied with the rest
+                self._twin.get_submodule(name).compile()
         self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
 
     @contextmanager

@@ -78,6 +78,8 @@ class Setting:
             f"train.micro_batch={self.train}",
         ]
         if self.placement is not None:
+            if self.placement == "zero_inference" and config.scoring.micro_batch == "auto":
+                lines.append("scoring.micro_batch=null")
             for name, teacher in config.teachers.items():
                 lines.append(f"tasks.{name}.teacher.placement={self.placement}")
                 if teacher.deepspeed is not None:

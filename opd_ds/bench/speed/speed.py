@@ -247,7 +247,7 @@ def _received(collectives: dict[str, dict[str, int]], ranks: int) -> dict[str, f
     }
 
 
-def check(found: dict[str, Any], baseline: Path, tolerance: float = 0.75) -> list[str]:
+def check(found: dict[str, Any], baseline: Path, tolerance: float = 0.6) -> list[str]:
     """What has become slower: ratios below `tolerance` of those in `baseline`, an earlier speed.json.
 
     Raises:

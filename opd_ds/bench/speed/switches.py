@@ -67,6 +67,13 @@ SWITCHES = (
         _rollout(mode="fused"),
     ),
     Switch(
+        "compiled",
+        "torch.compile of the blocks, instead of none",
+        lambda samples: {"model": {"compile_blocks": False}},
+        lambda samples: {"model": {"compile_blocks": True}},
+        _FULL,
+    ),
+    Switch(
         "gathered-once",
         "rollout under ZeRO-3: weights gathered once, instead of layer by layer; one rank",
         _sharded("per_layer"),
