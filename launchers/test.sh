@@ -5,5 +5,6 @@ cd "$(dirname "$0")/.."
 . launchers/environment.sh
 install_package "[dev]"
 
-if [ $# -eq 0 ]; then set -- -m "not slow"; fi
+# Two at a time: most tests take one core, those with several ranks wait for one another most of the time.
+if [ $# -eq 0 ]; then set -- -m "not slow" --numprocesses 2 --dist loadgroup; fi
 exec python -m pytest "$@"

@@ -30,6 +30,14 @@ from opd_ds.quiet import quiet_libraries
 from tests.tiny import run_settings, write_world
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What pytest-xdist keeps on one worker: a file, for what its tests share; all that needs the one cluster."""
+    folder = Path(__file__).parent
+    for item in items:
+        inside = item.path.relative_to(folder)
+        item.add_marker(pytest.mark.xdist_group("cluster" if inside.parts[0] == "cluster" else str(inside)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
     quiet_libraries()
