@@ -367,7 +367,6 @@ def test_whole_weights_are_there_for_rollouts_where_they_fit(configured: Callabl
     element = 4 if config.precision == "fp32" else 2
     assert whole(devices, Phase.ROLLOUT) == element * counts.parameters
     assert whole(devices, Phase.TRAIN) == 0
-    assert whole(devices, Phase.ROLLOUT, rollout__mode="fused") == 0
     assert whole(devices, Phase.ROLLOUT, rollout__gather="per_layer") == 0
     tight = replace(devices, kind=replace(devices.kind, memory=element * counts.parameters))
     assert whole(tight, Phase.ROLLOUT) == 0

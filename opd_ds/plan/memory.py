@@ -147,13 +147,10 @@ def run_memory(
     zero = placed_as.zero
     counts = costs.student(zero.threshold)
     asked, copies = isinstance(config, TeachConfig), config.weight_copies
-    student = student_state(counts, config.precision, element, zero, copies, on_cpu=on_cpu, asked=asked)
+    student = student_state(
+        counts, config.precision, element, zero, copies, on_cpu=on_cpu, asked=asked, gathered=placed_as.gathered
+    )
     device, host = list(student.device), list(student.host)
-    if placed_as.gathered and zero.world > 1:
-        fused = config.rollout.mode == "fused"
-        phases = {Phase.EVALUATE} | (set() if fused else {Phase.ROLLOUT}) | ({Phase.SCORE} if asked else set())
-        whole = element * (counts.parameters - counts.small)
-        device.append(Part("student weights: whole", whole, frozenset(phases)))
 
     for teacher in placed_as.teachers:
         frozen = costs.base(teacher.zero.threshold if teacher.zero else 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from math import ceil
 from typing import Any
@@ -95,7 +95,15 @@ def frozen_weights(counts: Counts, element: int, zero: Zero) -> Placed:
 
 
 def student_state(
-    counts: Counts, precision: str, element: int, zero: Zero, copies: int, *, on_cpu: bool, asked: bool = False
+    counts: Counts,
+    precision: str,
+    element: int,
+    zero: Zero,
+    copies: int,
+    *,
+    on_cpu: bool,
+    asked: bool = False,
+    gathered: bool = False,
 ) -> Placed:
     """Weights, masters, gradients, optimizer state and copies of a trained network under AdamW.
 
@@ -104,13 +112,14 @@ def student_state(
         on_cpu: the device is a CPU: pages of buffers that are never written do not count, and torch's Adam works
             tensor by tensor.
         asked: frozen policies are asked through this network, their weights in its place.
+        gathered: the weights are whole on every rank while the network is asked without a gradient.
     """
     trained = counts.trained
     shard = trained / zero.world if zero.stage else trained
     device, host = [], []
     if zero.stage == 3:
         passes = {Phase.ROLLOUT, Phase.EVALUATE} | ({Phase.SCORE} if asked else set())
-        weights = _sharded_weights(counts, element, zero, "student weights", passes, trained=True)
+        weights = _sharded_weights(counts, element, zero, "student weights", passes, trained=True, gathered=gathered)
         device += weights.device
         host += weights.host
     else:
@@ -137,7 +146,14 @@ def student_state(
 
 
 def _sharded_weights(
-    counts: Counts, element: int, zero: Zero, name: str, passes: set[Phase], *, trained: bool
+    counts: Counts,
+    element: int,
+    zero: Zero,
+    name: str,
+    passes: set[Phase],
+    *,
+    trained: bool,
+    gathered: bool = False,
 ) -> Placed:
     """ZeRO-3's: this rank's share; small parameters whole; buffers whole; and what is gathered while it works.
 
@@ -146,7 +162,7 @@ def _sharded_weights(
     """
     if zero.world == 1:  # nothing is gathered, the shard is the parameter
         live, share = 0.0, float(counts.parameters)
-        small = 0
+        small, whole = 0, 0
     else:
         share = counts.parameters / zero.world
         small = counts.small
@@ -156,7 +172,8 @@ def _sharded_weights(
     device = [Part(name, element * ((0 if zero.offload_param else share) + small + counts.buffers))]
     if zero.gather > 1:
         device.append(Part(f"{name}: second shard (hpZ)", element * counts.parameters / zero.gather))
-    device.append(Part(f"{name}: gathered", element * 2 * coming, frozenset(passes)))
+    asked = Part(f"{name}: whole", element * whole) if gathered else Part(f"{name}: gathered", element * 2 * coming)
+    device.append(replace(asked, phases=frozenset(passes)))
     if trained:
         training, left = element * (live + coming), alive_when_reduced(counts.trained, zero)
         device.append(Part(f"{name}: gathered", training, frozenset({Phase.TRAIN})))

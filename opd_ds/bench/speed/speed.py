@@ -43,6 +43,7 @@ class Bench:
     settings: tuple[Setting, ...] = SETTINGS
     switches: tuple[Switch, ...] = SWITCHES
     memory: bool = True
+    state_worlds: tuple[int, ...] = (1, 2, 4)
 
 
 def quick(size: Size) -> Bench:
@@ -117,7 +118,7 @@ def bench(wanted: Bench, folder: Path, say: Callable[[str], None]) -> dict[str, 
     }
     if wanted.memory:
         found["memory"] = {setting.name: _memory(jobs, setting) for setting in wanted.settings}
-        found["zero3_state"] = _states(jobs, wanted.worlds)
+        found["zero3_state"] = _states(jobs, wanted.state_worlds)
     (folder / "speed.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
 
