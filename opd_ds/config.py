@@ -186,7 +186,11 @@ class ScoringSection(Section):
 class TeacherSection(Section):
     path: str = Field(description="LoRA or full checkpoint: folder, safetensors file, hub id or package:<path>")
     guidance: float = Field(4.5, ge=0, description="the teacher's own, apart from the student's")
-    placement: Literal["resident", "offload", "zero_inference"] = "resident"
+    placement: Literal["resident", "offload", "stream", "zero_inference"] = Field(
+        "resident",
+        description="on the device; on the host, there while it is asked; on the host, block by block with every "
+        "forward, the next one on its way; sharded over the ranks",
+    )
     deepspeed: str | None = Field(None, description="ds_config of a zero_inference teacher; default zero_inference_gpu")
     trust_base: bool = Field(False, description="accept a LoRA that names another base (a renamed copy of ours)")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
 
 from opd_ds.config import TeacherSection
@@ -52,9 +53,21 @@ class _Network:
             assert ds_config is not None
             self.forward = FrozenEngine(module, ds_config)
         elif device.type != "cpu":
-            self._pin()
+            self._leave_on_host(device)
 
-    def _pin(self) -> None:
+    def _leave_on_host(self, device: torch.device) -> None:
+        """In pinned memory, from which copies need not be waited for."""
+        if self._placement == "stream":
+            apply_group_offloading(
+                self.module,
+                onload_device=device,
+                offload_device=torch.device("cpu"),
+                offload_type="block_level",
+                num_blocks_per_group=1,
+                use_stream=True,  # the next block travels while this one computes
+                record_stream=True,
+            )
+            return
         for tensor in self._tensors():
             tensor.data = tensor.data.pin_memory()
 
@@ -67,7 +80,7 @@ class _Network:
 
     @property
     def travels(self) -> bool:
-        """Whether the weights have to come to the device to be asked."""
+        """Whether the weights have to come to the device, all together, before it is asked."""
         return self._placement == "offload" and self._device.type != "cpu"
 
     def fetch(self) -> None:

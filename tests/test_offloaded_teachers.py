@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 
 from opd_ds.config import TeacherSection
 from opd_ds.models import build_family
@@ -74,3 +75,25 @@ def test_the_next_teacher_sets_out_while_this_one_is_asked(
             assert all(torch.equal(p, before["two"][name]) for name, p in networks["two"].named_parameters())
         assert not away("two")
     assert len(computing.waited) == 4  # every visit waits for its own weights
+
+
+def test_a_streamed_teacher_comes_block_by_block(tiny_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By diffusers' group offloading, here with the CPU as the device and without streams; the numbers are the same."""
+    asked: dict[str, Any] = {}
+
+    def offloading(module: torch.nn.Module, **settings: Any) -> None:
+        asked.update(settings)
+        here = {"onload_device": torch.device("cpu"), "use_stream": False, "record_stream": False}
+        apply_group_offloading(module, **settings | here)
+
+    monkeypatch.setattr("opd_ds.teachers.apply_group_offloading", offloading)
+    cpu = torch.device("cpu")
+    family = build_family("sd3", tiny_world / "base", dtype=torch.float32, device=cpu, max_text_length=10)
+    streamed = _Network(family.load_transformer(tiny_world / "other"), "stream", torch.device("cuda"), None)
+    plain = family.load_transformer(tiny_world / "other")
+    latents, sigma, cond = torch.randn(2, *family.latent_shape), torch.full((2,), 0.5), family.encode(["a", "b"])
+    with torch.no_grad(), streamed.present():
+        found = family.velocity(streamed.forward, latents, sigma, cond)
+        assert torch.equal(found, family.velocity(plain, latents, sigma, cond))
+    assert (asked["onload_device"].type, asked["use_stream"], asked["record_stream"]) == ("cuda", True, True)
+    assert (asked["offload_type"], asked["num_blocks_per_group"]) == ("block_level", 1)

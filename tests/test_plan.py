@@ -279,6 +279,9 @@ def test_teachers_by_placement(configured: Callable[..., DistilConfig], tiny_wor
     assert teachers_in(offload, Phase.TRAIN) == 0
     assert teachers_in(offload, Phase.SCORE) == base + adapters
     assert sum(part.nbytes for part in offload.host if "teachers" in part.name) == base + adapters
+    streamed = placed("stream")
+    assert teachers_in(streamed, Phase.SCORE) == 4 * (costs.streamed + costs.base().buffers)
+    assert sum(part.nbytes for part in streamed.host if "teachers" in part.name) == base + adapters
     # At the default threshold every parameter of the tiny model stays whole on every rank.
     sharding = tmp_path / "sharding.json"
     sharding.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
@@ -353,6 +356,12 @@ def test_larger_batches_need_more_and_sharding_needs_less(configured: Callable[.
     assert needed(train__micro_batch=2) < needed(train__micro_batch=4)
     assert needed(student__gradient_checkpointing=True) < needed()
     assert batches(configured(), devices) == {"rollout": 4, "score": 8, "train": 8, "evaluate": 32}
+
+
+def test_streamed_blocks_are_two_of_them() -> None:
+    """SD3.5-Medium: 24 blocks, and little beside them."""
+    costs = costs_of(load_config("mopd_sd35m", None, []))
+    assert 2 / 24 < costs.streamed / costs.base().parameters < 0.15
 
 
 def test_whole_weights_are_there_for_rollouts_where_they_fit(configured: Callable[..., DistilConfig]) -> None:

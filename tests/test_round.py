@@ -84,6 +84,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fused": {"rollout__mode": "fused", "rollout__micro_batch": 3},
     "fused, each task alone": {"rollout__mode": "fused", "tasks__two__guidance": 2.0 + 1e-12},
     "offloaded teachers": {"tasks__one__teacher__placement": "offload", "tasks__two__teacher__placement": "offload"},
+    "streamed teachers": {"tasks__one__teacher__placement": "stream", "tasks__two__teacher__placement": "stream"},
     "sharded teachers": {
         "tasks__one__teacher__placement": "zero_inference",
         "tasks__two__teacher__placement": "zero_inference",

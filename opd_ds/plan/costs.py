@@ -42,6 +42,16 @@ class Costs:
         """Elements of a full checkpoint."""
         return self._count(None, threshold)
 
+    @cached_property
+    def streamed(self) -> int:
+        """Elements of a full checkpoint that are on the device at once where its blocks come one by one: two blocks,
+        and all that is in none.
+        """
+        network = self.model.network()
+        lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
+        sizes = sorted(count(block).parameters for blocks in lists for block in blocks)
+        return self.base().parameters - sum(sizes) + sum(sizes[-2:])
+
     def ds_config(self, value: str, key: str) -> tuple[dict[str, Any], str]:
         """A ds_config as it is written, and where; read once. `key` names it in errors."""
         if value not in self._ds_configs:

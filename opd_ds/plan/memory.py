@@ -126,8 +126,7 @@ def _gathered(config: RunConfig, costs: Costs, devices: Devices, zero: Zero, tea
     counts = costs.student(zero.threshold)
     parts = student_state(counts, config.precision, element, zero, config.weight_copies, on_cpu=on_cpu).device
     for teacher in teachers:
-        base = costs.base(teacher.zero.threshold if teacher.zero else 0)
-        parts += _teacher(teacher, base, element, on_cpu=on_cpu).device
+        parts += _teacher(teacher, costs, element, on_cpu=on_cpu).device
     stays = sum(part.nbytes for part in parts if part.phases is None)
     return wanted == "once" or element * counts.parameters < WHOLE_SHARE * (devices.kind.memory - stays)
 
@@ -153,8 +152,7 @@ def run_memory(
     device, host = list(student.device), list(student.host)
 
     for teacher in placed_as.teachers:
-        frozen = costs.base(teacher.zero.threshold if teacher.zero else 0)
-        placed = _teacher(teacher, frozen, element, on_cpu=on_cpu)
+        placed = _teacher(teacher, costs, element, on_cpu=on_cpu)
         device += placed.device
         host += placed.host
     device += buffer_parts(config, costs, devices)
@@ -213,15 +211,17 @@ def _text_encoders(config: RunConfig, nbytes: int, *, on_cpu: bool) -> Placed:
     return Placed([Part(name, nbytes, frozenset({Phase.ENCODE}))], [Part(f"{name} (offloaded)", nbytes)])
 
 
-def _teacher(teacher: Teacher, counts: Counts, element: int, *, on_cpu: bool) -> Placed:
+def _teacher(teacher: Teacher, costs: Costs, element: int, *, on_cpu: bool) -> Placed:
     name = "teachers"
+    counts = costs.base(teacher.zero.threshold if teacher.zero else 0)
     whole = element * (counts.parameters + counts.buffers + teacher.adapters)
     if teacher.zero is not None:
         held = Counts(0, counts.parameters + teacher.adapters, counts.buffers, 0, counts.small)
         return frozen_weights(held, element, teacher.zero)
-    if teacher.placement == "offload" and not on_cpu:
+    if teacher.placement in ("offload", "stream") and not on_cpu:
+        there = whole if teacher.placement == "offload" else element * (costs.streamed + counts.buffers)
         return Placed(
-            [Part(f"{name} (while asked)", whole, frozenset({Phase.SCORE}))], [Part(f"{name} (offloaded)", whole)]
+            [Part(f"{name} (while asked)", there, frozenset({Phase.SCORE}))], [Part(f"{name} (offloaded)", whole)]
         )
     return Placed([Part(name, whole)], [])
 

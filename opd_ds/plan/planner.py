@@ -17,7 +17,7 @@ AS_FAST = 1.03  # the estimate is no finer than that
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 # Shipped ds_configs, from the least sharded on.
 _STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_cpu")
-_PLACEMENTS = ("resident", "offload", "zero_inference")
+_PLACEMENTS = ("resident", "offload", "stream", "zero_inference")
 
 
 @dataclass(frozen=True)

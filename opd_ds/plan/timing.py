@@ -124,14 +124,17 @@ def _step_seconds(counts: Counts, element: int, zero: Zero, devices: Devices) ->
 
 
 def _teacher_gather(config: RunConfig, costs: Costs, placed_as: Layout, devices: Devices, element: int) -> float:
-    """Of the weights of ZeRO-Inference teachers, per forward, as a mean over teachers; of the student's own where
-    frozen policies are swapped into it.
+    """Of the weights of ZeRO-Inference and streamed teachers, per forward, as a mean over teachers; of the student's
+    own where frozen policies are swapped into it.
     """
     if isinstance(config, TeachConfig):
         if placed_as.gathered:  # with the rollout
             return 0.0
         return _gather_seconds(costs.base(placed_as.zero.threshold), element, placed_as.zero, devices)
     each = [_gather_seconds(costs.base(), element, one.zero, devices) for one in placed_as.teachers if one.zero]
+    if not devices.kind.is_cpu:
+        streamed = element * costs.base().parameters / devices.kind.host
+        each += [streamed for one in placed_as.teachers if one.placement == "stream"]
     return sum(each) / len(placed_as.teachers)
 
 
