@@ -6,5 +6,5 @@ cd "$(dirname "$0")/.."
 install_package "[dev]"
 
 # Two at a time: most tests take one core, those with several ranks wait for one another most of the time.
-if [ $# -eq 0 ]; then set -- -m "not slow" --numprocesses 2 --dist loadgroup; fi
+if [ $# -eq 0 ]; then set -- -m "not slow" --numprocesses 2 --dist loadfile; fi
 exec python -m pytest "$@"

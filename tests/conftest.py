@@ -30,12 +30,16 @@ from opd_ds.quiet import quiet_libraries
 from tests.tiny import run_settings, write_world
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What pytest-xdist keeps on one worker: a file, for what its tests share; all that needs the one cluster."""
-    folder = Path(__file__).parent
-    for item in items:
-        inside = item.path.relative_to(folder)
-        item.add_marker(pytest.mark.xdist_group("cluster" if inside.parts[0] == "cluster" else str(inside)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file stays on one worker, for what its tests share; so does all that needs the one cluster."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return "cluster" if nodeid.startswith("tests/cluster/") else super()._split_scope(nodeid)
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
