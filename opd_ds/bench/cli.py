@@ -78,7 +78,10 @@ def plan_memory(
 def speed(
     output_dir: Annotated[Path, typer.Option(help="speed.json, speed.md, plots and one folder per job go here")],
     size: Annotated[str, typer.Option(help="miniature, 50m or sd35m (GPU only)")] = "miniature",
-    world_sizes: Annotated[str, typer.Option(help="ranks on this machine; ratios are of the first")] = "1,2,4",
+    world_sizes: Annotated[
+        str | None,
+        typer.Option(help="ranks, as in 1,2; ratios are of the first; default: 1, 2, 4 as cores or GPUs allow"),
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="trajectories per task and device; the public code has 3")] = 3,
     quick: Annotated[bool, typer.Option("--quick", help="the ratios on one device alone")] = False,
     check: Annotated[
@@ -98,7 +101,7 @@ def speed(
 
     quiet_libraries()
     chosen = measured.size_named(size)
-    parts = world_sizes.split(",")
+    parts = (world_sizes or measured.usual_worlds()).split(",")
     if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise UserError(f"--world-sizes {world_sizes}: needs numbers of ranks, as in 1,2,4")
     plan = measured.quick(chosen) if quick else measured.Bench(chosen, worlds=tuple(map(int, parts)))

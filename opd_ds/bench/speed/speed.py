@@ -266,6 +266,12 @@ def check(found: dict[str, Any], baseline: Path, tolerance: float = 0.6) -> list
     ]
 
 
+def usual_worlds() -> str:
+    """1, 2 and 4 ranks, as far as there is a GPU or a core for each."""
+    devices = torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    return ",".join(str(ranks) for ranks in (1, 2, 4) if ranks <= devices)
+
+
 def size_named(name: str) -> Size:
     """One of `SIZES`.
 
