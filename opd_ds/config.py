@@ -411,14 +411,20 @@ class DistilConfig(RunConfig):
     def teachers(self) -> dict[str, TeacherSection]:
         return {name: task.teacher for name, task in self.tasks.items()}
 
+    @property
+    def _asked(self) -> dict[str, TeacherSection]:
+        """Teachers and the anchor, by key."""
+        asked: dict[str, TeacherSection] = {f"tasks.{name}.teacher": one for name, one in self.teachers.items()}
+        return asked | ({"anchor": self.anchor} if self.anchor else {})
+
     @model_validator(mode="after")
     def _same_forwards(self) -> DistilConfig:
         if self.scoring.micro_batch == "auto":
-            for name, teacher in self.teachers.items():
+            for key, teacher in self._asked.items():
                 if teacher.placement == "zero_inference":
                     raise ValueError(
                         "scoring.micro_batch = 'auto' may come out differently on each rank, but the forwards of "
-                        f"tasks.{name}.teacher.placement = 'zero_inference' are collective; give a number"
+                        f"{key}.placement = 'zero_inference' are collective; give a number"
                     )
         return self
 
@@ -431,9 +437,7 @@ class DistilConfig(RunConfig):
             )
         if self.rollout.mode != "fused":
             return self
-        asked = {f"tasks.{name}.teacher": teacher for name, teacher in self.teachers.items()}
-        asked |= {"anchor": self.anchor} if self.anchor else {}
-        for name, teacher in asked.items():
+        for name, teacher in self._asked.items():
             if teacher.placement != "resident":
                 raise ValueError(
                     f"rollout.mode = 'fused' asks every teacher at every step, but {name}.placement = "

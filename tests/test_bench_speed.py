@@ -137,6 +137,13 @@ def test_what_is_measured_is_not_measured_again(measured: tuple[dict[str, Any], 
 
 
 @pytest.mark.multirank
+def test_what_was_measured_with_other_settings_is_refused(measured: tuple[dict[str, Any], Path], tiny: Size) -> None:
+    other = replace(speed.quick(tiny), settings=SETTINGS[:1], samples=2)
+    with pytest.raises(UserError, match="lora-resident-1 was measured with other settings; give another folder"):
+        speed.bench(other, measured[1], lambda line: None)
+
+
+@pytest.mark.multirank
 def test_the_report_shows_all_of_it(measured: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     found = copy.deepcopy(measured[0])
     found["switches"] = [{"name": "x", "what": "this instead of that", "setting": "s", "ranks": 1, "off_over_on": 1.5}]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from opd_ds.config import DistilConfig
 from opd_ds.engine import frozen_ds_config, read_ds_config, student_ds_config
@@ -57,6 +58,15 @@ def test_missing_keys_are_named(tmp_path: Path, tiny_world: Path) -> None:
     del data["run"]["rounds"]
     with pytest.raises(UserError, match=r"^run\.rounds: required and missing"):
         load_config(None, write_config(tmp_path / "c.yaml", data), [])
+
+
+@pytest.mark.parametrize("key", ["tasks.two.teacher", "anchor"])
+def test_batches_that_ranks_find_for_themselves_need_forwards_without_collectives(tmp_path: Path, key: str) -> None:
+    """Ranks that shrink differently would wait for one another."""
+    sharded = {"path": "x", "placement": "zero_inference"}
+    changes: dict[str, Any] = {"scoring__micro_batch": "auto", key.replace(".", "__"): sharded}
+    with pytest.raises(ValidationError, match=rf"micro_batch = 'auto'.*{key}\.placement = 'zero_inference'"):
+        DistilConfig.model_validate(run_settings(tmp_path, tmp_path / "out", **changes))
 
 
 @pytest.mark.parametrize("placement", ["offload", "zero_inference"])

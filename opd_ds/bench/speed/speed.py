@@ -14,7 +14,6 @@ from statistics import median
 from typing import Any
 
 import torch
-import yaml
 
 from opd_ds.bench.plan_memory import ALLOCATOR
 from opd_ds.bench.ranks import run_ranks
@@ -74,20 +73,24 @@ class _Jobs:
         more: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """By the worker; `loops` are (kind, config) by name."""
-        place = self.folder / name
-        out = place / "measured.json"
-        if not out.is_file():
+        place = (self.folder / name).resolve()
+        spec_file, out = place / "spec.json", place / "measured.json"
+        spec = {
+            "loops": {loop: {"kind": kind, "config": config} for loop, (kind, config) in loops.items()},
+            "repetitions": self.bench.size.repetitions,
+            "measure": measure,
+        }
+        if out.is_file():
+            if json.loads(spec_file.read_text(encoding="utf-8")) != spec:
+                raise UserError(
+                    f"--output-dir {self.folder}: {name} was measured with other settings; give another folder"
+                )
+        else:
             place.mkdir(parents=True, exist_ok=True)
-            listed = {}
-            for loop, (kind, config) in loops.items():
-                file = place.resolve() / f"{loop.replace(' ', '-')}.yaml"
-                file.write_text(yaml.safe_dump(config), encoding="utf-8")
-                listed[loop] = {"kind": kind, "config": str(file)}
-            spec = {"loops": listed, "repetitions": self.bench.size.repetitions, "measure": measure}
-            (place / "spec.json").write_text(json.dumps(spec, indent=1) + "\n", encoding="utf-8")
+            spec_file.write_text(json.dumps(spec, indent=1) + "\n", encoding="utf-8")
             threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
-            arguments = [str((place / "spec.json").resolve()), str(out.resolve())]
-            run_ranks(worker.__name__, arguments, ranks, place, {"OMP_NUM_THREADS": threads, **(more or {})})
+            environment = {"OMP_NUM_THREADS": threads, **(more or {})}
+            run_ranks(worker.__name__, [str(spec_file), str(out)], ranks, place, environment)
         return json.loads(out.read_text(encoding="utf-8"))
 
 
@@ -100,13 +103,11 @@ def bench(wanted: Bench, folder: Path, say: Callable[[str], None]) -> dict[str, 
     if wanted.size.needs_gpu and not torch.cuda.is_available():
         raise UserError(f"--size {wanted.size.name} needs a GPU; on CPUs: miniature or 50m")
     jobs = _Jobs(wanted, folder, say)
-    worlds: dict[int, dict[str, Any]] = {}
-    for ranks in wanted.worlds:
-        if torch.cuda.is_available() and ranks > torch.cuda.device_count():
-            say(f"{ranks} ranks: left out, there are {torch.cuda.device_count()} GPUs")
-            continue
-        worlds[ranks] = {setting.name: _ratios(jobs, setting, ranks) for setting in wanted.settings}
-    first = worlds[wanted.worlds[0]]
+    possible = [ranks for ranks in wanted.worlds if _possible(ranks)]
+    if not possible:
+        raise UserError(f"--world-sizes: there are only {torch.cuda.device_count()} GPUs")
+    worlds = {ranks: {setting.name: _ratios(jobs, setting, ranks) for setting in wanted.settings} for ranks in possible}
+    first = worlds[possible[0]]
     found: dict[str, Any] = {
         "size": wanted.size.name,
         "samples_per_task_and_device": wanted.samples,
@@ -114,13 +115,18 @@ def bench(wanted: Bench, folder: Path, say: Callable[[str], None]) -> dict[str, 
         "torch": torch.__version__,
         "ratios": {name: entry["ratios"] for name, entry in first.items()},
         "by_world_size": {str(ranks): entries for ranks, entries in worlds.items()},
-        "switches": [_switch(jobs, switch) for switch in wanted.switches if switch.fits(max(wanted.worlds))],
+        "switches": [_switch(jobs, switch) for switch in wanted.switches if switch.ranks <= max(possible)],
     }
     if wanted.memory:
         found["memory"] = {setting.name: _memory(jobs, setting) for setting in wanted.settings}
-        found["zero3_state"] = _states(jobs, wanted.state_worlds)
+        found["zero3_state"] = _states(jobs, tuple(filter(_possible, wanted.state_worlds)))
     (folder / "speed.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
+
+
+def _possible(ranks: int) -> bool:
+    """Ranks share CPUs but no GPU."""
+    return ranks <= torch.cuda.device_count() or not torch.cuda.is_available()
 
 
 def _ratios(jobs: _Jobs, setting: Setting, ranks: int) -> dict[str, Any]:

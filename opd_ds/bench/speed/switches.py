@@ -24,9 +24,6 @@ class Switch:
     setting: Setting = _LORA
     ranks: int = 1
 
-    def fits(self, most: int) -> bool:
-        return self.ranks <= most
-
 
 def _rollout(**values: Any) -> Sections:
     return lambda samples: {"rollout": values}

@@ -2,7 +2,7 @@
 
 python -m opd_ds.bench.speed.worker SPEC.json OUT.json        (RANK, WORLD_SIZE and so on as torchrun sets them)
 
-SPEC has `loops`, by name `{"kind": "ours" | "public" | "public with rewards", "config": FILE}`, `repetitions`, and
+SPEC has `loops`, by name `{"kind": "ours" | "public" | "public with rewards", "config": {...}}`, `repetitions`, and
 `measure`: `time`, `memory` or `state`. Rank 0 writes OUT.
 """
 
@@ -57,14 +57,14 @@ def main(spec_file: str, out: str) -> None:
             Path(out).write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
-def build(name: str, wanted: dict[str, str], group: Group) -> Loop:
+def build(name: str, wanted: dict[str, Any], group: Group) -> Loop:
     """Load everything that the loop needs."""
     from opd_ds.bench.speed.public_loop import PublicLoop
     from opd_ds.config import DistilConfig
-    from opd_ds.loading import load_config
+    from opd_ds.loading import parse_config
     from opd_ds.preparation import prepare
 
-    config = load_config(None, Path(wanted["config"]), [])
+    config = parse_config(wanted["config"])
     assert isinstance(config, DistilConfig)
     if wanted["kind"] == "ours":
         inner: Any = prepare(config, group).trainer
@@ -163,10 +163,10 @@ def matmul_peak(group: Group, precision: str) -> float:
 def memory(spec: dict[str, Any], group: Group) -> dict[str, Any]:
     """Most bytes of each rank beyond the libraries, for one loop alone in its processes, over two rounds."""
     from opd_ds.bench.plan_worker import baseline_memory, peak_memory, reset_peak, warm_up
-    from opd_ds.loading import load_config
+    from opd_ds.loading import parse_config
 
     ((name, wanted),) = spec["loops"].items()
-    warm_up(load_config(None, Path(wanted["config"]), []), group)
+    warm_up(parse_config(wanted["config"]), group)
     baseline = baseline_memory(group)
     loop = build(name, wanted, group)
     reset_peak(group)
