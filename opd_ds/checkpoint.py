@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ MANIFEST_FILE = "manifest.json"
 LATEST_FILE = "latest"
 CHECKPOINTS_FOLDER = "checkpoints"
 FORMAT = 3
+LOSSES_VARIABLE = "OPD_DS_LOSSES_FILE"  # where batch scripts count lost ranks; a checkpoint starts the count anew
 _NAME = re.compile(r"^round-(\d{6})$")
 
 # File name -> size in bytes and SHA-256.
@@ -125,6 +127,8 @@ class CheckpointStore:
         draft.rename(target)
         sync(self.folder)
         write_whole(self.folder / LATEST_FILE, target.name + "\n")
+        if losses := os.environ.get(LOSSES_VARIABLE):
+            Path(losses).unlink(missing_ok=True)
         earlier = [path for path in _published(self.folder) if path.name < target.name]
         for old in earlier[: max(0, len(earlier) - (self._keep - 1))]:
             _remove(old)

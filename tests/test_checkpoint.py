@@ -219,6 +219,20 @@ def test_what_a_kill_left_is_never_taken_and_goes_away(tmp_path: Path, group: Gr
     assert names(tmp_path) == ["latest", "round-000001", "round-000002"]
 
 
+def test_a_checkpoint_makes_the_batch_script_forget_lost_ranks(
+    tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that loses a rank now and then gets on; one that dies before each checkpoint is given up."""
+    losses = tmp_path / ".opd-ds-losses-7"
+    monkeypatch.setenv("OPD_DS_LOSSES_FILE", str(losses))
+    losses.write_text("3\n")
+    checkpoints = store(tmp_path, group)
+    checkpoints.save(1, STATE, ENTRIES)
+    assert not losses.exists()
+    checkpoints.save(2, STATE, ENTRIES)  # nothing was lost in between
+    assert names(tmp_path)[-2:] == ["round-000001", "round-000002"]
+
+
 @pytest.mark.parametrize("where", ["shard", "state", "draft"])
 def test_a_full_disk_leaves_the_last_one_intact(
     tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch, where: str

@@ -138,7 +138,7 @@ def test_kill_9_and_resume_is_bit_for_bit(
     assert metrics(folder / "out") == expected
 
 
-def _wait_for_rounds(folder: Path, count: int, timeout: float = 120) -> None:
+def _wait_for_rounds(folder: Path, count: int, timeout: float = 300) -> None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if (folder / "metrics.jsonl").is_file() and len(read_metrics(folder / "metrics.jsonl")) >= count:

@@ -186,7 +186,8 @@ def run_batch(tmp_path: Path) -> Any:
     (tmp_path / "work").mkdir()
     programs = tmp_path / "bin"
     port = '[[ " $* " = *" opd_ds.launch "* ]] && echo 1234'
-    stub(programs / "srun", f'printf "%s\\0" "$@" >>"$RECORD"; {port}; exit $CODE')
+    progress = '[ -z "$PROGRESS" ] || rm -f "$OPD_DS_LOSSES_FILE"'
+    stub(programs / "srun", f'printf "%s\\0" "$@" >>"$RECORD"; {port}; {progress}; exit $CODE')
     stub(programs / "squeue", "echo ${STATE:-RUNNING}")
     stub(programs / "scontrol", '[ $1 = show ] && echo first || echo "scontrol $*"')
     stub(programs / "opd-ds", "")
@@ -224,7 +225,7 @@ REQUEUED = "scontrol requeue 7"
 
 @pytest.mark.parametrize("name", ["slurm_train.sbatch", "slurm_deepspeed.sbatch"])
 def test_which_exit_codes_go_back_into_the_queue(name: str, run_batch: Any, tmp_path: Path) -> None:
-    """Losses count in a row: a saved state in between is progress, and forgets them."""
+    """A saved state is progress, and forgets the losses counted before."""
     script = (package_root() / "launchers" / name).read_text()
     losses = tmp_path / "work" / ".opd-ds-losses-7"
     for code, before, state, requeued, after in [
@@ -252,6 +253,10 @@ def test_which_exit_codes_go_back_into_the_queue(name: str, run_batch: Any, tmp_
         assert (REQUEUED in said) == requeued, (code, before, state, said)
         assert ("was lost" in said) == (code in (76, 137, 247))
         assert (int(losses.read_text()) if losses.exists() else None) == after
+    losses.write_text("3\n")
+    _, said, _ = run_batch(script, code=76, PROGRESS="a checkpoint")
+    assert REQUEUED in said
+    assert losses.read_text() == "1\n"
 
 
 def test_containers(run_batch: Any, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ class Cluster:
     def job_state(self, job: str) -> str:
         return self.job(job)["JobState"]
 
-    def wait_for(self, job: str, states: str | tuple[str, ...], timeout: float = 60, restarts: int = 0) -> str:
+    def wait_for(self, job: str, states: str | tuple[str, ...], timeout: float = 120, restarts: int = 0) -> str:
         """Wait until the job is in one of the states, after at least `restarts` restarts."""
         wanted = (states,) if isinstance(states, str) else states
         end = time.monotonic() + timeout

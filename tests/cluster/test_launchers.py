@@ -59,7 +59,7 @@ class Place:
     folder: Path
     environment: dict[str, str]
 
-    def recorded(self, ranks: int, restarts: int = 0, timeout: float = 90) -> list[dict[str, object]]:
+    def recorded(self, ranks: int, restarts: int = 0, timeout: float = 180) -> list[dict[str, object]]:
         """Wait until all ranks of a start have recorded themselves."""
         files = [self.folder / "record" / f"{restarts}.{rank}" for rank in range(ranks)]
         end = time.monotonic() + timeout
@@ -71,7 +71,7 @@ class Place:
     def starts(self) -> int:
         return len(list((self.folder / "record").glob("*.0")))
 
-    def saved(self, ranks: int, timeout: float = 20) -> None:
+    def saved(self, ranks: int, timeout: float = 60) -> None:
         """Wait until all ranks have left because of TERM."""
         end = time.monotonic() + timeout
         while len(left := list((self.folder / "record").glob("saved.*"))) < ranks:
@@ -164,7 +164,7 @@ def test_usr1_puts_the_job_back_however_it_comes(
 def test_the_time_limit_puts_the_job_back(cluster: Cluster, place: Place, submit: Callable[..., str]) -> None:
     # SLURM looks at limits now and then: a signal 50 s before a limit of one minute comes within seconds.
     job = submit("wait", options=("-N2", "--time=1", "--signal=B:USR1@50"))
-    cluster.wait_for(job, "COMPLETED", restarts=1, timeout=90)
+    cluster.wait_for(job, "COMPLETED", restarts=1, timeout=180)
     assert place.starts() == 2
 
 
@@ -208,7 +208,7 @@ def test_errors_end_the_job_and_losses_restart_it_so_often(
     assert place.starts() == 2
     said = cluster.output(lost)
     assert f"restart 1: job {lost} goes back into the queue" in said
-    assert "exit code 76: a rank or a node was lost; 1 restarts in a row so far, MAX_RESTARTS=1" in said
+    assert "exit code 76: a rank or a node was lost; 1 restarts since the last checkpoint, MAX_RESTARTS=1" in said
 
 
 def test_the_deepspeed_launcher_in_an_allocation(cluster: Cluster, place: Place, submit: Callable[..., str]) -> None:
@@ -236,7 +236,7 @@ def test_a_hostfile_over_pdsh(cluster: Cluster, place: Place) -> None:
     with cluster.start("login", *command, env=given, cwd=place.folder) as running:
         ranks = place.recorded(2)
         cluster.on("login", "kill", "-TERM", (place.folder / "pid").read_text().strip())
-        output, _ = running.communicate(timeout=60)
+        output, _ = running.communicate(timeout=120)
     place.saved(2)
     assert [rank["arguments"] for rank in ranks] == [["train", "--resume", "auto", *EVIL]] * 2, output
     assert [rank["host"] for rank in ranks] == ["n1", "n2"]
@@ -259,6 +259,6 @@ def test_torchrun_on_two_nodes(cluster: Cluster, place: Place) -> None:
         assert {rank["host"] for rank in ranks} == {"n1", "n2"}
         step = cluster.on("login", "squeue", "-h", "-o", "%i").stdout.split()[0]
         cluster.cancel("--signal=USR1", step)
-        output, _ = running.communicate(timeout=60)
+        output, _ = running.communicate(timeout=120)
     assert running.returncode == 1, output
     assert "exitcode  : 75" in output
