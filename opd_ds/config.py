@@ -367,6 +367,11 @@ class RunConfig(Section):
         return int(self.student.ema.decay > 0)
 
     @property
+    def frozen_velocities(self) -> int:
+        """How many frozen networks are asked at every trained state, each answer kept until training."""
+        return 0
+
+    @property
     def evaluated(self) -> dict[str, EvaluatedSection]:
         """Tasks, then probes."""
         return {**self.tasks, **self.probes}
@@ -410,6 +415,10 @@ class DistilConfig(RunConfig):
     @property
     def teachers(self) -> dict[str, TeacherSection]:
         return {name: task.teacher for name, task in self.tasks.items()}
+
+    @property
+    def frozen_velocities(self) -> int:
+        return (self.objective.method != "sft") + (self.anchor is not None)
 
     @property
     def _asked(self) -> dict[str, TeacherSection]:

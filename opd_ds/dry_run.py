@@ -6,7 +6,7 @@ import json
 
 import yaml
 
-from opd_ds.config import DistilConfig, RunConfig, TrainedSection
+from opd_ds.config import RunConfig, TrainedSection
 from opd_ds.launch import World
 from opd_ds.models import family_class
 from opd_ds.preparation import find_files
@@ -37,7 +37,7 @@ def describe(config: RunConfig, world: World) -> str:
         group = [f"prompts a round        {prompts} per task, {config.teach.group} pictures of each"]
     else:
         group = []
-    asked = -(-pairs // config.scoring_micro_batch) * _asked(config)
+    asked = -(-pairs // config.scoring_micro_batch) * config.frozen_velocities
     at_once = 1 if isinstance(config, TeachConfig) and config.teach.schedule == "alternate" else len(config.tasks)
     if settings.mode == "fused":
         count = -(-len(part) * len(config.tasks) // settings.micro_batch)
@@ -70,12 +70,3 @@ def describe(config: RunConfig, world: World) -> str:
 
 def _rewards(task: TrainedSection) -> str:
     return " + ".join(reward.label for reward in task.rewards)
-
-
-def _asked(config: RunConfig) -> int:
-    """Frozen weights that are asked at every trained state."""
-    if isinstance(config, TeachConfig):
-        return (config.teach.algorithm == "nft") + (config.teach.kl > 0)
-    if isinstance(config, DistilConfig):
-        return (config.objective.method != "sft") + (config.anchor is not None)
-    return 0

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typer.testing import CliRunner
 
-from opd_ds.bench.full_size import FullSize
+from opd_ds.bench.full_size import FullSize, cases
 from opd_ds.bench.plan_memory import bench
 from opd_ds.cli import app
 from opd_ds.config import DistilConfig, RunConfig
@@ -418,10 +418,26 @@ def test_loss_of_parts_is_one_number() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "teachers"), [("lora", "full"), ("full", "lora")])
-def test_a_round_at_true_width_takes_what_the_plan_says(tmp_path: Path, kind: str, teachers: str) -> None:
-    """One block of SD3.5-Medium."""
-    bench(tmp_path, print, [FullSize(1, kind, teachers)])
+@pytest.mark.parametrize(
+    ("model", "kind", "teachers"),
+    [
+        ("stable-diffusion-3.5-medium", "lora", "full"),
+        ("stable-diffusion-3.5-medium", "full", "lora"),
+        ("FLUX.1-dev", "lora", "lora"),
+        ("FLUX.2-klein-4B", "lora", "lora"),
+        ("Qwen-Image", "lora", "lora"),
+        ("Z-Image", "lora", "lora"),
+        ("Wan2.1-T2V-1.3B-Diffusers", "full", "full"),
+    ],
+)
+def test_a_round_at_true_width_takes_what_the_plan_says(tmp_path: Path, model: str, kind: str, teachers: str) -> None:
+    """One block of each kind."""
+    bench(tmp_path, print, [FullSize(model, 1, kind, teachers)])
     (row,) = json.loads((tmp_path / "plan.json").read_text())
     assert abs(row["error"]) < 0.15
-    assert f"| {kind} | {teachers} |" in (tmp_path / "plan.md").read_text()
+    assert f"| {model} | 1 | {kind} | {teachers} |" in (tmp_path / "plan.md").read_text()
+
+
+def test_a_model_that_no_true_width_is_known_of() -> None:
+    with pytest.raises(UserError, match=r"--model FLUX1-dev: unknown; allowed: .*Did you mean 'FLUX\.1-dev'"):
+        cases(["FLUX1-dev"], 1, 1)

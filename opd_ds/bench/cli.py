@@ -57,21 +57,26 @@ def families(
 def plan_memory(
     output_dir: Annotated[Path, typer.Option(help="plan.json, plan.md and one folder per configuration go here")],
     full_size: Annotated[
-        bool, typer.Option("--full-size", help="SD3.5-Medium's true width, randomly initialised, instead of 59 M")
+        bool, typer.Option("--full-size", help="a real model's true width, randomly initialised, instead of 59 M")
     ] = False,
-    lora_layers: Annotated[int, typer.Option(help="with --full-size: of LoRA students; the real one has 24")] = 24,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="with --full-size: whose, repeatable; default: stable-diffusion-3.5-medium"),
+    ] = None,
+    lora_layers: Annotated[int, typer.Option(help="with --full-size: of LoRA students, each kind of block")] = 24,
     full_layers: Annotated[int, typer.Option(help="with --full-size: of full-parameter students")] = 24,
 ) -> None:
     """Is a plan's memory right? Against processes that run it; the same command goes on."""
     from opd_ds.launch import World, prepare_environment
 
     prepare_environment(World())
-    from opd_ds.bench.full_size import cases
+    from opd_ds.bench.full_size import DEFAULT_MODEL, cases
     from opd_ds.bench.plan_memory import CASES, bench
     from opd_ds.quiet import quiet_libraries
 
     quiet_libraries()
-    bench(output_dir, typer.echo, cases(lora_layers, full_layers) if full_size else CASES)
+    chosen = cases(model or [DEFAULT_MODEL], lora_layers, full_layers) if full_size else CASES
+    bench(output_dir, typer.echo, chosen)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`opd-ds bench plan --full-size`: a round of SD3.5-Medium in its true width, with random weights, beside its plan.
+"""`opd-ds bench plan --full-size`: a round of a real model in its true width, with random weights, beside its plan.
 
 Nothing is downloaded: the network is made from the configuration that the plan keeps, encoded prompts are random, and
 no picture is decoded, so neither text encoders nor a VAE are needed.
@@ -16,13 +16,16 @@ from peft import LoraConfig
 from torch import nn
 
 from opd_ds.config import RunConfig
+from opd_ds.errors import UserError, nearest
 from opd_ds.loading import parse_config
-from opd_ds.models import Conditioning, lora
-from opd_ds.models.sd3 import SD3
-from opd_ds.plan.network import known_configs
+from opd_ds.models import FAMILIES, Conditioning, ModelFamily, build_family, family_class, lora
+from opd_ds.plan.network import known_configs, known_models
 from opd_ds.text_cache import TextCache, encoders_identity
 
-_MODEL = "stable-diffusion-3.5-medium"
+DEFAULT_MODEL = "stable-diffusion-3.5-medium"
+_BLOCKS = ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers")  # how configs count each kind of block
+_TEXT_WIDTHS = ("joint_attention_dim", "cap_feat_dim", "text_dim")
+_MASKED = ("qwen_image", "z_image", "wan")  # their prompts keep their own lengths
 _TASKS = ("geneval", "ocr", "aesthetic")
 _PROMPTS = ["a red 3", "a green 7", "a blue 0"]
 _RANK = 32
@@ -30,8 +33,14 @@ _RANK = 32
 
 @dataclass(frozen=True)
 class FullSize:
-    """Three teachers, all LoRAs in one resident base or all full and offloaded, and a student."""
+    """Three teachers, all LoRAs in one resident base or all full and offloaded, and a student.
 
+    Attributes:
+        model: one of `known_models()`.
+        layers: how many blocks of each kind are there; of models with fewer all.
+    """
+
+    model: str
     layers: int
     kind: str
     teachers: str
@@ -42,11 +51,18 @@ class FullSize:
 
     @property
     def name(self) -> str:
-        return f"sd35m-{self.layers}-layers-{self.kind}-{self.teachers}-teachers-{self.side}px"
+        return f"{self.model}-{self.layers}-layers-{self.kind}-{self.teachers}-teachers-{self.side}px"
+
+    @property
+    def family(self) -> str:
+        """The name of the model's family."""
+        transformer = known_configs(self.model)["transformer"]["_class_name"]
+        return next(name for name in FAMILIES if family_class(name).transformer_class == transformer)
 
     def config(self, world: Path) -> RunConfig:
         """One sample per task, two steps."""
-        folder = world / f"{self.layers}-layers"
+        folder = self._folder(world)
+        frames = {} if family_class(self.family).default_frames is None else {"frames": 5}
         placement = "resident" if self.teachers == "lora" else "offload"
         tasks = {
             task: {
@@ -64,12 +80,14 @@ class FullSize:
             {
                 "run": {"rounds": 1, "output_dir": str(world / "run")},
                 "model": {
+                    "family": self.family,
                     "path": str(folder / "base"),
                     "height": self.side,
                     "width": self.side,
                     "max_text_length": 16,
                     "text_encoders": "cached",
                     "text_cache": str(folder / "text_cache"),
+                    **frames,
                 },
                 "precision": self.precision,
                 "deepspeed": f"zero{self.stage}",
@@ -82,43 +100,62 @@ class FullSize:
 
     def write(self, world: Path) -> None:
         """What `config` names; what is there already stays."""
-        folder = world / f"{self.layers}-layers"
+        folder = self._folder(world)
         if (folder / "text_cache" / "manifest.json").is_file():
             return
         base = folder / "base"
-        _write_base(base, self.layers)
+        network = self._write_configs(base)
+        family = build_family(self.family, base, dtype=torch.float16, device=torch.device("cpu"))
+        torch.manual_seed(0)
+        _random_network(family).save_pretrained(base / "transformer")  # type: ignore[operator]
         for task in _TASKS:
             _write_full_teacher(folder / f"full-{task}", base)
-            _write_lora(folder / f"lora-{task}", base)
+            _write_lora(folder / f"lora-{task}", family, self.model)
         (world / "prompts.txt").write_text("\n".join(_PROMPTS) + "\n", encoding="utf-8")
-        _write_prompts(self.config(world))
+        config = self.config(world)
+        cache = TextCache(config.text_cache)
+        prompts = ["", *_PROMPTS]
+        cache.claim(encoders_identity(config, base))
+        cache.add(prompts, _random_texts(self.family, network, len(prompts), config.model.max_text_length or 0))
+
+    def _folder(self, world: Path) -> Path:
+        return world / f"{self.model}-{self.layers}-layers"
+
+    def _write_configs(self, base: Path) -> dict[str, Any]:
+        """A pipeline's folder without weights; the network's config."""
+        configs = known_configs(self.model)
+        network = configs["transformer"]
+        network |= {key: min(self.layers, network[key]) for key in _BLOCKS if key in network}
+        if "dual_attention_layers" in network:
+            network["dual_attention_layers"] = [i for i in network["dual_attention_layers"] if i < self.layers]
+        files: dict[str, dict[str, Any]] = {
+            "model_index.json": {"_class_name": family_class(self.family).pipeline_class},
+            "vae/config.json": configs["vae"],
+            "scheduler/scheduler_config.json": configs["scheduler"],
+            "transformer/config.json": network,
+        }
+        for name, content in files.items():
+            (base / name).parent.mkdir(parents=True, exist_ok=True)
+            (base / name).write_text(json.dumps(content), encoding="utf-8")
+        return network
 
 
-def cases(layers_of_lora: int, layers_of_full: int) -> tuple[FullSize, ...]:
-    """LoRA and full-parameter students, each with LoRA and with full teachers."""
+def cases(models: list[str], layers_of_lora: int, layers_of_full: int) -> tuple[FullSize, ...]:
+    """LoRA and full-parameter students of each model, each with LoRA and with full teachers.
+
+    Raises:
+        UserError: a model whose configs are not kept.
+    """
+    for model in models:
+        if model not in known_models():
+            close = nearest(model, known_models())
+            raise UserError(f"--model {model}: unknown; allowed: {', '.join(known_models())}.{close}")
     return tuple(
-        FullSize(layers, kind, teachers)
+        FullSize(model, layers, kind, teachers)
+        for model in models
         for kind, layers in (("lora", layers_of_lora), ("full", layers_of_full))
         for teachers in ("lora", "full")
     )
-
-
-def _write_base(folder: Path, layers: int) -> None:
-    configs = known_configs(_MODEL)
-    network = configs["transformer"]
-    network["num_layers"] = layers
-    network["dual_attention_layers"] = [layer for layer in network["dual_attention_layers"] if layer < layers]
-    files: dict[str, dict[str, Any]] = {
-        "model_index.json": {"_class_name": "StableDiffusion3Pipeline"},
-        "vae/config.json": configs["vae"],
-        "scheduler/scheduler_config.json": configs["scheduler"],
-        "transformer/config.json": network,
-    }
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    torch.manual_seed(0)
-    _random_network(folder).save_pretrained(folder / "transformer")  # type: ignore[operator]
 
 
 def _write_full_teacher(folder: Path, base: Path) -> None:
@@ -128,33 +165,31 @@ def _write_full_teacher(folder: Path, base: Path) -> None:
         (folder / "transformer" / file.name).hardlink_to(file)
 
 
-def _write_lora(folder: Path, base: Path) -> None:
-    network = _family(base).empty_transformer()
-    config = LoraConfig(r=_RANK, lora_alpha=2 * _RANK, target_modules=list(SD3.lora_targets))
+def _write_lora(folder: Path, family: ModelFamily, model: str) -> None:
+    network = family.empty_transformer()
+    config = LoraConfig(r=_RANK, lora_alpha=2 * _RANK, target_modules=list(family.lora_targets))
     with torch.device("meta"):
         lora.new_adapter(network, "teacher", config)
     shapes = {key: parameter.shape for key, parameter in lora.adapter_parameters(network, "teacher").items()}
     state = {key: 0.02 * torch.randn(shape) for key, shape in shapes.items()}
-    lora.save_peft(state, config, folder, base=_MODEL)
+    lora.save_peft(state, config, folder, base=model)
 
 
-def _write_prompts(config: RunConfig) -> None:
-    base, network = Path(config.model.path), known_configs(_MODEL)["transformer"]
-    cache = TextCache(config.text_cache)
-    prompts, tokens = ["", *_PROMPTS], 77 + (config.model.max_text_length or 0)
-    embeds = torch.randn(len(prompts), tokens, network["joint_attention_dim"], dtype=torch.bfloat16)
-    pooled = torch.randn(len(prompts), network["pooled_projection_dim"], dtype=torch.bfloat16)
-    cache.claim(encoders_identity(config, base))
-    cache.add(prompts, Conditioning({"embeds": embeds, "pooled": pooled}))
+def _random_texts(family: str, network: dict[str, Any], count: int, tokens: int) -> Conditioning:
+    """`count` prompts as the family encodes them, all of the greatest length."""
+    length = tokens + (77 if family == "sd3" else 0)  # SD3 puts CLIP's tokens in front of T5's
+    width = next(network[key] for key in _TEXT_WIDTHS if key in network)
+    tensors = {"embeds": torch.randn(count, length, width, dtype=torch.bfloat16)}
+    if "pooled_projection_dim" in network:
+        tensors["pooled"] = torch.randn(count, network["pooled_projection_dim"], dtype=torch.bfloat16)
+    if family in _MASKED:
+        tensors["mask"] = torch.ones(count, length, dtype=torch.bool)
+    return Conditioning(tensors)
 
 
-def _family(base: Path) -> SD3:
-    return SD3(base, dtype=torch.float16, device=torch.device("cpu"))
-
-
-def _random_network(base: Path) -> nn.Module:
+def _random_network(family: ModelFamily) -> nn.Module:
     """In float16: weights in the run's own dtype would stay in the file's pages instead of the process's memory."""
-    network = _family(base).empty_transformer().to(torch.float16).to_empty(device="cpu")
+    network = family.empty_transformer().to(torch.float16).to_empty(device="cpu")
     for tensor in (*network.parameters(), *network.buffers()):
         tensor.data.normal_(std=0.02)
     return network

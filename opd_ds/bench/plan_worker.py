@@ -10,6 +10,8 @@ import gc
 import json
 import os
 import sys
+import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +21,6 @@ from opd_ds.loading import load_config, parse_config
 
 if TYPE_CHECKING:
     from opd_ds.engine import Group
-
-_TINY = "package:miniature/assets/miniature_base"
 
 
 def main(config_file: str, out: str, rounds: int) -> None:
@@ -57,7 +57,8 @@ def warm_up(config: RunConfig, group: Group) -> None:
     from opd_ds.preparation import prepare
 
     comm.all_reduce(torch.ones(1 << 22, device=group.device))
-    prepare(_tiny(config), group).trainer.run_round(0)
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(_tiny(config, Path(folder)), group).trainer.run_round(0)
 
 
 def baseline_memory(group: Group) -> int:
@@ -86,11 +87,19 @@ def peak_memory(group: Group) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def _tiny(config: RunConfig) -> RunConfig:
+def _tiny(config: RunConfig, folder: Path) -> RunConfig:
+    """The same run of the family's tiny pipeline; all its teachers are the base."""
+    import torch
+
+    from opd_ds.models import build_family
+
+    name = config.model.family
+    base = import_module(f"opd_ds.bench.tiny.{name}").write(folder)
+    side = 4 * build_family(name, base, dtype=torch.float32, device=torch.device("cpu")).size_unit
     data = config.model_dump(mode="json")
-    data["model"] |= {"path": _TINY, "height": None, "width": None, "text_encoders": "offload"}
+    data["model"] |= {"path": str(base), "height": side, "width": side, "text_encoders": "offload"}
     for task in data["tasks"].values():
-        task["teacher"]["path"] = _TINY
+        task["teacher"]["path"] = str(base)
     return parse_config(data)
 
 

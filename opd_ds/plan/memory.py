@@ -240,14 +240,6 @@ def tasks_at_once(config: RunConfig) -> int:
     return 1 if alternate else len(config.tasks)
 
 
-def asked_networks(config: RunConfig) -> int:
-    """Frozen velocities that are kept of every trained state."""
-    if isinstance(config, TeachConfig):
-        return (config.teach.algorithm == "nft") + (config.teach.kl > 0)
-    assert isinstance(config, DistilConfig)
-    return (config.objective.method != "sft") + (config.anchor is not None)
-
-
 def kept_per_state(config: RunConfig) -> int:
     """Further latents that the buffer keeps of every state: velocities and noise that were drawn with, or targets."""
     if isinstance(config, TeachConfig):
@@ -264,7 +256,7 @@ def buffer_bytes(config: RunConfig, model: Model, devices: Devices) -> Mapping[s
     latent = bytes_of(config.precision) * prod(model.family.latent_shape)
     return {
         "states": rows * config.rollout.steps * latent * (1 + kept_per_state(config)),
-        "scored": rows * config.trained_steps * latent * asked_networks(config),
+        "scored": rows * config.trained_steps * latent * config.frozen_velocities,
     }
 
 
@@ -332,7 +324,7 @@ def _activations(
         Part(name, train + taken(sizes["train"]), frozenset({Phase.TRAIN})),
         Part(name, when_reduced * train + taken(sizes["train"]), frozenset({Phase.REDUCE})),
     ]
-    if asked_networks(config):
+    if config.frozen_velocities:
         parts.append(Part(name, costs.forward(sizes["score"]).peak + taken(sizes["score"]), frozenset({Phase.SCORE})))
     if evaluating:
         batch = sizes["evaluate"]

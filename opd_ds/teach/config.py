@@ -84,7 +84,11 @@ class TeachConfig(RunConfig):
 
     @property
     def weight_copies(self) -> int:
-        return super().weight_copies + (self.teach.algorithm == "nft") + (self.teach.kl > 0)
+        return super().weight_copies + self.frozen_velocities
+
+    @property
+    def frozen_velocities(self) -> int:
+        return (self.teach.algorithm == "nft") + (self.teach.kl > 0)
 
     @property
     def trained_steps(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from opd_ds.bench.full_size import FullSize
+from opd_ds.bench.full_size import DEFAULT_MODEL, FullSize
 from opd_ds.config import DistilConfig
 from opd_ds.loading import parse_config, resolve_path
 from opd_ds.miniature.networks import Sizes, make_pipeline
@@ -145,7 +145,7 @@ def _sd35m(folder: Path) -> dict[str, Any]:
     """SD3.5-Medium's own configuration with random weights and random encoded prompts, at 512 pixels."""
     found: dict[str, Any] = {}
     for teachers in ("full", "lora"):
-        made = FullSize(24, "full", teachers, side=512)
+        made = FullSize(DEFAULT_MODEL, 24, "full", teachers, side=512)
         made.write(folder)
         config = made.config(folder)
         assert isinstance(config, DistilConfig)
