@@ -60,7 +60,7 @@ class FullSize:
         return next(name for name in FAMILIES if family_class(name).transformer_class == transformer)
 
     def config(self, world: Path) -> RunConfig:
-        """One sample per task, two steps."""
+        """One sample per task, two steps, of which the first is trained."""
         folder = self._folder(world)
         frames = {} if family_class(self.family).default_frames is None else {"frames": 5}
         placement = "resident" if self.teachers == "lora" else "offload"
@@ -92,7 +92,13 @@ class FullSize:
                 "precision": self.precision,
                 "deepspeed": f"zero{self.stage}",
                 "student": {"kind": self.kind, "gradient_checkpointing": True, "lora": {"rank": _RANK}},
-                "rollout": {"samples": 1, "steps": 2, "guidance": 1.0, "micro_batch": 1},
+                "rollout": {
+                    "samples": 1,
+                    "steps": 2,
+                    "trained_steps": {"fraction": 0.5},
+                    "guidance": 1.0,
+                    "micro_batch": 1,
+                },
                 "train": {"micro_batch": 1},
                 "tasks": tasks,
             }
