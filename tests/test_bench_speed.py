@@ -19,7 +19,7 @@ from opd_ds.bench.speed.report import write_report
 from opd_ds.bench.speed.sizes import SETTINGS, SIZES, Size, run_config
 from opd_ds.bench.speed.switches import SWITCHES
 from opd_ds.bench.speed.worker import matmul_peak
-from opd_ds.engine import Group
+from opd_ds.engine import Group, counted_collectives
 from opd_ds.errors import UserError
 from opd_ds.miniature.world import TASKS
 from opd_ds.preparation import prepare
@@ -201,3 +201,13 @@ def test_sizes_that_are_not_there_and_gpus_that_are_not_there(tmp_path: Path, gr
         with pytest.raises(UserError, match="--size sd35m needs a GPU"):
             speed.bench(speed.quick(SIZES["sd35m"]), tmp_path, print)
     assert matmul_peak(group, "fp32") > 1e8
+
+
+def test_collectives_are_counted_by_size_and_only_meanwhile(group: Group) -> None:
+    group.sum(torch.ones(4))
+    with counted_collectives() as counts:
+        group.sum(torch.ones(4))  # 8 bytes each: added up in float64
+        group.sum(torch.ones(4))
+        group.sum(torch.ones(2))
+    group.sum(torch.ones(4))
+    assert counts["all_reduce"] == {32: 2, 16: 1}

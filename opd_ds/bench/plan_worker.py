@@ -52,11 +52,10 @@ def main(config_file: str, out: str, rounds: int) -> None:
 def warm_up(config: RunConfig, group: Group) -> None:
     """What libraries load and keep at their first use is theirs: a round of `config` with a tiny network."""
     import torch
-    from deepspeed import comm
 
     from opd_ds.preparation import prepare
 
-    comm.all_reduce(torch.ones(1 << 22, device=group.device))
+    group.sum(torch.ones(1 << 21, device=group.device))
     with tempfile.TemporaryDirectory() as folder:
         prepare(_tiny(config, Path(folder)), group).trainer.run_round(0)
 

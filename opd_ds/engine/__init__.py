@@ -1,6 +1,6 @@
 """The only room that speaks DeepSpeed. Written for 0.19.6 to 0.19.x; what is private there is named where used."""
 
-from opd_ds.engine.comm import Group, init_group
+from opd_ds.engine.comm import Group, counted_collectives, init_group
 from opd_ds.engine.consolidate import consolidated_weights
 from opd_ds.engine.copies import ShardedCopy, ShardedEma
 from opd_ds.engine.ds_config import frozen_ds_config, read_ds_config, student_ds_config, zero_stage
@@ -19,6 +19,7 @@ __all__ = [
     "ShardedEma",
     "StudentEngine",
     "consolidated_weights",
+    "counted_collectives",
     "free_memory",
     "frozen_ds_config",
     "init_group",

@@ -180,9 +180,8 @@ def memory(spec: dict[str, Any], group: Group) -> dict[str, Any]:
 
 def state(spec: dict[str, Any], group: Group) -> dict[str, Any]:
     """Bytes of the student's state on each rank, and what a round moves between ranks as DeepSpeed counts it."""
-    from deepspeed import comm
-
     from opd_ds.bench.speed.tensors import alive_bytes
+    from opd_ds.engine import counted_collectives
 
     ((name, wanted),) = spec["loops"].items()
     loop = build(name, wanted, group)
@@ -191,13 +190,8 @@ def state(spec: dict[str, Any], group: Group) -> dict[str, Any]:
     trainer = loop.inner
     others = [network.module for network in trainer._teachers._networks.values()]
     held = alive_bytes(others, trainer._family)
-    comm.configure(enabled=True, prof_all=True)
-    loop.run(2)
-    comm.configure(enabled=False)
-    moved = {
-        operation: {str(size): entry[0] for size, entry in by_size.items()}
-        for operation, by_size in comm.comm.comms_logger.comms_dict.items()
-    }
+    with counted_collectives() as moved:
+        loop.run(2)
     return {"state": group.gather(held), "collectives": moved}
 
 
