@@ -26,7 +26,7 @@ STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
 LATEST_FILE = "latest"
 CHECKPOINTS_FOLDER = "checkpoints"
-FORMAT = 3
+FORMAT = 4
 LOSSES_VARIABLE = "OPD_DS_LOSSES_FILE"  # where batch scripts count lost ranks; a checkpoint starts the count anew
 _NAME = re.compile(r"^round-(\d{6})$")
 
@@ -127,9 +127,16 @@ class CheckpointStore:
         draft.rename(target)
         sync(self.folder)
         write_whole(self.folder / LATEST_FILE, target.name + "\n")
+        try:
+            self._tidy_up(target)
+        except OSError as error:  # the checkpoint is there; on NFS a folder that somebody reads does not go away
+            logging.getLogger("opd_ds").warning("%s is saved, but not all that it replaces is gone: %s", target, error)
+
+    def _tidy_up(self, newest: Path) -> None:
+        """Forget lost ranks, delete what is older than `keep`."""
         if losses := os.environ.get(LOSSES_VARIABLE):
             Path(losses).unlink(missing_ok=True)
-        earlier = [path for path in _published(self.folder) if path.name < target.name]
+        earlier = [path for path in _published(self.folder) if path.name < newest.name]
         for old in earlier[: max(0, len(earlier) - (self._keep - 1))]:
             _remove(old)
 
@@ -163,9 +170,10 @@ class CheckpointStore:
         return self.folder / f"round-{done:06d}"
 
     def _clear_leftovers(self) -> None:
-        for pattern in (".writing-*", ".deleting-*"):
-            for path in self.folder.glob(pattern):
-                shutil.rmtree(path)
+        for path in self.folder.glob(".writing-*"):
+            shutil.rmtree(path)
+        for path in self.folder.glob(".deleting-*"):
+            shutil.rmtree(path, ignore_errors=True)  # somebody may still read it
 
     # ---- finding ----
 
@@ -173,10 +181,10 @@ class CheckpointStore:
         """The newest checkpoint whose files are what was written. Damaged ones are set aside, with a line in the log.
 
         Raises:
-            UserError: there are checkpoints and all of them are damaged (the run is not started from scratch, now or at
-                the next try), or a rank cannot read them.
+            UserError: there are checkpoints and all of them are damaged or were set aside (the run is not started from
+                scratch, now or at the next try), or a rank cannot read them.
         """
-        candidates = self._group.gather(_published(self.folder)[::-1])[0]
+        candidates, aside = self._group.gather((_published(self.folder)[::-1], _set_aside_in(self.folder)))[0]
         damaged: list[Path] = []
         for candidate in candidates:
             problems = self.problems(candidate)
@@ -190,6 +198,18 @@ class CheckpointStore:
                 f"{self.folder}: all {len(candidates)} checkpoints are damaged, the newest first: "
                 f"{', '.join(path.name for path in candidates)}; restore one of them, or give another run.output_dir"
             )
+        if aside:
+            raise UserError(
+                f"{self.folder}: all checkpoints were set aside: {', '.join(path.name for path in aside)}; give one of "
+                "them as --resume PATH, or another run.output_dir"
+            )
+        return None
+
+    def made_by(self, job: str) -> Path | None:
+        """The newest whole checkpoint that the batch job `job` made, that is before it was requeued."""
+        for candidate in self._group.gather(_published(self.folder)[::-1])[0]:
+            if not self.problems(candidate) and read_state(candidate).get("job") == job:
+                return candidate
         return None
 
     def problems(self, checkpoint: Path) -> list[str]:
@@ -247,6 +267,10 @@ def _published(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _NAME.match(path.name))
+
+
+def _set_aside_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("abandoned-*round-*")) + sorted(folder.glob("damaged-*round-*"))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

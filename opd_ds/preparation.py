@@ -155,7 +155,7 @@ def prepare(config: RunConfig, group: Group) -> Parts:
         files = find_files(config, group.world)
         family = load_family(config, files.model, group.device)
         _check_weights(config, files, family)
-        identity = run_identity(config, files) if group.world.is_main else None
+        identity = run_identity(config, files, family) if group.world.is_main else None
     with group.agreed():
         module = student_module(config.student, config.run.seed, family, files.start)
         if config.model.compile_blocks:
@@ -280,7 +280,7 @@ def student_module(settings: StudentSection, seed: int, family: ModelFamily, sta
     return module.train()
 
 
-def run_identity(config: RunConfig, files: RunFiles) -> dict[str, Any]:
+def run_identity(config: RunConfig, files: RunFiles, family: ModelFamily) -> dict[str, Any]:
     """What decides a run's numbers: settings, and hashes of all weights and prompts. Speed settings are left out."""
     data = config.model_dump(mode="json")
     for section, keys in {"rollout": ("micro_batch", "mode", "gather"), "student": ("gradient_checkpointing",)}.items():
@@ -305,7 +305,12 @@ def run_identity(config: RunConfig, files: RunFiles) -> dict[str, Any]:
     ds_config = copy.deepcopy(files.student_ds_config)
     ds_config["optimizer"]["params"].pop("torch_adam", None)
     kept["ds_config"] = {key: ds_config.get(key) for key in ("optimizer", "scheduler", "gradient_clipping")}
-    base = {"sha256": weights_sha256(files.model), "negative_prompt": config.model.negative_prompt}
+    base = {
+        "sha256": weights_sha256(files.model),
+        "negative_prompt": config.model.negative_prompt,
+        "latent_shape": list(family.latent_shape),
+        "max_text_length": family.max_text_length,
+    }
     return {"seed": config.run.seed, "inner_epochs": config.train.inner_epochs, "base": base, "tasks": tasks, **kept}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from opd_ds.preparation import Parts, prepare
 from opd_ds.trainer import RoundReport
 from opd_ds.watch import Watch
 
+JOB_VARIABLE, RESTARTS_VARIABLE = "SLURM_JOB_ID", "SLURM_RESTART_COUNT"
+
 
 def train(config: RunConfig, group: Group, resume: str = "never") -> None:
     """The whole run. Collective.
@@ -62,6 +65,8 @@ def train(config: RunConfig, group: Group, resume: str = "never") -> None:
     parts = prepare(config, group)
     group.progress("restoring the checkpoint")
     start = _restore(parts, checkpoint, group) if checkpoint else 0
+    if checkpoint:
+        store.go_back_to(checkpoint, start)  # not before it is certain that the run goes on from there
     with Monitor(config, group.world, start) as monitor:
         monitor.say(f"resumed from {checkpoint}, {start} rounds done" if checkpoint else "starting at round 0")
         monitor.identities(parts.benchmark.identities)
@@ -103,6 +108,7 @@ class _Session:
         parts = self.parts
         state = {
             "round": done,
+            "job": os.environ.get(JOB_VARIABLE),
             "world_size": self.group.world.size,
             "zero_stage": parts.student.zero_stage,
             "shapes": parts.student.shapes,
@@ -137,13 +143,15 @@ def _find_checkpoint(store: CheckpointStore, resume: str, group: Group) -> Path 
     if resume == "auto":
         return store.newest_whole()
     if resume != "never":
+        requeued = os.environ.get(RESTARTS_VARIABLE, "0") != "0"
+        if requeued and (made := store.made_by(os.environ[JOB_VARIABLE])):
+            return made  # a requeued job has the arguments of its first start, and is further than they say
         checkpoint = Path(resume)
         with group.agreed():
-            done = int(read_state(checkpoint)["round"])
+            read_state(checkpoint)
         problems = store.problems(checkpoint)
         if problems:
             raise UserError(f"--resume {checkpoint}: damaged ({problems[0]}); give another checkpoint, or 'auto'")
-        store.go_back_to(checkpoint, done)
         return checkpoint
     with group.agreed():
         if latest_checkpoint(store.folder) is not None:

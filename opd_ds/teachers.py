@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,14 @@ class TeacherSpec:
     @property
     def is_lora(self) -> bool:
         return lora.is_adapter(self.path)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.Stream:
+    """The one on which weights travel. The allocator keeps freed memory for the stream that it came from (torch 2.13):
+    with a new stream at each fetch a network's room would be left behind in every one of them.
+    """
+    return torch.Stream(device=device)
 
 
 class _Network:
@@ -84,10 +93,10 @@ class _Network:
         return self._placement == "offload" and self._device.type != "cpu"
 
     def fetch(self) -> None:
-        """Weights set out for the device, on a stream of their own, while the device goes on computing."""
+        """Weights set out for the device, on a stream beside, while the device goes on computing."""
         if not self.travels or self._coming is not None:
             return
-        stream = torch.Stream(device=self._device)
+        stream = _side_stream(self._device)
         with stream:
             copies = [tensor.data.to(self._device, non_blocking=True, copy=True) for tensor in self._tensors()]
         self._coming = stream, copies

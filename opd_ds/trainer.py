@@ -222,7 +222,8 @@ class Trainer(ABC):
             losses = train().measure()
         if not math.isfinite(losses.loss):
             bad = [task for task, means in losses.means.items() if not all(map(math.isfinite, means.values()))]
-            raise NonFiniteError(f"round {self._round}: the loss is {losses.loss} (tasks {', '.join(bad)})")
+            where = f" (tasks {', '.join(bad)})" if bad else ""
+            raise NonFiniteError(f"round {self._round}: the loss is {losses.loss}{where}")
         with self._phase("step"):
             grad_norm = self._student.step()
             if not math.isfinite(grad_norm) and self._settings.precision != "fp16":  # fp16: the scaler skips the step

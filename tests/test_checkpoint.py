@@ -125,6 +125,78 @@ def test_going_back_sets_later_checkpoints_aside(run: Callable[..., list[dict[st
     assert {"abandoned-round-000003", "abandoned-2-round-000003"} <= set(names(tmp_path / "out"))
 
 
+def test_a_refused_resume_sets_nothing_aside(run: Callable[..., list[dict[str, float]]], tmp_path: Path) -> None:
+    expected = run("out")
+    run("other", optimizer__lr=0.5)
+    with pytest.raises(UserError, match=r"optimizer\.lr was 0\.5"):
+        run("out", resume=str(tmp_path / "other" / "checkpoints" / "round-000002"))
+    assert names(tmp_path / "out") == ["latest", "round-000002", "round-000003", "round-000004"]
+    assert run("out") == expected
+
+
+def test_what_was_set_aside_is_not_forgotten(run: Callable[..., list[dict[str, float]]], tmp_path: Path) -> None:
+    """Only checkpoints that were set aside are left, from a start that was killed before its own first: no new run."""
+    expected = run("out")
+    checkpoints = tmp_path / "out" / "checkpoints"
+    for number in (2, 3, 4):
+        (checkpoints / f"round-00000{number}").rename(checkpoints / f"abandoned-round-00000{number}")
+    with pytest.raises(UserError, match=r"were set aside: .*round-000004; give one of them as --resume"):
+        run("out")
+    assert run("out", resume=str(checkpoints / "abandoned-round-000003")) == expected
+
+
+def test_a_requeued_job_goes_on_from_what_it_made(
+    run: Callable[..., list[dict[str, float]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM starts it with its first arguments again, `--resume PATH` among them."""
+    expected = run("out")
+    start = tmp_path / "out" / "checkpoints" / "round-000002"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # lost before its first checkpoint: from where it was told
+    assert run("out", resume=str(start), run__rounds=3) == expected[:3]
+    assert "abandoned-round-000003" in names(tmp_path / "out")
+    assert run("out", resume=str(start)) == expected
+    assert "abandoned-2-round-000003" not in names(tmp_path / "out")
+    monkeypatch.delenv("SLURM_RESTART_COUNT")  # somebody in an allocation of their own, who means what they say
+    assert run("out", resume=str(start), run__rounds=3) == expected[:3]
+    assert "abandoned-2-round-000003" in names(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model__height": 8}, r"base\.latent_shape was \[4, 8, 8\] and is now \[4, 4, 8\]"),
+        ({"model__max_text_length": 8}, r"base\.max_text_length was 10 and is now 8"),
+    ],
+)
+def test_other_pictures_are_another_run(
+    run: Callable[..., list[dict[str, float]]], change: dict[str, int], said: str
+) -> None:
+    run("out", run__rounds=1)
+    with pytest.raises(UserError, match=said):
+        run("out", run__rounds=2, **change)
+
+
+def test_an_old_checkpoint_that_does_not_go_away_stops_nothing(
+    tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On NFS a folder that another process reads cannot be removed."""
+    checkpoints = store(tmp_path, group, keep=1)
+    checkpoints.save(1, STATE, ENTRIES)
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", busy)
+        checkpoints.save(2, STATE, ENTRIES)
+        assert "round-000002 is saved, but not all that it replaces is gone: " in caplog.text
+        checkpoints.save(3, STATE, ENTRIES)
+    checkpoints.save(4, STATE, ENTRIES)
+    assert names(tmp_path) == ["latest", "round-000004"]
+
+
 def test_a_rank_that_does_not_see_the_files_is_no_damage(
     tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,7 +253,7 @@ def test_a_checkpoint_names_its_files(tmp_path: Path, group: Group) -> None:
     assert manifest.keys() == {SHARD, "state.json"}
     assert manifest[SHARD]["bytes"] == (folder / SHARD).stat().st_size
     assert (tmp_path / "checkpoints" / "latest").read_text() == "round-000007\n"
-    assert read_state(folder)["format"] == 3
+    assert read_state(folder)["format"] == 4
     refuse_damaged(folder)
     modes = {file.stat().st_mode & 0o777 for file in folder.iterdir()}
     assert len(modes) == 1
@@ -327,7 +399,7 @@ def test_a_run_with_background_checkpoints_is_the_same_run(
 
 def test_an_older_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text('{"round": 3}')
-    with pytest.raises(UserError, match="format 1; this version of opd-ds reads format 3"):
+    with pytest.raises(UserError, match="format 1; this version of opd-ds reads format 4"):
         read_state(tmp_path)
 
 

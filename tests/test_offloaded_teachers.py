@@ -12,16 +12,18 @@ from diffusers.hooks import apply_group_offloading
 
 from opd_ds.config import TeacherSection
 from opd_ds.models import build_family
-from opd_ds.teachers import TeacherPool, TeacherSpec, _Network
+from opd_ds.teachers import TeacherPool, TeacherSpec, _Network, _side_stream
 
 
 class Stream:
-    """Notes what was waited for."""
+    """Notes what was waited for, and how many there are."""
 
+    made = 0
     waited: list[Any]
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.waited = []
+        Stream.made += 1
 
     def __enter__(self) -> None: ...
 
@@ -39,7 +41,10 @@ def computing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device=None: stream)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
     monkeypatch.setattr(_Network, "travels", True)
-    return stream
+    monkeypatch.setattr(Stream, "made", 0)
+    _side_stream.cache_clear()
+    yield stream
+    _side_stream.cache_clear()
 
 
 @pytest.mark.parametrize("room", [True, False])
@@ -75,6 +80,7 @@ def test_the_next_teacher_sets_out_while_this_one_is_asked(
             assert all(torch.equal(p, before["two"][name]) for name, p in networks["two"].named_parameters())
         assert not away("two")
     assert len(computing.waited) == 4  # every visit waits for its own weights
+    assert Stream.made == 1
 
 
 def test_a_streamed_teacher_comes_block_by_block(tiny_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

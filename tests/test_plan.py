@@ -279,6 +279,18 @@ def test_teachers_by_placement(configured: Callable[..., DistilConfig], tiny_wor
     assert teachers_in(offload, Phase.TRAIN) == 0
     assert teachers_in(offload, Phase.SCORE) == base + adapters
     assert sum(part.nbytes for part in offload.host if "teachers" in part.name) == base + adapters
+    two_checkpoints = both | {f"tasks__{task}__teacher__placement": "offload" for task in ("one", "two")}
+    two_checkpoints |= {
+        "tasks__one__teacher__path": str(tiny_world / "other"),
+        "tasks__two__teacher__path": str(tiny_world / "base"),
+    }
+    one_after_the_other = run_memory(configured(**two_checkpoints, deepspeed="zero2"), costs, gpu)
+    assert teachers_in(one_after_the_other, Phase.SCORE) == base
+    assert teachers_in(one_after_the_other, Phase.ROLLOUT) == 0
+    assert sum(part.nbytes for part in one_after_the_other.host if "teachers" in part.name) == 2 * base
+    drawing = run_memory(configured(**two_checkpoints, deepspeed="zero2", objective={"method": "sft"}), costs, gpu)
+    assert teachers_in(drawing, Phase.ROLLOUT) == base
+    assert teachers_in(drawing, Phase.SCORE) == 0
     streamed = placed("stream")
     assert teachers_in(streamed, Phase.SCORE) == 4 * (costs.streamed + costs.base().buffers)
     assert sum(part.nbytes for part in streamed.host if "teachers" in part.name) == base + adapters

@@ -7,6 +7,7 @@ no picture is decoded, so neither text encoders nor a VAE are needed.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ _MASKED = ("qwen_image", "z_image", "wan")  # their prompts keep their own lengt
 _TASKS = ("geneval", "ocr", "aesthetic")
 _PROMPTS = ["a red 3", "a green 7", "a blue 0"]
 _RANK = 32
+_COMPLETE = "complete"
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class FullSize:
                     "placement": placement,
                     "trust_base": True,
                 },
-                "prompts": str(world / "prompts.txt"),
+                "prompts": str(folder / "prompts.txt"),
             }
             for task in _TASKS
         }
@@ -107,8 +109,9 @@ class FullSize:
     def write(self, world: Path) -> None:
         """What `config` names; what is there already stays."""
         folder = self._folder(world)
-        if (folder / "text_cache" / "manifest.json").is_file():
+        if (folder / _COMPLETE).is_file():
             return
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted start left
         base = folder / "base"
         network = self._write_configs(base)
         family = build_family(self.family, base, dtype=torch.float16, device=torch.device("cpu"))
@@ -117,12 +120,13 @@ class FullSize:
         for task in _TASKS:
             _write_full_teacher(folder / f"full-{task}", base)
             _write_lora(folder / f"lora-{task}", family, self.model)
-        (world / "prompts.txt").write_text("\n".join(_PROMPTS) + "\n", encoding="utf-8")
+        (folder / "prompts.txt").write_text("\n".join(_PROMPTS) + "\n", encoding="utf-8")
         config = self.config(world)
         cache = TextCache(config.text_cache)
         prompts = ["", *_PROMPTS]
         cache.claim(encoders_identity(config, base))
         cache.add(prompts, _random_texts(self.family, network, len(prompts), config.model.max_text_length or 0))
+        (folder / _COMPLETE).touch()
 
     def _folder(self, world: Path) -> Path:
         return world / f"{self.model}-{self.layers}-layers"

@@ -168,8 +168,8 @@ class Benchmark:
         # One of each: two sets may share a prompt. By label first: a batch goes to one reward.
         found = {_key(job): job for part in jobs.values() for job in part}
         open_jobs = sorted((job for key, job in found.items() if key not in known), key=lambda job: job.label)
-        share = -(-len(open_jobs) // self._group.world.size)
-        self._score(open_jobs[share * self._group.world.rank :][:share])
+        # Every rank some of each reward: one may take a hundred times as long as another.
+        self._score(open_jobs[self._group.world.rank :: self._group.world.size])
         self._group.barrier()
         known = self._group.gather(self._scores.read() if self._group.world.is_main else None)[0]
         return {where: [known.get(_key(job), math.nan) for job in part] for where, part in jobs.items()}

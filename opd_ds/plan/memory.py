@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import ceil, prod
 
@@ -27,6 +27,7 @@ _REWARDS = {
     "geneval": 536e6,
 }
 _HALF = ("bfloat16", "float16")
+_WHILE_ASKED = "teachers (while asked)"
 
 # Allowances, on CUDA: context and loaded kernels; NCCL's channels; what the caching allocator cannot use of its blocks.
 CONTEXT, NCCL, FRAGMENTATION = 0.6 * GIB, 1.0 * GIB, 0.05
@@ -125,8 +126,7 @@ def _gathered(config: RunConfig, costs: Costs, devices: Devices, zero: Zero, tea
     element, on_cpu = bytes_of(config.precision), devices.kind.is_cpu
     counts = costs.student(zero.threshold)
     parts = student_state(counts, config.precision, element, zero, config.weight_copies, on_cpu=on_cpu).device
-    for teacher in teachers:
-        parts += _teacher(teacher, costs, element, on_cpu=on_cpu).device
+    parts += _teachers(config, teachers, costs, element, on_cpu=on_cpu).device
     stays = sum(part.nbytes for part in parts if part.phases is None)
     return wanted == "once" or element * counts.parameters < WHOLE_SHARE * (devices.kind.memory - stays)
 
@@ -151,10 +151,9 @@ def run_memory(
     )
     device, host = list(student.device), list(student.host)
 
-    for teacher in placed_as.teachers:
-        placed = _teacher(teacher, costs, element, on_cpu=on_cpu)
-        device += placed.device
-        host += placed.host
+    teachers = _teachers(config, placed_as.teachers, costs, element, on_cpu=on_cpu)
+    device += teachers.device
+    host += teachers.host
     device += buffer_parts(config, costs, devices)
     device += _activations(config, costs, devices, alive_when_reduced(counts.trained, zero), not rounds_only)
     encoders = _text_encoders(config, element * model.encoders, on_cpu=on_cpu)
@@ -211,19 +210,36 @@ def _text_encoders(config: RunConfig, nbytes: int, *, on_cpu: bool) -> Placed:
     return Placed([Part(name, nbytes, frozenset({Phase.ENCODE}))], [Part(f"{name} (offloaded)", nbytes)])
 
 
-def _teacher(teacher: Teacher, costs: Costs, element: int, *, on_cpu: bool) -> Placed:
-    name = "teachers"
+def _teachers(config: RunConfig, teachers: Iterable[Teacher], costs: Costs, element: int, *, on_cpu: bool) -> Placed:
+    """Of those that come to be asked the largest counts: the next one sets out early only where it finds room."""
+    placed = [_teacher(config, teacher, costs, element, on_cpu=on_cpu) for teacher in teachers]
+    device = [part for one in placed for part in one.device]
+    largest: dict[Phase, Part] = {}
+    for part in device:
+        if part.name == _WHILE_ASKED:
+            for phase in part.phases or ():
+                largest[phase] = max(largest.get(phase, part), part, key=lambda one: one.nbytes)
+    coming = [Part(_WHILE_ASKED, part.nbytes, frozenset({phase})) for phase, part in largest.items()]
+    staying = [part for part in device if part.name != _WHILE_ASKED]
+    return Placed(staying + coming, [part for one in placed for part in one.host])
+
+
+def _teacher(config: RunConfig, teacher: Teacher, costs: Costs, element: int, *, on_cpu: bool) -> Placed:
     counts = costs.base(teacher.zero.threshold if teacher.zero else 0)
     whole = element * (counts.parameters + counts.buffers + teacher.adapters)
+    asked = {Phase.ROLLOUT if teachers_draw(config) and task != ANCHOR else Phase.SCORE for task in teacher.tasks}
     if teacher.zero is not None:
         held = Counts(0, counts.parameters + teacher.adapters, counts.buffers, 0, counts.small)
-        return frozen_weights(held, element, teacher.zero)
+        return frozen_weights(held, element, teacher.zero, asked)
     if teacher.placement in ("offload", "stream") and not on_cpu:
         there = whole if teacher.placement == "offload" else element * (costs.streamed + counts.buffers)
-        return Placed(
-            [Part(f"{name} (while asked)", there, frozenset({Phase.SCORE}))], [Part(f"{name} (offloaded)", whole)]
-        )
-    return Placed([Part(name, whole)], [])
+        return Placed([Part(_WHILE_ASKED, there, frozenset(asked))], [Part("teachers (offloaded)", whole)])
+    return Placed([Part("teachers", whole)], [])
+
+
+def teachers_draw(config: RunConfig) -> bool:
+    """Whether the trained pictures are the teachers' own, each task's apart."""
+    return isinstance(config, DistilConfig) and config.objective.method == "sft"
 
 
 # ---- what a round keeps and computes ----
@@ -286,10 +302,10 @@ def batches(config: RunConfig, devices: Devices) -> dict[str, int]:
     student = max(student_passes(config, task) for task in config.tasks)
     passes = frozen_passes(config)
     fused = config.rollout.mode == "fused"
-    together = rows * (1 if isinstance(config, TeachConfig) else tasks_at_once(config))
-    rollout = min(config.rollout.micro_batch, together)
+    alone = isinstance(config, TeachConfig) or teachers_draw(config)
+    rollout = min(config.rollout.micro_batch, rows * (1 if alone else tasks_at_once(config)))
     return {
-        "rollout": rollout * student,
+        "rollout": rollout * (passes if teachers_draw(config) else student),
         "score": (min(rollout, rows) if fused else min(config.scoring_micro_batch, pairs)) * passes,
         "train": (rollout if fused else min(config.train.micro_batch, pairs)) * student,
         "evaluate": config.evaluation.micro_batch * max(student, passes),

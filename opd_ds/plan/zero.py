@@ -89,9 +89,9 @@ class Placed:
     host: list[Part]
 
 
-def frozen_weights(counts: Counts, element: int, zero: Zero) -> Placed:
-    """A network without gradients under ZeRO-3 (ZeRO-Inference)."""
-    return _sharded_weights(counts, element, zero, "teachers", {Phase.SCORE}, trained=False)
+def frozen_weights(counts: Counts, element: int, zero: Zero, asked: set[Phase]) -> Placed:
+    """A network without gradients under ZeRO-3 (ZeRO-Inference), and when it is asked."""
+    return _sharded_weights(counts, element, zero, "teachers", asked, trained=False)
 
 
 def student_state(

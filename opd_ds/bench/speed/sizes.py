@@ -152,7 +152,8 @@ def _sd35m(folder: Path) -> dict[str, Any]:
         paths = [task.teacher.path for task in config.tasks.values()]
         found[teachers] = dict(zip(TASKS, paths, strict=True))
     model = config.model.model_dump(mode="json", exclude_defaults=True)
-    return found | {"model": model, "prompts": dict.fromkeys(TASKS, str(folder / "prompts.txt"))}
+    prompts = Path(config.model.path).parent / "prompts.txt"
+    return found | {"model": model, "prompts": dict.fromkeys(TASKS, str(prompts))}
 
 
 _ALL = (
