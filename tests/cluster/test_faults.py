@@ -134,6 +134,29 @@ def test_a_job_survives(
         print(f"\n{len(run.faults)} faults survived by job {job}: {'; '.join(run.faults)}")
 
 
+@pytest.mark.slow  # on one machine: tests/test_checkpoint.py
+def test_a_job_that_goes_back_does_so_once(cluster: Cluster, tiny_world: Path, tmp_path: Path) -> None:
+    """SLURM gives a requeued job its first arguments again, `--resume PATH` among them."""
+    settings = {"run__rounds": 3, "run__checkpoint_every": 1, "run__keep_checkpoints": 99}
+    config = write_config(tmp_path / "run.yaml", run_settings(tiny_world, tmp_path / "out", **settings))
+    tasks = ("-N", "1", "--ntasks-per-node=1", f"--chdir={tmp_path}")
+    job = cluster.submit(*tasks, SCRIPT, "--config", config, cwd=tmp_path)
+    assert cluster.wait_for(job, ("COMPLETED", "FAILED"), timeout=PATIENCE) == "COMPLETED", cluster.output(job)
+    back = ("--set", "run.rounds=40", "--resume", tmp_path / "out" / "checkpoints" / "round-000001")
+    job = cluster.submit(*tasks, SCRIPT, "--config", config, *back, cwd=tmp_path)
+    deadline = time.monotonic() + PATIENCE
+    while not (tmp_path / "out" / "checkpoints" / "round-000005").is_dir():
+        assert time.monotonic() < deadline, cluster.output(job)
+        time.sleep(0.05)
+    cluster.cancel("--signal=USR1", job)
+    assert cluster.wait_for(job, ("COMPLETED", "FAILED"), timeout=PATIENCE) == "COMPLETED", cluster.output(job)
+    starts = [int(start) for start in re.findall(r"resumed from .*?, (\d+) rounds done", cluster.output(job))]
+    assert len(starts) == 2, cluster.output(job)
+    assert starts[0] == 1
+    assert starts[1] >= 5
+    assert len(list((tmp_path / "out" / "checkpoints").glob("abandoned-*"))) == 2
+
+
 @pytest.mark.slow  # on one machine: tests/test_elastic.py
 def test_a_job_goes_on_with_other_ranks_and_stages_and_over_a_damaged_shard(
     cluster: Cluster, tiny_world: Path, tmp_path: Path
