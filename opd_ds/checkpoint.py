@@ -269,6 +269,11 @@ def _published(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _NAME.match(path.name))
 
 
+def any_checkpoint(folder: Path) -> Path | None:
+    """The newest published checkpoint in `folder`, or else one that was set aside."""
+    return latest_checkpoint(folder) or next(iter(_set_aside_in(folder)), None)
+
+
 def _set_aside_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("abandoned-*round-*")) + sorted(folder.glob("damaged-*round-*"))
 

@@ -14,7 +14,7 @@ from typing import Any
 from opd_ds.checkpoint import (
     CHECKPOINTS_FOLDER,
     CheckpointStore,
-    latest_checkpoint,
+    any_checkpoint,
     read_state,
     refuse_other_run,
 )
@@ -154,10 +154,9 @@ def _find_checkpoint(store: CheckpointStore, resume: str, group: Group) -> Path 
             raise UserError(f"--resume {checkpoint}: damaged ({problems[0]}); give another checkpoint, or 'auto'")
         return checkpoint
     with group.agreed():
-        if latest_checkpoint(store.folder) is not None:
+        if (there := any_checkpoint(store.folder)) is not None:
             raise UserError(
-                f"run.output_dir already holds {latest_checkpoint(store.folder)}; give --resume auto to go on, or "
-                "another run.output_dir"
+                f"run.output_dir already holds {there}; give --resume auto to go on, or another run.output_dir"
             )
     return None
 

@@ -142,6 +142,8 @@ def test_what_was_set_aside_is_not_forgotten(run: Callable[..., list[dict[str, f
         (checkpoints / f"round-00000{number}").rename(checkpoints / f"abandoned-round-00000{number}")
     with pytest.raises(UserError, match=r"were set aside: .*round-000004; give one of them as --resume"):
         run("out")
+    with pytest.raises(UserError, match=r"already holds .*abandoned-round-000002; give --resume auto"):
+        run("out", resume="never")
     assert run("out", resume=str(checkpoints / "abandoned-round-000003")) == expected
 
 
