@@ -302,6 +302,20 @@ def test_teachers_by_placement(configured: Callable[..., DistilConfig], tiny_wor
     assert teachers_in(placed("zero_inference"), Phase.TRAIN) == (base + adapters - buffers) / 2 + buffers
 
 
+def test_where_teachers_draw_the_students_weights_are_not_gathered_for_it(
+    configured: Callable[..., DistilConfig],
+) -> None:
+    gpu = parse_devices("2xH100-80GB", "--gpus")
+
+    def there(phase: Phase, method: str) -> float:
+        config = configured(deepspeed=ALL_SHARDED, objective={"method": method}, rollout__gather="per_layer")
+        parts = run_memory(config, costs_of(config), gpu).device
+        return sum(part.nbytes for part in parts if part.name == "student weights: gathered" and part.alive(phase))
+
+    assert there(Phase.ROLLOUT, "sft") == 0 < there(Phase.ROLLOUT, "closed_form")
+    assert there(Phase.EVALUATE, "sft") == there(Phase.EVALUATE, "closed_form") > 0
+
+
 @pytest.mark.parametrize("method", ["closed_form", "ppo", "sft"])
 def test_the_buffers_bytes_are_those_of_the_real_buffer(
     method: str, build_run: Build, monkeypatch: pytest.MonkeyPatch

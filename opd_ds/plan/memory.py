@@ -145,9 +145,17 @@ def run_memory(
     placed_as = placed_as or layout(config, costs, devices)
     zero = placed_as.zero
     counts = costs.student(zero.threshold)
-    asked, copies = isinstance(config, TeachConfig), config.weight_copies
+    asked = {Phase.EVALUATE} | (set() if teachers_draw(config) else {Phase.ROLLOUT})
+    asked |= {Phase.SCORE} if isinstance(config, TeachConfig) else set()
     student = student_state(
-        counts, config.precision, element, zero, copies, on_cpu=on_cpu, asked=asked, gathered=placed_as.gathered
+        counts,
+        config.precision,
+        element,
+        zero,
+        config.weight_copies,
+        on_cpu=on_cpu,
+        asked=asked,
+        gathered=placed_as.gathered,
     )
     device, host = list(student.device), list(student.host)
 

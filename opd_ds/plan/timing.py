@@ -8,7 +8,7 @@ from math import ceil
 from opd_ds.config import RunConfig
 from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import Devices
-from opd_ds.plan.memory import Layout, batches, layout, rows_per_rank, tasks_at_once
+from opd_ds.plan.memory import Layout, batches, layout, rows_per_rank, tasks_at_once, teachers_draw
 from opd_ds.plan.metering import Cost
 from opd_ds.plan.network import Counts, Model, bytes_of
 from opd_ds.plan.passes import Passes, round_passes
@@ -54,12 +54,18 @@ def round_seconds(config: RunConfig, costs: Costs, devices: Devices, placed_as: 
     # Weights come for forward and backward (recomputation is part of the latter); gradients leave at each micro-batch.
     moved = 2 * gather + _reduce_seconds(counts, element, zero, devices, at_boundary=False)
     trained = passes["train"].backward
+    coming = _teacher_gather(config, costs, placed_as, devices, element)
+    travel = _teacher_transfer(costs, placed_as, devices, element)
+    drawing = teachers_draw(config)
+    if drawing:
+        rollout = asked("rollout", coming) + travel
+    else:
+        rollout = asked("rollout", 0.0) + gather if placed_as.gathered else asked("rollout", gather)
     return Seconds(
         {
             "encode": _encode_seconds(config, costs.model, element, devices),
-            "rollout": asked("rollout", 0.0) + gather if placed_as.gathered else asked("rollout", gather),
-            "score": asked("score", _teacher_gather(config, costs, placed_as, devices, element))
-            + _teacher_transfer(costs, placed_as, devices, element),
+            "rollout": rollout,
+            "score": asked("score", coming) + (0.0 if drawing else travel),
             "train": _seconds(trained, sizes["train"], train, moved, config, devices),
             "step": config.train.inner_epochs * _step_seconds(counts, element, zero, devices),
         }

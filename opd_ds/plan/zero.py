@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from enum import Enum
 from math import ceil
@@ -89,7 +90,7 @@ class Placed:
     host: list[Part]
 
 
-def frozen_weights(counts: Counts, element: int, zero: Zero, asked: set[Phase]) -> Placed:
+def frozen_weights(counts: Counts, element: int, zero: Zero, asked: Collection[Phase]) -> Placed:
     """A network without gradients under ZeRO-3 (ZeRO-Inference), and when it is asked."""
     return _sharded_weights(counts, element, zero, "teachers", asked, trained=False)
 
@@ -102,7 +103,7 @@ def student_state(
     copies: int,
     *,
     on_cpu: bool,
-    asked: bool = False,
+    asked: Collection[Phase] = (Phase.ROLLOUT, Phase.EVALUATE),
     gathered: bool = False,
 ) -> Placed:
     """Weights, masters, gradients, optimizer state and copies of a trained network under AdamW.
@@ -111,15 +112,14 @@ def student_state(
         copies: further sets of the fp32 masters (averages and the like).
         on_cpu: the device is a CPU: pages of buffers that are never written do not count, and torch's Adam works
             tensor by tensor.
-        asked: frozen policies are asked through this network, their weights in its place.
+        asked: when this network is asked without a gradient (frozen policies are, with their weights in its place).
         gathered: the weights are whole on every rank while the network is asked without a gradient.
     """
     trained = counts.trained
     shard = trained / zero.world if zero.stage else trained
     device, host = [], []
     if zero.stage == 3:
-        passes = {Phase.ROLLOUT, Phase.EVALUATE} | ({Phase.SCORE} if asked else set())
-        weights = _sharded_weights(counts, element, zero, "student weights", passes, trained=True, gathered=gathered)
+        weights = _sharded_weights(counts, element, zero, "student weights", asked, trained=True, gathered=gathered)
         device += weights.device
         host += weights.host
     else:
@@ -150,7 +150,7 @@ def _sharded_weights(
     element: int,
     zero: Zero,
     name: str,
-    passes: set[Phase],
+    passes: Collection[Phase],
     *,
     trained: bool,
     gathered: bool = False,
