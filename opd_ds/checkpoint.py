@@ -207,10 +207,8 @@ class CheckpointStore:
 
     def made_by(self, job: str) -> Path | None:
         """The newest whole checkpoint that the batch job `job` made, that is before it was requeued."""
-        for candidate in self._group.gather(_published(self.folder)[::-1])[0]:
-            if not self.problems(candidate) and read_state(candidate).get("job") == job:
-                return candidate
-        return None
+        made = self._group.gather([path for path in _published(self.folder)[::-1] if _job_of(path) == job])[0]
+        return next((candidate for candidate in made if not self.problems(candidate)), None)
 
     def problems(self, checkpoint: Path) -> list[str]:
         """What is wrong with the files of a checkpoint; the ranks share the reading.
@@ -294,6 +292,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     if state.get("format") != FORMAT:
         raise UserError(f"{file}: format {state.get('format', 1)}; this version of opd-ds reads format {FORMAT}")
     return state
+
+
+def _job_of(checkpoint: Path) -> str | None:
+    try:
+        return read_state(checkpoint).get("job")
+    except UserError:  # damaged, or of another version: not one to go on from
+        return None
 
 
 def refuse_damaged(checkpoint: Path) -> None:

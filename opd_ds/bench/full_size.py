@@ -20,7 +20,7 @@ from opd_ds.config import RunConfig
 from opd_ds.errors import UserError, nearest
 from opd_ds.loading import parse_config
 from opd_ds.models import FAMILIES, Conditioning, ModelFamily, build_family, family_class, lora
-from opd_ds.plan.network import known_configs, known_models
+from opd_ds.plan.network import find_model, known_configs, known_models
 from opd_ds.text_cache import TextCache, encoders_identity
 
 DEFAULT_MODEL = "stable-diffusion-3.5-medium"
@@ -125,7 +125,7 @@ class FullSize:
         cache = TextCache(config.text_cache)
         prompts = ["", *_PROMPTS]
         cache.claim(encoders_identity(config, base))
-        cache.add(prompts, _random_texts(self.family, network, len(prompts), config.model.max_text_length or 0))
+        cache.add(prompts, _random_texts(self.family, network, len(prompts), find_model(config).tokens))
         (folder / _COMPLETE).touch()
 
     def _folder(self, world: Path) -> Path:
@@ -186,14 +186,13 @@ def _write_lora(folder: Path, family: ModelFamily, model: str) -> None:
 
 
 def _random_texts(family: str, network: dict[str, Any], count: int, tokens: int) -> Conditioning:
-    """`count` prompts as the family encodes them, all of the greatest length."""
-    length = tokens + (77 if family == "sd3" else 0)  # SD3 puts CLIP's tokens in front of T5's
+    """`count` prompts as the family encodes them, all of `tokens` tokens."""
     width = next(network[key] for key in _TEXT_WIDTHS if key in network)
-    tensors = {"embeds": torch.randn(count, length, width, dtype=torch.bfloat16)}
+    tensors = {"embeds": torch.randn(count, tokens, width, dtype=torch.bfloat16)}
     if "pooled_projection_dim" in network:
         tensors["pooled"] = torch.randn(count, network["pooled_projection_dim"], dtype=torch.bfloat16)
     if family in _MASKED:
-        tensors["mask"] = torch.ones(count, length, dtype=torch.bool)
+        tensors["mask"] = torch.ones(count, tokens, dtype=torch.bool)
     return Conditioning(tensors)
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import tempfile
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,10 +89,11 @@ def _tiny(config: RunConfig, folder: Path) -> RunConfig:
     """The same run of the family's tiny pipeline; all its teachers are the base."""
     import torch
 
+    from opd_ds.bench.family_checks import tiny_module
     from opd_ds.models import build_family
 
     name = config.model.family
-    base = import_module(f"opd_ds.bench.tiny.{name}").write(folder)
+    base = tiny_module(name).write(folder)
     side = 4 * build_family(name, base, dtype=torch.float32, device=torch.device("cpu")).size_unit
     data = config.model_dump(mode="json")
     data["model"] |= {"path": str(base), "height": side, "width": side, "text_encoders": "offload"}
