@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
-from opd_ds.checkpoint import CheckpointStore
+from opd_ds.checkpoint.store import CheckpointStore
+from opd_ds.cluster.rendezvous import prepare_environment
+from opd_ds.cluster.world import World
 from opd_ds.engine import init_group
-from opd_ds.launch import World, prepare_environment
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 

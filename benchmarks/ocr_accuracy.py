@@ -14,6 +14,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def load(font: Path | None, size: int) -> Any:
     return ImageFont.load_default(size) if font is None else ImageFont.truetype(str(font), size)
 
 
-def contrast(a: tuple[int, ...], b: tuple[int, ...]) -> float:
+def contrast(a: Sequence[int], b: Sequence[int]) -> float:
     """Difference in luma (Rec. 601), 0 to 255."""
     return abs(sum(w * (x - y) for w, x, y in zip((0.299, 0.587, 0.114), a, b, strict=True)))
 

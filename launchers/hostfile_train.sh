@@ -57,7 +57,7 @@ if [ -z "${DS_ENV_FILE:-}" ] && [ ! -f .deepspeed_env ] && [ ! -f ~/.deepspeed_e
 fi
 
 deepspeed --hostfile "$hostfile" --force_multi ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} \
-  --master_port "${MASTER_PORT:-$(python -m opd_ds.launch)}" \
+  --master_port "${MASTER_PORT:-$(python -m opd_ds.cluster.rendezvous)}" \
   --module opd_ds.cli train --resume auto "${arguments[@]}" &
 child=$!
 while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done  # a trapped signal ends a wait

@@ -16,7 +16,7 @@ if [ -z "${PROCESSES:-}" ] && ! python -c 'import sys, torch; sys.exit(not torch
   PROCESSES=1
 fi
 
-port=${MASTER_PORT:-$(python -m opd_ds.launch)}
+port=${MASTER_PORT:-$(python -m opd_ds.cluster.rendezvous)}
 trap '' USR1  # is for the ranks, which install their own handler; the launcher would die of it
 exec deepspeed ${PROCESSES:+--num_accelerators "$PROCESSES"} --master_port "$port" \
   --module opd_ds.cli train --resume auto "$@"

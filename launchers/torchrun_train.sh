@@ -28,7 +28,7 @@ if [ "$nodes" -gt 1 ] && [ "$host" = 127.0.0.1 ]; then
   echo "NNODES=$nodes needs MASTER_ADDR and MASTER_PORT, the same on all machines" >&2
   exit 2
 fi
-port=${MASTER_PORT:-$(python -m opd_ds.launch)}
+port=${MASTER_PORT:-$(python -m opd_ds.cluster.rendezvous)}
 processes=${PROCESSES:-${SLURM_GPUS_ON_NODE:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}}
 
 trap '' USR1  # is for the ranks, which install their own handler; torchrun would die of it

@@ -1,6 +1,6 @@
 """opd_ds: on-policy distillation of several diffusion teachers into one student, under DeepSpeed."""
 
-from opd_ds.torchvision_guard import hide_broken_torchvision
+from opd_ds.utils.torchvision_guard import hide_broken_torchvision
 
 __version__ = "0.1.0"
 

@@ -22,11 +22,12 @@ os.environ.setdefault(
 import pytest
 import torch
 
-from opd_ds.config import DistilConfig, RunConfig
+from opd_ds.cluster.rendezvous import prepare_environment
+from opd_ds.cluster.world import World
+from opd_ds.config.schema import DistilConfig, RunConfig
 from opd_ds.engine import Group, init_group
-from opd_ds.launch import World, prepare_environment
-from opd_ds.preparation import Parts, prepare
-from opd_ds.quiet import quiet_libraries
+from opd_ds.runs.setup import Parts, prepare
+from opd_ds.utils.logging import quiet_libraries
 from tests.tiny import run_settings, write_world
 
 

@@ -18,15 +18,16 @@ import sys
 import time
 from pathlib import Path
 
-import opd_ds.checkpoint
-import opd_ds.durable
-import opd_ds.preparation
-from opd_ds.checkpoint import latest_checkpoint
+import opd_ds.checkpoint.store
+import opd_ds.runs.setup
+import opd_ds.utils.atomic_io
+from opd_ds.checkpoint.store import latest_checkpoint
+from opd_ds.cluster.failures import leave
+from opd_ds.cluster.rendezvous import prepare_environment
+from opd_ds.cluster.world import World
+from opd_ds.config.loading import load_config
 from opd_ds.engine import init_group
-from opd_ds.failures import leave
-from opd_ds.launch import World, prepare_environment
-from opd_ds.loading import load_config
-from opd_ds.run import train
+from opd_ds.runs.train import train
 
 SLOWED = 0.02  # seconds before each flush
 WINDOW = 0.35  # seconds; about what a slowed checkpoint takes
@@ -34,13 +35,13 @@ WINDOW = 0.35  # seconds; about what a slowed checkpoint takes
 
 def attempt(file: Path) -> None:
     """In the child: go on with the run."""
-    flush = opd_ds.durable.sync
+    flush = opd_ds.utils.atomic_io.sync
 
     def slow(path: Path) -> None:
         time.sleep(SLOWED)
         flush(path)
 
-    opd_ds.checkpoint.sync = opd_ds.durable.sync = slow
+    opd_ds.checkpoint.store.sync = opd_ds.utils.atomic_io.sync = slow
     try:
         world = World()
         prepare_environment(world)

@@ -13,10 +13,10 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from opd_ds.bench.family_checks import trajectory
+from benchmarks.family_checks import trajectory
+from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.errors import UserError
 from opd_ds.models import ModelFamily, build_family, lora
-from opd_ds.prompts import SampleNoise
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red 3 on blue", "a neat 8 beside a black square on a white square", "the number 5"]

@@ -1,4 +1,4 @@
-"""`opd-ds bench families`: one family through everything, failures in their rows."""
+"""`python -m benchmarks families`: one family through everything, failures in their rows."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from opd_ds.bench import families
-from opd_ds.bench.cli import app
-from opd_ds.bench.families import TOLERANCE, bench_families, train_all
-from opd_ds.bench.tiny import sd3
+from benchmarks import families
+from benchmarks.__main__ import app
+from benchmarks.families import TOLERANCE, bench_families, train_all
 from opd_ds.errors import UserError
+from opd_ds.testing.tiny import sd3
 
 
 @pytest.mark.multirank

@@ -19,24 +19,25 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from opd_ds.bench.bench import refuse_other_settings, write
-from opd_ds.bench.claims import summary
-from opd_ds.bench.cli import app
-from opd_ds.bench.drawing import Bars, Line, Panel, draw
-from opd_ds.bench.gradients import Draws, Spread, gradient_variance
-from opd_ds.bench.jobs import Job, run_jobs
-from opd_ds.bench.paper_miniature import CONVERGENCE, FULL, QUICK, Plan, Run, cascade, jobs, joint, opd, runs, teacher
-from opd_ds.bench.passes import measured_passes
-from opd_ds.bench.real import real_rewards
-from opd_ds.bench.table import COLUMNS, Findings, Outcome, Point, collect
-from opd_ds.config import RunConfig
+from benchmarks.__main__ import app
+from benchmarks.claims import summary
+from benchmarks.drawing import Bars, Line, Panel, draw
+from benchmarks.gradients import Draws, Spread, gradient_variance
+from benchmarks.jobs import Job, run_jobs
+from benchmarks.paper import refuse_other_settings, write
+from benchmarks.paper_miniature import CONVERGENCE, FULL, QUICK, Plan, Run, cascade, jobs, joint, opd, runs, teacher
+from benchmarks.passes import measured_passes
+from benchmarks.real import real_rewards
+from benchmarks.table import COLUMNS, Findings, Outcome, Point, collect
+from opd_ds.config.loading import parse_config
+from opd_ds.config.paths import resolve_path
+from opd_ds.config.schema import RunConfig
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
-from opd_ds.loading import parse_config, resolve_path
 from opd_ds.miniature.world import TASKS
 from opd_ds.models import build_family
 from opd_ds.plan.passes import Passes, planned_passes
-from opd_ds.run import train
+from opd_ds.runs.train import train
 from tests.tiny import PROMPTS, run_settings
 
 # ---- the budget ----
@@ -207,10 +208,11 @@ def test_needs_that_nobody_fulfils(place: Path) -> None:
 
 def test_sigterm_ends_the_jobs_too(place: Path) -> None:
     code = (
-        "import pathlib; from opd_ds.bench.jobs import Job, run_jobs\n"
+        "import pathlib; from benchmarks.jobs import Job, run_jobs\n"
         "run_jobs([Job('a', ('a', 'ok', '60'), module='work_of_a_job')], pathlib.Path('.'), 1, print)"
     )
-    bench = subprocess.Popen([sys.executable, "-c", code], cwd=place)
+    checkout = str(Path(__file__).parents[1])  # benchmarks are run from one
+    bench = subprocess.Popen([sys.executable, "-c", code], cwd=place, env=os.environ | {"PYTHONPATH": checkout})
     deadline = time.monotonic() + 30
     while not order(place) and time.monotonic() < deadline:
         time.sleep(0.1)

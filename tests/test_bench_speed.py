@@ -1,4 +1,4 @@
-"""The public loop does our work, and what `opd-ds bench speed` says of the two."""
+"""The public loop does our work, and what `python -m benchmarks speed` says of the two."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from opd_ds.bench.speed import speed
-from opd_ds.bench.speed.public_loop import PublicLoop
-from opd_ds.bench.speed.report import write_report
-from opd_ds.bench.speed.sizes import SETTINGS, SIZES, Size, run_config
-from opd_ds.bench.speed.switches import SWITCHES
-from opd_ds.bench.speed.worker import matmul_peak
+from benchmarks.speed import speed
+from benchmarks.speed.public_loop import PublicLoop
+from benchmarks.speed.report import write_report
+from benchmarks.speed.sizes import SETTINGS, SIZES, Size, run_config
+from benchmarks.speed.switches import SWITCHES
+from benchmarks.speed.worker import matmul_peak
 from opd_ds.engine import Group, counted_collectives
 from opd_ds.errors import UserError
 from opd_ds.miniature.world import TASKS
-from opd_ds.preparation import prepare
+from opd_ds.runs.setup import prepare
 from tests.tiny import write_lora
 
 

@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from opd_ds.checkpoint import CheckpointStore, latest_checkpoint, read_state, refuse_damaged
-from opd_ds.config import DistilConfig
+from opd_ds.checkpoint.store import CheckpointStore, latest_checkpoint, read_state, refuse_damaged
+from opd_ds.config.schema import DistilConfig
 from opd_ds.engine import Group, ShardReader
 from opd_ds.errors import DamagedCheckpointError, UserError
-from opd_ds.run import train
+from opd_ds.runs.train import train
 from tests.test_multirank import metrics
 from tests.tiny import run_settings, write_config
 
@@ -319,7 +319,7 @@ def test_a_full_disk_leaves_the_last_one_intact(
 
     with monkeypatch.context() as patch:
         if where == "shard":
-            patch.setattr("opd_ds.checkpoint.write_shard", full)
+            patch.setattr("opd_ds.checkpoint.store.write_shard", full)
         elif where == "state":
             patch.setattr(Path, "write_text", full)
         else:
@@ -352,7 +352,7 @@ def test_a_real_disk_that_fills_up(tmp_path: Path, group: Group) -> None:
 
 
 def test_in_the_background_a_round_does_not_wait(tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
-    from opd_ds.checkpoint import write_shard
+    from opd_ds.checkpoint.store import write_shard
 
     go = threading.Event()
 
@@ -360,7 +360,7 @@ def test_in_the_background_a_round_does_not_wait(tmp_path: Path, group: Group, m
         assert go.wait(30)
         return write_shard(*arguments)
 
-    monkeypatch.setattr("opd_ds.checkpoint.write_shard", slow)
+    monkeypatch.setattr("opd_ds.checkpoint.store.write_shard", slow)
     kept = store(tmp_path, group, in_background=True)
     kept.save(1, STATE, ENTRIES)
     kept.publish_if_written()
@@ -380,7 +380,7 @@ def test_a_failure_in_the_background_is_raised(tmp_path: Path, group: Group, mon
     def broken(*_: Any) -> Any:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("opd_ds.checkpoint.write_shard", broken)
+    monkeypatch.setattr("opd_ds.checkpoint.store.write_shard", broken)
     kept.save(2, STATE, ENTRIES)
     with pytest.raises(UserError, match=r"Input/output error; round-000001 is intact"):
         kept.finish()

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from opd_ds.config import DistilConfig
+from opd_ds.cluster.world import World
+from opd_ds.config.loading import load_config, recipe_names
+from opd_ds.config.paths import package_root, resolve_ds_config, resolve_path
+from opd_ds.config.schema import DistilConfig
 from opd_ds.engine import frozen_ds_config, read_ds_config, student_ds_config
 from opd_ds.errors import UserError
-from opd_ds.launch import World
-from opd_ds.loading import load_config, package_root, recipe_names, resolve_ds_config, resolve_path
 from tests.tiny import run_settings, write_config
 
 

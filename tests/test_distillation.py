@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_ds.config import DistilConfig, RunConfig
+from opd_ds.config.loading import parse_config
+from opd_ds.config.schema import DistilConfig, RunConfig
 from opd_ds.diffusion import kernel
-from opd_ds.distillation import DistillationLoss
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
-from opd_ds.loading import parse_config
-from opd_ds.preparation import Parts, prepare
+from opd_ds.runs.setup import Parts, prepare
+from opd_ds.training.distillation import DistillationLoss
 from tests.test_round import own_teacher
 from tests.tiny import TARGETS, run_settings
 

@@ -17,8 +17,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from opd_ds.cli import app
-from opd_ds.config import DistilConfig, RunConfig
+from opd_ds.cli.main import app
+from opd_ds.cluster.world import World
+from opd_ds.config.schema import DistilConfig, RunConfig
 from opd_ds.doctor import disk, network, node, weights
 from opd_ds.doctor.examination import Outcome, Subject, examine
 from opd_ds.doctor.findings import Finding, Report, Seen, attempt, merge
@@ -26,7 +27,6 @@ from opd_ds.doctor.meeting import Meeting, StoppedError
 from opd_ds.doctor.network import Measured
 from opd_ds.doctor.table import print_report
 from opd_ds.errors import UserError
-from opd_ds.launch import World
 from tests.tiny import launch, run_settings, write_config
 
 MIB = 2**20
@@ -198,7 +198,7 @@ def test_absent_and_damaged_weights(tiny_world: Path, tmp_path: Path, monkeypatc
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the doctor went to the network")
 
-    monkeypatch.setattr("opd_ds.loading._from_hub", refuse)
+    monkeypatch.setattr("opd_ds.config.paths._from_hub", refuse)
     damaged = tmp_path / "base"
     shutil.copytree(tiny_world / "base", damaged)
     changes = {"tasks__one__teacher__path": "some-org/some-model/teacher", "tasks__two__prompts": "./gone.txt"}
@@ -464,7 +464,7 @@ def test_a_rank_with_another_version_is_named(tmp_path: Path) -> None:
         "real = node.version\n"
         "node.version = lambda name: '0.0.1' if name == 'peft' and os.environ['RANK'] == '1' else real(name)\n"
         f"sys.argv = ['opd-ds', 'doctor', '--json', '--timeout', '250', '--output-dir', {str(tmp_path)!r}]\n"
-        "from opd_ds.cli import main\n"
+        "from opd_ds.cli.main import main\n"
         "main()\n"
     )
     ended = launch(2, script=str(script), check=False)

@@ -13,9 +13,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from opd_ds.config import DistilConfig
+from opd_ds.config.schema import DistilConfig
 from opd_ds.engine import Group, consolidated_weights
-from opd_ds.run import train
+from opd_ds.runs.train import train
 from tests.test_multirank import assert_close, metrics
 from tests.tiny import ALL_SHARDED, TRAIN_MANY, launch, run_settings, write_config
 

@@ -14,19 +14,20 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from typer.testing import CliRunner
 
-from opd_ds import preparation
-from opd_ds.cli import app
-from opd_ds.compared_models import Requests
-from opd_ds.config import DistilConfig
+from opd_ds.cli.main import app
+from opd_ds.config.schema import DistilConfig
+from opd_ds.data import PromptSet
+from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
-from opd_ds.evaluate import Choice, evaluate
 from opd_ds.evaluation.pictures import Painter, items
 from opd_ds.evaluation.results import Results, read_results
 from opd_ds.evaluation.store import PictureStore
 from opd_ds.models.sd3 import SD3
-from opd_ds.prompts import PromptSet, SampleNoise
-from opd_ds.run import train
+from opd_ds.runs import setup as preparation
+from opd_ds.runs.evaluate import Choice, evaluate
+from opd_ds.runs.model_specs import Requests
+from opd_ds.runs.train import train
 from tests.tiny import PROMPTS, launch, run_settings, write_config
 
 Evaluate = Callable[..., Results]

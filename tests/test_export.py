@@ -16,19 +16,19 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import opd_ds
-from opd_ds.checkpoint_export import checkpointed_student
-from opd_ds.cli import app
-from opd_ds.config import DistilConfig
+from opd_ds.checkpoint.model_card import model_card
+from opd_ds.cli.main import app
+from opd_ds.config.schema import DistilConfig
 from opd_ds.diffusion import kernel
+from opd_ds.diffusion.noise import SampleNoise
+from opd_ds.diffusion.rollout import rollout
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
-from opd_ds.hashing import weights_sha256
 from opd_ds.models import ModelFamily, lora
 from opd_ds.models.sd3 import SD3
-from opd_ds.prompts import SampleNoise
-from opd_ds.release import model_card
-from opd_ds.rollout import rollout
-from opd_ds.run import train
+from opd_ds.runs.export import checkpointed_student
+from opd_ds.runs.train import train
+from opd_ds.utils.hashing import weights_sha256
 from tests.test_checkpoint import cut_off
 from tests.tiny import PROMPTS, TARGETS, run_settings
 

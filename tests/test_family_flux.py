@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd_ds.bench.tiny import flux as tiny
 from opd_ds.errors import UserError
+from opd_ds.testing.tiny import flux as tiny
 from tests import family_checks as checks
 
 

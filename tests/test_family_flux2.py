@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd_ds.bench.tiny import flux2 as tiny
+from opd_ds.config.loading import parse_config
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
-from opd_ds.loading import parse_config
-from opd_ds.preparation import prepare
+from opd_ds.runs.setup import prepare
+from opd_ds.testing.tiny import flux2 as tiny
 from tests import family_checks as checks
 from tests.tiny import run_settings
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd_ds.bench.tiny import qwen_image as tiny
 from opd_ds.errors import UserError
 from opd_ds.models import ModelFamily
 from opd_ds.models.qwen_image import pack, unpack
+from opd_ds.testing.tiny import qwen_image as tiny
 from tests import family_checks as checks
 
 

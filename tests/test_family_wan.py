@@ -13,15 +13,15 @@ from diffusers import UniPCMultistepScheduler, WanPipeline
 from peft import LoraConfig
 from torch import Tensor
 
-from opd_ds.bench.family_checks import trajectory
-from opd_ds.bench.tiny import wan
-from opd_ds.config import DistilConfig
+from benchmarks.family_checks import trajectory
+from opd_ds.config.schema import DistilConfig
+from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.models import lora
 from opd_ds.models.wan import Wan
-from opd_ds.preparation import prepare
-from opd_ds.prompts import SampleNoise
+from opd_ds.runs.setup import prepare
+from opd_ds.testing.tiny import wan
 from tests.tiny import ALL_SHARDED
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd_ds.bench.tiny import z_image as tiny
 from opd_ds.models import ModelFamily
+from opd_ds.testing.tiny import z_image as tiny
 from tests import family_checks as checks
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opd_ds.fitting import Fitting
+from opd_ds.training.auto_batch import Fitting
 
 
 def limited(rows: Tensor, at_most: int, sizes: list[int]):  # type: ignore[no-untyped-def]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from opd_ds.hashing import file_sha256, weights_sha256
+from opd_ds.utils.hashing import file_sha256, weights_sha256
 
 
 def reordered(data: bytes) -> bytes:

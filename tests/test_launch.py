@@ -11,9 +11,9 @@ from itertools import islice
 
 import pytest
 
+from opd_ds.cluster.rendezvous import agree_on_port, listener, ports
+from opd_ds.cluster.world import World, first_host, tasks_per_node, who_am_i
 from opd_ds.errors import UserError
-from opd_ds.launch import World, first_host, listener, ports, tasks_per_node, who_am_i
-from opd_ds.rendezvous import agree_on_port
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29501"}
 TORCHRUN |= {"MASTER_ADDR": "n1", "TORCHELASTIC_RUN_ID": "abc"}
@@ -111,7 +111,9 @@ def test_a_port_that_is_taken_is_passed_over() -> None:
 
 def test_launcher_scripts_can_ask_for_a_port() -> None:
     environment = {"SLURM_JOB_ID": "4242"}
-    asked = subprocess.run([sys.executable, "-m", "opd_ds.launch"], env=environment, capture_output=True, text=True)
+    asked = subprocess.run(
+        [sys.executable, "-m", "opd_ds.cluster.rendezvous"], env=environment, capture_output=True, text=True
+    )
     assert int(asked.stdout) in list(ports("4242")), asked.stderr
 
 

@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from opd_ds.cli.merge import merge
+from opd_ds.config.paths import package_root
 from opd_ds.errors import UserError
-from opd_ds.hashing import weights_sha256
-from opd_ds.loading import package_root
-from opd_ds.merge_cli import merge
-from opd_ds.merge_files import parse_sources
-from opd_ds.merging import METHODS, Method
+from opd_ds.merge.files import parse_sources
+from opd_ds.merge.merging import METHODS, Method
 from opd_ds.models import lora
+from opd_ds.utils.hashing import weights_sha256
 from tests.test_adapters import original_layout
 from tests.tiny import TARGETS, write_lora
 

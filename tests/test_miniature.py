@@ -10,14 +10,14 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
+from opd_ds.config.loading import load_config
+from opd_ds.data import PromptSet
 from opd_ds.engine import Group
 from opd_ds.evaluation.pictures import to_image
-from opd_ds.loading import load_config
 from opd_ds.miniature import assets, reader, verify, world
 from opd_ds.miniature.build import BASE, BuildSettings, build
 from opd_ds.miniature.build_base import BaseSettings, Phase
 from opd_ds.miniature.networks import Sizes
-from opd_ds.prompts import PromptSet
 from opd_ds.rewards import build as build_reward
 
 NAMES = list(world.COLOURS)

@@ -6,7 +6,7 @@ import json
 
 from typer.testing import CliRunner
 
-from opd_ds.cli import app
+from opd_ds.cli.main import app
 from opd_ds.models import FAMILIES
 
 

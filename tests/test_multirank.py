@@ -16,7 +16,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
-from opd_ds.monitor import read_metrics
+from opd_ds.runs.monitor import read_metrics
 from tests.tiny import ALL_SHARDED, TRAIN_MANY, launch, run_settings, start, write_config
 
 pytestmark = pytest.mark.multirank
@@ -192,7 +192,7 @@ def test_exports_load_in_diffusers_and_draw_the_students_pictures(tiny_world: Pa
 
 
 def _picture(pipeline: StableDiffusion3Pipeline) -> torch.Tensor:
-    from opd_ds.prompts import SampleNoise, sample_seed
+    from opd_ds.diffusion.noise import SampleNoise, sample_seed
 
     pipeline.set_progress_bar_config(disable=True)
     picture = pipeline(
@@ -249,7 +249,7 @@ def test_a_rank_that_fails_alone_speaks_once_and_nobody_hangs(tiny_world: Path, 
         f"mine = pathlib.Path({str(tmp_path)!r}) / f\"run{{os.environ['RANK']}}.yaml\"\n"
         "mine.write_text(text.replace('${TEACHER}', path))\n"
         "sys.argv = ['opd-ds', 'train', '--config', str(mine)]\n"
-        "from opd_ds.cli import main\n"
+        "from opd_ds.cli.main import main\n"
         "main()\n"
     )
     started = time.monotonic()

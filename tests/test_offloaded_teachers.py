@@ -10,9 +10,9 @@ import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
 
-from opd_ds.config import TeacherSection
+from opd_ds.config.schema import TeacherSection
 from opd_ds.models import build_family
-from opd_ds.teachers import TeacherPool, TeacherSpec, _Network, _side_stream
+from opd_ds.training.teachers import TeacherPool, TeacherSpec, _Network, _side_stream
 
 
 class Stream:
@@ -51,7 +51,7 @@ def computing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
 def test_the_next_teacher_sets_out_while_this_one_is_asked(
     tiny_world: Path, computing: Stream, monkeypatch: pytest.MonkeyPatch, room: bool
 ) -> None:
-    monkeypatch.setattr("opd_ds.teachers.free_memory", lambda device: 10**9 if room else 0)
+    monkeypatch.setattr("opd_ds.training.teachers.free_memory", lambda device: 10**9 if room else 0)
     cpu = torch.device("cpu")
     family = build_family("sd3", tiny_world / "base", dtype=torch.float32, device=cpu, max_text_length=10)
     specs = {
@@ -92,7 +92,7 @@ def test_a_streamed_teacher_comes_block_by_block(tiny_world: Path, monkeypatch: 
         here = {"onload_device": torch.device("cpu"), "use_stream": False, "record_stream": False}
         apply_group_offloading(module, **settings | here)
 
-    monkeypatch.setattr("opd_ds.teachers.apply_group_offloading", offloading)
+    monkeypatch.setattr("opd_ds.training.teachers.apply_group_offloading", offloading)
     cpu = torch.device("cpu")
     family = build_family("sd3", tiny_world / "base", dtype=torch.float32, device=cpu, max_text_length=10)
     streamed = _Network(family.load_transformer(tiny_world / "other"), "stream", torch.device("cuda"), None)

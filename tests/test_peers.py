@@ -21,18 +21,18 @@ pytestmark = pytest.mark.multirank
 
 SCRIPT = """
 import os, sys, time
-import opd_ds.trainer
-from opd_ds.cli import main
+import opd_ds.training.trainer
+from opd_ds.cli.main import main
 from opd_ds.errors import UserError
 
-plain = opd_ds.trainer.Trainer.run_round
+plain = opd_ds.training.trainer.Trainer.run_round
 
 def run_round(self, index):
     if index == 2 and os.environ["RANK"] == "1":
         {fault}
     return plain(self, index)
 
-opd_ds.trainer.Trainer.run_round = run_round
+opd_ds.training.trainer.Trainer.run_round = run_round
 sys.argv = ["opd-ds", "train", "--config", sys.argv[1]]
 main()
 """

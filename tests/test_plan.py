@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typer.testing import CliRunner
 
-from opd_ds.bench.full_size import FullSize, cases
-from opd_ds.bench.plan_memory import bench
-from opd_ds.cli import app
-from opd_ds.config import DistilConfig, RunConfig
+from benchmarks.full_size import FullSize, cases
+from benchmarks.plan_memory import bench
+from opd_ds.cli.main import app
+from opd_ds.config.loading import load_config
+from opd_ds.config.schema import DistilConfig, RunConfig
 from opd_ds.errors import UserError
-from opd_ds.loading import load_config
 from opd_ds.models import Conditioning
 from opd_ds.models.lora import PEFT_WEIGHTS
 from opd_ds.models.sd3 import SD3
@@ -33,7 +33,7 @@ from opd_ds.plan.metering import forward_cost, training_cost
 from opd_ds.plan.network import Counts, Model, count, find_model, known_configs, known_models
 from opd_ds.plan.planner import AS_FAST, fit, make_plan, settings
 from opd_ds.plan.zero import Part, Phase, Zero, student_state
-from opd_ds.preparation import Parts
+from opd_ds.runs.setup import Parts
 from tests.tiny import ALL_SHARDED, run_settings, write_config
 
 Build = Callable[..., tuple[RunConfig, Parts]]

@@ -14,13 +14,13 @@ from datasets import Dataset, DatasetDict, Image, config
 from PIL import Image as Pictures
 from typer.testing import CliRunner
 
-from opd_ds.cli import app
-from opd_ds.config import DistilConfig, PromptsSection
-from opd_ds.data.compositions import _KINDS, as_lines, compositions
-from opd_ds.data.lettering import lettering
+from opd_ds.cli.main import app
+from opd_ds.config.loading import load_config, parse_prompts
+from opd_ds.config.schema import DistilConfig, PromptsSection
+from opd_ds.data import PromptSet
+from opd_ds.data.generators.compositions import _KINDS, as_lines, compositions
+from opd_ds.data.generators.lettering import lettering
 from opd_ds.errors import UserError
-from opd_ds.loading import load_config, parse_prompts
-from opd_ds.prompts import PromptSet
 from opd_ds.rewards.geneval.rules import CLASSES, TAGS, Detection, Task, is_correct, keep, partial_score
 from opd_ds.rewards.ocr import normalise, target_text
 from tests.tiny import run_settings, write_config
@@ -256,12 +256,12 @@ def test_the_same_seed_is_the_same_file() -> None:
 
 
 def test_there_are_only_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opd_ds.data.lettering._SIZE", 40)
+    monkeypatch.setattr("opd_ds.data.generators.lettering._SIZE", 40)
     few = lettering(40, 0)
     assert len(set(few)) == 40
     with pytest.raises(UserError, match="--count 40: there are only 39 such prompts"):
         lettering(40, 1, without={few[3]})
-    monkeypatch.setattr("opd_ds.data.compositions._KINDS", _KINDS[:1])
+    monkeypatch.setattr("opd_ds.data.generators.compositions._KINDS", _KINDS[:1])
     with pytest.raises(UserError, match="--count 81: there are only 80 such prompts"):
         compositions(81, 0)
 

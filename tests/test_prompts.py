@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_ds.buffer import choose_steps
-from opd_ds.config import TrainedSteps
+from opd_ds.config.schema import TrainedSteps
+from opd_ds.data import PromptSet, draw_prompts, shard
+from opd_ds.diffusion.noise import SampleNoise, sample_seed
 from opd_ds.errors import UserError
-from opd_ds.prompts import PromptSet, SampleNoise, draw_prompts, sample_seed, shard
+from opd_ds.training.buffer import choose_steps
 
 
 @given(st.integers(1, 50), st.integers(1, 9))

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from opd_ds.config import DistilConfig, RunConfig
+from opd_ds.config.schema import DistilConfig, RunConfig
 from opd_ds.engine import Group
 from opd_ds.errors import NonFiniteError, UserError
-from opd_ds.preparation import Parts, prepare
+from opd_ds.runs.setup import Parts, prepare
 from tests.tiny import run_settings, write_lora, write_pipeline
 
 Build = Callable[..., tuple[RunConfig, Parts]]
@@ -190,7 +190,8 @@ def test_a_task_is_a_mean_and_another_task_rescales_nothing(build_run: Build, sg
 
 def test_the_loss_is_the_paper_formula(build_run: Build, tiny_world: Path) -> None:
     """Mean over samples and steps of b^2/2 * mean((v_S - v_T)^2), computed here from the pieces, by hand."""
-    from opd_ds.prompts import SampleNoise, draw_prompts, sample_seed
+    from opd_ds.data import draw_prompts
+    from opd_ds.diffusion.noise import SampleNoise, sample_seed
 
     config, parts = build_run(tasks={"one": {**own_teacher(tiny_world), "teacher": str(tiny_world / "other")}})
     family, steps = parts.family, config.rollout.steps

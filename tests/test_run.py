@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from opd_ds.cli import app
-from opd_ds.config import DistilConfig
+from opd_ds.cli.main import app
+from opd_ds.config.loading import load_config, recipe_names
+from opd_ds.config.schema import DistilConfig
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.evaluation.tables import gain_kept
-from opd_ds.loading import load_config, recipe_names
-from opd_ds.run import train
+from opd_ds.runs.train import train
 from tests.test_multirank import metrics
 from tests.tiny import run_settings, write_config
 
@@ -88,7 +88,7 @@ def test_rewards_decide_nothing(run: Run, tiny_world: Path, monkeypatch: pytest.
     task = with_reward(tiny_world, "miniature_look")
     watched = run("watched", tasks={"one": task}, run__eval_every=1, evaluation__baselines=True)
     silent = run("silent", tasks={"one": task | {"rewards": []}})
-    monkeypatch.setattr("opd_ds.preparation.build", lambda name, **_: Broken())
+    monkeypatch.setattr("opd_ds.runs.setup.build", lambda name, **_: Broken())
     broken = run("broken", tasks={"one": task}, run__eval_every=1)
     assert metrics(watched) == metrics(silent) == metrics(broken)
     assert "the server is gone" in caplog.text

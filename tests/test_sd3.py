@@ -8,13 +8,13 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from opd_ds.bench.tiny.sd3 import SIZES
 from opd_ds.diffusion import kernel
+from opd_ds.diffusion.noise import SampleNoise
+from opd_ds.diffusion.rollout import rollout
 from opd_ds.errors import UserError
 from opd_ds.models import build_family
 from opd_ds.models.sd3 import SD3
-from opd_ds.prompts import SampleNoise
-from opd_ds.rollout import rollout
+from opd_ds.testing.tiny.sd3 import SIZES
 from tests.tiny import PROMPTS, write_pipeline
 
 CPU = torch.device("cpu")

@@ -12,10 +12,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from opd_ds import slurm
+from opd_ds.cli.launch import launch
+from opd_ds.cluster import slurm
+from opd_ds.cluster.slurm import Job, batch_script, shell_word
+from opd_ds.config.paths import package_root
 from opd_ds.errors import UserError
-from opd_ds.loading import package_root
-from opd_ds.slurm import Job, batch_script, launch, shell_word
 
 EVIL = [
     "a b",
@@ -185,7 +186,7 @@ def run_batch(tmp_path: Path) -> Any:
     """Run a batch script without SLURM: what srun was called with, what was said, the exit code."""
     (tmp_path / "work").mkdir()
     programs = tmp_path / "bin"
-    port = '[[ " $* " = *" opd_ds.launch "* ]] && echo 1234'
+    port = '[[ " $* " = *" opd_ds.cluster.rendezvous "* ]] && echo 1234'
     progress = '[ -z "$PROGRESS" ] || rm -f "$OPD_DS_LOSSES_FILE"'
     stub(programs / "srun", f'printf "%s\\0" "$@" >>"$RECORD"; {port}; {progress}; exit $CODE')
     stub(programs / "squeue", "echo ${STATE:-RUNNING}")
@@ -278,7 +279,7 @@ def test_containers(run_batch: Any, tmp_path: Path) -> None:
     deepspeed = (package_root() / "launchers" / "slurm_deepspeed.sbatch").read_text()
     called, _, _ = run_batch(deepspeed.replace("CONTAINER= ", f"CONTAINER={image} "), MASTER_PORT="")
     asked = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", *step[:2], mounts.partition(",")[0]]
-    assert called[:9] == [*asked, "python", "-m", "opd_ds.launch"]
+    assert called[:9] == [*asked, "python", "-m", "opd_ds.cluster.rendezvous"]
 
 
 def test_the_environment_of_a_batch_job(run_batch: Any, tmp_path: Path) -> None:

@@ -15,15 +15,15 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
-from opd_ds.cli import app
+from opd_ds.cli.main import app
+from opd_ds.config.loading import load_config, parse_config
+from opd_ds.config.rl import TeachConfig, WeightedReward
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
-from opd_ds.loading import load_config, parse_config
-from opd_ds.preparation import Parts, prepare
 from opd_ds.rewards import Needs
-from opd_ds.run import train
-from opd_ds.teach.config import TeachConfig, WeightedReward
-from opd_ds.teach.judging import Judge
+from opd_ds.runs.setup import Parts, prepare
+from opd_ds.runs.train import train
+from opd_ds.training.rl.reward_worker import Judge
 from tests.test_multirank import assert_close, metrics
 from tests.tiny import ALL_SHARDED, TRAIN_MANY, launch, run_settings, with_changes, write_config
 
@@ -61,7 +61,7 @@ class Redness:
 def redness(monkeypatch: pytest.MonkeyPatch) -> Redness:
     """Stands for every reward of the runs that the test prepares."""
     reward = Redness()
-    monkeypatch.setattr("opd_ds.preparation.build", lambda name, **options: reward)
+    monkeypatch.setattr("opd_ds.runs.setup.build", lambda name, **options: reward)
     return reward
 
 

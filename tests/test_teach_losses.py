@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Normal
 
-from opd_ds.buffer import choose_steps, noised_states
-from opd_ds.config import TrainedSteps
+from opd_ds.config.rl import GuardSection, NftSection
+from opd_ds.config.schema import TrainedSteps
 from opd_ds.diffusion import kernel, log_ratio
-from opd_ds.prompts import SampleNoise
-from opd_ds.teach.advantages import group_advantages, optimality
-from opd_ds.teach.config import GuardSection, NftSection
-from opd_ds.teach.guard import GuardLoss
-from opd_ds.teach.nft import NftLoss
+from opd_ds.diffusion.noise import SampleNoise
+from opd_ds.training.buffer import choose_steps, noised_states
+from opd_ds.training.rl.advantages import group_advantages, optimality
+from opd_ds.training.rl.grpo_guard import GuardLoss
+from opd_ds.training.rl.nft import NftLoss
 
 CPU = torch.device("cpu")
 SHAPE = (4, 8, 8)

@@ -15,17 +15,18 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import opd_ds.data.encode
-from opd_ds.cli import app
-from opd_ds.config import DistilConfig, RunConfig
-from opd_ds.data.encode import encode_prompts
+import opd_ds.runs.encode
+from opd_ds.cli.main import app
+from opd_ds.cluster.world import World
+from opd_ds.config.schema import DistilConfig, RunConfig
+from opd_ds.data.text_cache import TextCache, trimmed
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
-from opd_ds.evaluate import Choice, evaluate
-from opd_ds.launch import World
 from opd_ds.models import Conditioning, ModelFamily
-from opd_ds.preparation import Parts, find_files, load_family, prepare
-from opd_ds.text_cache import TextCache, trimmed
+from opd_ds.runs.encode import encode_prompts
+from opd_ds.runs.evaluate import Choice, evaluate
+from opd_ds.runs.setup import Parts, find_files, prepare
+from opd_ds.training.networks import load_family
 from tests.tiny import PROMPTS, run_settings, with_changes, write_config
 
 Build = Callable[..., tuple[RunConfig, Parts]]
@@ -142,7 +143,7 @@ def test_a_second_call_encodes_what_the_first_left(
         return honest(family, prompts)
 
     monkeypatch.setattr(ModelFamily, "encode", encode)
-    monkeypatch.setattr(opd_ds.data.encode, "_PER_SHARD", 3)
+    monkeypatch.setattr(opd_ds.runs.encode, "_PER_SHARD", 3)
     with pytest.raises(KeyboardInterrupt):
         encode_prompts(config, group, tmp_path / "cache")
     (shard,) = (tmp_path / "cache").glob("shard-*")

@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_ds.buffer import TrajectoryBuffer, noised_states
-from opd_ds.config import DistilConfig
+from opd_ds.config.rl import GuardSection, NftSection
+from opd_ds.config.schema import DistilConfig
 from opd_ds.diffusion import gaussian_kl, kernel, kernel_names
-from opd_ds.distillation import DistillationLoss
+from opd_ds.diffusion.noise import SampleNoise
+from opd_ds.diffusion.rollout import Trajectory, rollout
 from opd_ds.models import Conditioning
-from opd_ds.prompts import SampleNoise
-from opd_ds.rollout import Trajectory, rollout
-from opd_ds.teach.config import GuardSection, NftSection
-from opd_ds.teach.guard import GuardLoss
-from opd_ds.teach.nft import NftLoss
+from opd_ds.training.buffer import TrajectoryBuffer, noised_states
+from opd_ds.training.distillation import DistillationLoss
+from opd_ds.training.rl.grpo_guard import GuardLoss
+from opd_ds.training.rl.nft import NftLoss
 from tests.tiny import run_settings
 
 CPU = torch.device("cpu")

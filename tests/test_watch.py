@@ -11,12 +11,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from opd_ds.config import DistilConfig
+from opd_ds.config.schema import DistilConfig
 from opd_ds.engine import Group
 from opd_ds.rewards import Needs
-from opd_ds.run import train
-from opd_ds.trainer import Rolled
-from opd_ds.watch import Look, Watch
+from opd_ds.runs.reward_eval import Look, Watch
+from opd_ds.runs.train import train
+from opd_ds.training.trainer import Rolled
 from tests.test_multirank import metrics
 from tests.tiny import run_settings
 

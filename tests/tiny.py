@@ -16,10 +16,10 @@ from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from opd_ds.bench import train_many
-from opd_ds.bench.tiny.sd3 import PROMPTS
-from opd_ds.bench.tiny.sd3 import write as write_pipeline
 from opd_ds.models import lora
+from opd_ds.testing import train_many
+from opd_ds.testing.tiny.sd3 import PROMPTS
+from opd_ds.testing.tiny.sd3 import write as write_pipeline
 
 # Everything is under the default persistence threshold here and would never be partitioned.
 ALL_SHARDED = str(Path(__file__).parent / "all_sharded.json")

@@ -178,7 +178,7 @@ def kernel(name: str, noise_level: float = 0.0) -> TransitionKernel:
 
     `noise_level` scales the noise of `flow`, `dance`, `ddim` (eta, at most 1) and `cps` (at most 1). `euler`, `dpm1`
     and `dpm2` are deterministic: they have std = 0 whatever the level (a run config that asks them for noise is
-    refused, see `opd_ds.config`).
+    refused, see `opd_ds.config.schema`).
 
     Raises:
         UserError: unknown name, or a level that the sampler does not define.

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from opd_ds.config import RunConfig
+from opd_ds.config.schema import RunConfig
 from opd_ds.doctor.findings import Finding, Seen, one_line, size_text, who
 from opd_ds.errors import UserError
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from opd_ds.config import RunConfig
+from opd_ds.cluster.world import World
+from opd_ds.config.schema import RunConfig
 from opd_ds.doctor import disk, network
 from opd_ds.doctor.findings import Finding, Report, Seen, attempt, merge, not_checked
 from opd_ds.doctor.meeting import LostRanksError, Meeting
 from opd_ds.doctor.node import look_at_node
 from opd_ds.doctor.weights import look_at_files, trainable_parameters
-from opd_ds.launch import World
 
 # With a problem in one of these no process group starts, or it hangs.
 _NEEDED_BY_A_GROUP = ("torch", "deepspeed", "CUDA runtime", "NCCL", "accelerator", "C++ compiler")

@@ -12,9 +12,9 @@ import time
 from datetime import timedelta
 from typing import Any
 
+from opd_ds.cluster.world import World
 from opd_ds.doctor.findings import one_line, who
 from opd_ds.errors import UserError
-from opd_ds.launch import World
 
 _STOP = "stop"
 _TOLD = "told"

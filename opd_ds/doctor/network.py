@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from opd_ds.cluster.world import World
 from opd_ds.doctor.findings import Finding, not_checked, one_line, size_text, who
 from opd_ds.errors import UserError
-from opd_ds.launch import World
 
 if TYPE_CHECKING:
     from opd_ds.engine import Group

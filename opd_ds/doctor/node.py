@@ -12,8 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from opd_ds import TORCHVISION_PROBLEM, __version__
+from opd_ds.cluster.world import World
 from opd_ds.doctor.findings import Seen, attempt, same_everywhere, size_text
-from opd_ds.launch import World
 
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "datasets", "tensorboard")
 _DRIVER = Path("/proc/driver/nvidia/version")

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from opd_ds.config import DistilConfig, PromptsSection, RunConfig, StudentSection
+from opd_ds.config.paths import PACKAGE_PREFIX, resolve_path
+from opd_ds.config.schema import DistilConfig, PromptsSection, RunConfig, StudentSection
+from opd_ds.data.readers import FILES, locate
 from opd_ds.doctor.findings import Seen, attempt, size_text
 from opd_ds.errors import UserError
-from opd_ds.loading import PACKAGE_PREFIX, resolve_path
 from opd_ds.models import family_class
 from opd_ds.models.weight_files import read_header, read_shapes
-from opd_ds.prompts.readers import FILES, locate
 
 _HASHED = (".json", *FILES)  # small; large files are sampled
 _SAMPLES, _SAMPLE_BYTES = 16, 2**16

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_ds.engine.peers import Peers, watch_peers
+from opd_ds.cluster.watchdog import Peers, watch_peers
+from opd_ds.cluster.world import World
 from opd_ds.errors import Interrupted, UserError
-from opd_ds.launch import World
 
 _SHM_OP = "deepspeed_shm_comm"
 HANG_FOLDER = "hang"

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from opd_ds.config import OptimizerSection, RunConfig
+from opd_ds.cluster.world import World
+from opd_ds.config.schema import OptimizerSection, RunConfig
 from opd_ds.errors import UserError
-from opd_ds.launch import World
 
 AUTO = "auto"
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

@@ -11,11 +11,11 @@ from typing import Any
 
 from PIL import Image
 
+from opd_ds.data import PromptSet, shard
 from opd_ds.engine import Group
 from opd_ds.evaluation.evaluator import judge
 from opd_ds.evaluation.pictures import Item, Painter, items
 from opd_ds.evaluation.store import PictureStore, ScoreStore, digest
-from opd_ds.prompts import PromptSet, shard
 from opd_ds.rewards import Reward, batches
 
 _SCORED_AT_ONCE = 64

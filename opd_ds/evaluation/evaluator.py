@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from opd_ds.config import RunConfig
+from opd_ds.config.schema import RunConfig
+from opd_ds.data import PromptSet, Shard, shard
 from opd_ds.engine import Group
 from opd_ds.evaluation.pictures import Item, Painter, items
-from opd_ds.prompts import PromptSet, Shard, shard
 from opd_ds.rewards import Reward
 
 # By task (or prompt set) and label.

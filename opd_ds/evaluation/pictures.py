@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from opd_ds.config import RunConfig
+from opd_ds.config.schema import RunConfig
+from opd_ds.data import PromptSet
 from opd_ds.diffusion import kernel
+from opd_ds.diffusion.noise import SampleNoise, sample_seed
+from opd_ds.diffusion.rollout import chunks, rollout
 from opd_ds.engine import Group
 from opd_ds.models import Conditioning, ModelFamily
-from opd_ds.prompts import PromptSet, SampleNoise, sample_seed
-from opd_ds.rollout import chunks, rollout
 
 _ENCODED_AT_ONCE = 256  # prompts per trip of offloaded text encoders; SD3's embeddings are some 3 MB each
 

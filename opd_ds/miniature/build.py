@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from opd_ds.checkpoint.export_student import EXPORT_FOLDER
+from opd_ds.config.loading import load_config
 from opd_ds.engine import Group
-from opd_ds.export import EXPORT_FOLDER
-from opd_ds.loading import load_config
 from opd_ds.miniature import reader, verify, world, write_hashes
 from opd_ds.miniature.build_base import BaseSettings, train_base, train_vae
 from opd_ds.miniature.networks import Sizes, make_pipeline
-from opd_ds.run import train
+from opd_ds.runs.train import train
 
 BASE = "miniature_base"
 SCORES_FILE = "scores.json"

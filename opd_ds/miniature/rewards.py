@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from opd_ds.hashing import file_sha256
 from opd_ds.miniature import assets, world
 from opd_ds.miniature.reader import FILE as READER_FILE
 from opd_ds.miniature.reader import load_reader
 from opd_ds.rewards.base import Metadata, Needs
+from opd_ds.utils.hashing import file_sha256
 
 _SIDE_COLUMNS = [0, 1, world.SIZE - 2, world.SIZE - 1]
 _INK_PIXELS = 20

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from opd_ds.config import LoraSection, RunConfig
+from opd_ds.config.paths import PACKAGE_PREFIX, resolve_ds_config, resolve_path
+from opd_ds.config.schema import LoraSection, RunConfig
 from opd_ds.engine import read_ds_config
-from opd_ds.loading import PACKAGE_PREFIX, resolve_ds_config, resolve_path
 from opd_ds.models import lora
 from opd_ds.plan.inputs import network_inputs, squared_sum
 from opd_ds.plan.metering import Cost, Meter, forward_cost, held_tensors, training_cost

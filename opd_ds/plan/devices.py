@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from opd_ds.cluster.world import World
 from opd_ds.errors import UserError, nearest
-from opd_ds.launch import World
 
 GIB = 2**30
 GPUS_PER_NODE = 8

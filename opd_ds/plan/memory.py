@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import ceil, prod
 
-from opd_ds.config import DistilConfig, RunConfig, TeacherSection
+from opd_ds.config.rl import NftSection, TeachConfig
+from opd_ds.config.schema import DistilConfig, RunConfig, TeacherSection
 from opd_ds.engine import frozen_ds_config, student_ds_config
 from opd_ds.models import family_class
 from opd_ds.plan.costs import Costs
@@ -14,8 +15,7 @@ from opd_ds.plan.devices import GIB, Devices
 from opd_ds.plan.network import Counts, Model, bytes_of
 from opd_ds.plan.passes import student_passes
 from opd_ds.plan.zero import FP32, Part, Phase, Placed, Zero, alive_when_reduced, frozen_weights, student_state
-from opd_ds.teach.config import NftSection, TeachConfig
-from opd_ds.teachers import ANCHOR
+from opd_ds.training.teachers import ANCHOR
 
 # Parameters of reward models that score on the run's device, in float32 unless their options say otherwise.
 _REWARDS = {

@@ -16,11 +16,11 @@ from peft import LoraConfig
 from safetensors import safe_open
 from torch import nn
 
-from opd_ds.config import LoraSection, RunConfig, StudentSection
+from opd_ds.config.paths import PACKAGE_PREFIX, package_root, resolve_path
+from opd_ds.config.schema import LoraSection, RunConfig, StudentSection
 from opd_ds.errors import UserError, nearest
-from opd_ds.loading import PACKAGE_PREFIX, package_root, resolve_path
 from opd_ds.models import ModelFamily, family_class, lora
-from opd_ds.preparation import DTYPES, load_family
+from opd_ds.training.networks import DTYPES, load_family
 
 _CLIP_TOKENS = 77
 _ADAPTER = "plan"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from opd_ds.config import DistilConfig, RunConfig
+from opd_ds.config.rl import NftSection, TeachConfig
+from opd_ds.config.schema import DistilConfig, RunConfig
 from opd_ds.models import family_class
-from opd_ds.teach.config import NftSection, TeachConfig
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from opd_ds.config import RunConfig
+from opd_ds.config.schema import RunConfig
 from opd_ds.errors import UserError
 from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import GIB, Devices

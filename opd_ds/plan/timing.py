@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from opd_ds.config import RunConfig
+from opd_ds.config.rl import TeachConfig
+from opd_ds.config.schema import RunConfig
 from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import Devices
 from opd_ds.plan.memory import Layout, batches, layout, rows_per_rank, tasks_at_once, teachers_draw
@@ -13,7 +14,6 @@ from opd_ds.plan.metering import Cost
 from opd_ds.plan.network import Counts, Model, bytes_of
 from opd_ds.plan.passes import Passes, round_passes
 from opd_ds.plan.zero import FP32, Zero
-from opd_ds.teach.config import TeachConfig
 
 ACHIEVED = 0.40  # of a device's bf16 peak, in products of matrices and attention
 PRECISION_FACTOR = {"bf16": 1.0, "fp16": 1.0, "fp32": 1 / 8}

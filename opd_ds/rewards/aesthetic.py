@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from opd_ds.hashing import file_sha256
 from opd_ds.rewards.base import Metadata, Needs
 from opd_ds.rewards.checkpoints import linear_head, located, precision, read_state, still_needed
 from opd_ds.rewards.clip import DTYPES, FOLDER_PREPROCESSING, clip_from_folder
@@ -18,6 +17,7 @@ from opd_ds.rewards.clipscore import CLIP_VIT_L_14
 from opd_ds.rewards.gaps import CountsGaps, Gaps
 from opd_ds.rewards.pictures import close_scores
 from opd_ds.rewards.weights import Weights
+from opd_ds.utils.hashing import file_sha256
 
 _HEAD = Weights(
     "aesthetic",

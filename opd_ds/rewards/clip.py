@@ -11,13 +11,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from opd_ds.hashing import file_sha256
 from opd_ds.rewards.base import Needs, batches
 from opd_ds.rewards.checkpoints import from_transformers, located, precision, still_needed
 from opd_ds.rewards.gaps import CountsGaps, Gaps
 from opd_ds.rewards.pictures import Preprocess, centre_crop, stacked
 from opd_ds.rewards.tokens import Tokens
 from opd_ds.rewards.weights import WrongWeightsError
+from opd_ds.utils.hashing import file_sha256
 
 if TYPE_CHECKING:
     from transformers import CLIPModel

@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from opd_ds.errors import UserError, nearest
-from opd_ds.hashing import file_sha256
 from opd_ds.rewards.base import Metadata, Needs
 from opd_ds.rewards.checkpoints import located, precision, read_state, still_needed
 from opd_ds.rewards.clip import DTYPES, CLIPEncoder
@@ -20,6 +19,7 @@ from opd_ds.rewards.open_clip import clip_from_open_clip
 from opd_ds.rewards.pictures import close_scores, pad_long_side
 from opd_ds.rewards.tokens import Tokens
 from opd_ds.rewards.weights import Weights, WrongWeightsError
+from opd_ds.utils.hashing import file_sha256
 
 # The files are in half precision.
 _FILES = {

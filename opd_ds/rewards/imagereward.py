@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from opd_ds.hashing import file_sha256
 from opd_ds.rewards.base import Metadata, Needs, batches
 from opd_ds.rewards.checkpoints import (
     State,
@@ -29,6 +28,7 @@ from opd_ds.rewards.gaps import CountsGaps, Gaps
 from opd_ds.rewards.pictures import centre_crop_torchvision, close_scores, stacked
 from opd_ds.rewards.tokens import Tokens
 from opd_ds.rewards.weights import Weights
+from opd_ds.utils.hashing import file_sha256
 
 if TYPE_CHECKING:
     from transformers import BlipTextConfig, BlipVisionConfig

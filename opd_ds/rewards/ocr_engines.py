@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from opd_ds.errors import UserError
-from opd_ds.hashing import file_sha256
+from opd_ds.utils.hashing import file_sha256
 
 
 class Engine(Protocol):

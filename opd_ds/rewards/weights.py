@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opd_ds.errors import UserError
-from opd_ds.hashing import file_sha256
+from opd_ds.utils.hashing import file_sha256
 
 WEIGHTS_VARIABLE = "OPD_DS_WEIGHTS"
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from opd_ds.checkpoint import latest_checkpoint
-from opd_ds.loading import package_root
+from opd_ds.checkpoint.store import latest_checkpoint
+from opd_ds.config.paths import package_root
 from tests.cluster.conftest import Cluster
 from tests.crash_trials import drafts
 from tests.test_checkpoint import bit_flip

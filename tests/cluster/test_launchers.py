@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from opd_ds.loading import package_root
-from opd_ds.slurm import Job, batch_script
+from opd_ds.cluster.slurm import Job, batch_script
+from opd_ds.config.paths import package_root
 from tests.cluster.conftest import Cluster
 
 LAUNCHERS = package_root().resolve().parent / "launchers"
@@ -86,7 +86,7 @@ class Place:
 def place(tmp_path: Path) -> Place:
     for folder in ("record", "bin", "opd_ds"):
         (tmp_path / folder).mkdir()
-    # `opd-ds` on PATH for srun; the module opd_ds.cli, found in the working folder first, for the other launchers.
+    # `opd-ds` on PATH for srun; the module opd_ds.cli.main, found in the working folder first, for the other launchers.
     (tmp_path / "bin" / "opd-ds").write_text("#!/usr/bin/env -S python -S\n" + STUB)
     (tmp_path / "bin" / "opd-ds").chmod(0o755)
     (tmp_path / "opd_ds" / "__init__.py").touch()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from opd_ds.loading import package_root
+from opd_ds.config.paths import package_root
 from tests.cluster.conftest import Cluster
 from tests.test_multirank import metrics
 from tests.tiny import launch

@@ -1,6 +1,6 @@
 """Writes mmdet_tiny.npz: what mmdet answers to the tiny checkpoint of mmdet_layout.py.
 
-Run it, from this folder, in the environment of opd_ds/rewards/reference/requirements/mmdet.txt:
+Run it, from this folder, in the environment of tools/reference_parity/requirements/mmdet.txt:
     python record_mmdet_tiny.py
 """
 
@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 INPUT, CONTENT, ORIGINAL = (64, 96), (40, 60), (53, 80)
 
 
-sys.path.append(str(HERE.parents[1] / "opd_ds/rewards/reference"))
+sys.path.append(str(HERE.parents[1] / "tools/reference_parity"))
 from runner import adapter  # noqa: E402
 
 

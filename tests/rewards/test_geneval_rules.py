@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from opd_ds.data import PromptSet
 from opd_ds.errors import UserError
-from opd_ds.prompts import PromptSet
 from opd_ds.rewards.geneval import tag_means
 from opd_ds.rewards.geneval.rules import CLASSES, Detection, Task, is_correct, keep, partial_score, relations
 

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import typer
 from PIL import Image
 from typer.testing import CliRunner
 
 from opd_ds.errors import UserError
-from opd_ds.rewards.reference import cli, environment, ours, runner
-from opd_ds.rewards.reference.environment import Environment, Phase, Requirements, build
-from opd_ds.rewards.reference.parity import Row, compare, draw_pictures, parity
 from tests.rewards.clip_world import pictures
+from tools.reference_parity import __main__ as cli
+from tools.reference_parity import environment, ours, runner
+from tools.reference_parity.environment import Environment, Phase, Requirements, build
+from tools.reference_parity.parity import Row, compare, draw_pictures, parity
 
 # Called like the library that it imports, which must be no obstacle.
 ADAPTER = """
@@ -162,11 +162,8 @@ def test_drawn_pictures_differ_and_stay_the_same() -> None:
 
 
 def test_commands(library: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
-    app = typer.Typer()
-    cli.register(app)
-
     def run(*arguments: str) -> tuple[int, str]:
-        result = CliRunner().invoke(app, [*arguments, "--folder", str(library.folder)])
+        result = CliRunner().invoke(cli.app, [*arguments, "--folder", str(library.folder)])
         return result.exit_code, result.output + str(result.exception or "")
 
     assert run("env", "colorsys") == (0, f"colorsys: ready in {library.folder}\n")

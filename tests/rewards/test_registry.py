@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from opd_ds.cli import app
+from opd_ds.cli.main import app
 from opd_ds.errors import UserError
 from opd_ds.rewards import RewardUnavailableError, build, check, reward_class, reward_names
 from tests.rewards.servers import answering
@@ -29,7 +29,7 @@ def rewards(*arguments: str) -> tuple[int, str]:
 def imported_by(*arguments: str) -> set[str]:
     """Which of `HEAVY` a fresh process has imported after `opd-ds ARGUMENTS`."""
     program = (
-        "import sys; from opd_ds.cli import app; app(sys.argv[2:], standalone_mode=False); "
+        "import sys; from opd_ds.cli.main import app; app(sys.argv[2:], standalone_mode=False); "
         "print(*[name for name in sys.argv[1].split() if name in sys.modules], sep='\\n', file=sys.stderr)"
     )
     command = [sys.executable, "-c", program, " ".join(HEAVY), *arguments]
@@ -81,7 +81,7 @@ def test_check_is_one_line_each_and_an_exit_code(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_broken_torchvision_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opd_ds.rewards.cli.TORCHVISION_PROBLEM", "RuntimeError: operator torchvision::nms")
+    monkeypatch.setattr("opd_ds.cli.rewards.TORCHVISION_PROBLEM", "RuntimeError: operator torchvision::nms")
     for arguments in (["list"], ["check", "jpeg_compressibility"]):
         code, output = rewards(*arguments)
         assert code == 0

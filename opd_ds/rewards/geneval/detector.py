@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from opd_ds.hashing import file_sha256
 from opd_ds.rewards.geneval import pipeline
 from opd_ds.rewards.geneval.convert import mask2former_from_mmdet
 from opd_ds.rewards.geneval.rules import CLASSES, THRESHOLD, Detection
 from opd_ds.rewards.weights import WrongWeightsError
+from opd_ds.utils.hashing import file_sha256
 
 if TYPE_CHECKING:
     from transformers import Mask2FormerForUniversalSegmentation

@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from opd_ds.errors import UserError
-from opd_ds.hashing import file_sha256
 from opd_ds.rewards.base import Metadata, Needs, batches
 from opd_ds.rewards.checkpoints import located, still_needed
 from opd_ds.rewards.clip import clip_from_folder
@@ -23,6 +22,7 @@ from opd_ds.rewards.geneval.pipeline import upright
 from opd_ds.rewards.geneval.rules import Detection, Task, is_correct, keep, partial_score
 from opd_ds.rewards.pictures import centre_crop_torchvision
 from opd_ds.rewards.weights import Weights
+from opd_ds.utils.hashing import file_sha256
 
 Mode = Literal["strict", "partial"]
 _CROPS = 16  # per forward of CLIP

@@ -1,0 +1,272 @@
+"""What a model family has to do, on a tiny random pipeline of its own: draw as diffusers, train under ZeRO-3, save."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from weakref import WeakSet
+
+import diffusers
+import torch
+import yaml
+from torch import Tensor, nn
+
+from opd_ds.checkpoint.export_student import EXPORT_FOLDER
+from opd_ds.checkpoint.store import CHECKPOINTS_FOLDER
+from opd_ds.diffusion import kernel, velocity_error
+from opd_ds.diffusion.noise import SampleNoise
+from opd_ds.diffusion.rollout import Trajectory, rollout
+from opd_ds.models import ModelFamily, build_family, family_class
+from opd_ds.plan.inputs import network_inputs, squared_sum
+from opd_ds.plan.metering import held_tensors, training_cost
+from opd_ds.runs.export import checkpointed_student
+
+CPU = torch.device("cpu")
+KINDS = ("full", "lora")
+PROMPTS = ["a red 3 on blue", "a neat 8 beside a black square on a white square", "the number 5", "a green 7"]
+STEPS = 4
+GUIDANCES = (1.0, 3.5)
+_TEXTS = ("encoder_hidden_states", "cap_feats")  # how networks name the prompt's states
+DS_CONFIG = {
+    # Everything is under the default threshold here and would never be partitioned.
+    "zero_optimization": {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+}
+
+
+def tiny_module(name: str) -> ModuleType:
+    """The module that writes the family's tiny pipelines; ModuleNotFoundError where there is none."""
+    return import_module(f"opd_ds.testing.tiny.{name}")
+
+
+@torch.no_grad()
+def trajectory(
+    family: ModelFamily,
+    network: Any,
+    prompts: list[str],
+    noise: SampleNoise,
+    guidance: float,
+    steps: int,
+    keep: torch.dtype | None = None,
+) -> Trajectory:
+    """A network's `euler` rollout; an empty negative prompt. States are kept where `keep` names a dtype."""
+    cond, uncond, sigmas = family.encode(prompts), family.encode([""]), family.sigmas(steps)
+    return rollout(
+        lambda x, sigma, rows, step: family.guided_velocity(network, x, sigma, cond[rows], uncond, guidance),
+        noise,
+        kernel("euler").coefficients(sigmas),
+        sigmas,
+        micro_batch=len(prompts),
+        device=family.device,
+        keep=keep,
+    )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One family's tiny world in `folder`: base/, teacher/ (of another seed), prompts.txt, <kind>.yaml and its run."""
+
+    name: str
+    folder: Path
+
+    def write(self) -> None:
+        """Pipelines, prompts and the configs of one round, full and LoRA."""
+        tiny = tiny_module(self.name)
+        self.folder.mkdir(parents=True)
+        tiny.write(self._base)
+        tiny.write(self.folder / "teacher", seed=5)
+        (self.folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+        (self.folder / "zero3.json").write_text(json.dumps(DS_CONFIG), encoding="utf-8")
+        for kind in KINDS:
+            self.config(kind).write_text(yaml.safe_dump(self._settings(kind)), encoding="utf-8")
+
+    def config(self, kind: str) -> Path:
+        return self.folder / f"{kind}.yaml"
+
+    def distance_to_diffusers(self) -> float:
+        """Largest difference of our latents to those of the base's own pipeline, over guidances."""
+        network = self.family.load_transformer()
+        return max(
+            _distance(self._draw(self._pipeline(self._base), guidance), self._roll_out(network, guidance))
+            for guidance in GUIDANCES
+        )
+
+    def distance_of_export(self, kind: str) -> float:
+        """Largest difference between what diffusers draws from a run's export and what its checkpoint draws here.
+
+        Raises:
+            ValueError: the export draws what the base draws.
+        """
+        run, guidance = self.folder / kind, GUIDANCES[-1]
+        (checkpoint,) = (run / CHECKPOINTS_FOLDER).glob("round-*")
+        if kind == "lora":
+            pipeline = self._pipeline(self._base)
+            pipeline.load_lora_weights(run / EXPORT_FOLDER)
+        else:
+            pipeline = self._pipeline(run / EXPORT_FOLDER)
+        ours = self._roll_out(checkpointed_student(self.family, checkpoint), guidance)
+        distance = _distance(self._draw(pipeline, guidance), ours)
+        moved = _distance(ours, self._roll_out(self.family.load_transformer(), guidance))
+        if moved < 10 * distance:
+            raise ValueError(f"after a {kind} round the student draws what the base draws (difference {moved:.2g})")
+        return distance
+
+    def bf16_difference(self) -> float:
+        """Median over pairs (state, step) of |loss in bf16 - loss in fp32| / loss in fp32, at the same states."""
+        guidance = GUIDANCES[-1]
+        rolled = trajectory(
+            self.family, self.family.load_transformer(), PROMPTS, self._noise, guidance, STEPS, torch.float32
+        )
+        assert rolled.states is not None
+        exact, rounded = (self._losses(self._build(dtype), rolled.states) for dtype in (torch.float32, torch.bfloat16))
+        return float(((rounded - exact).abs() / exact).median())
+
+    @torch.no_grad()
+    def finite_at_both_ends(self) -> bool:
+        """Whether no velocity at sigma 1 or 0 is NaN or infinite, in fp32 and bf16."""
+        found = []
+        for dtype in (torch.float32, torch.bfloat16):
+            family = self._build(dtype)
+            network, cond, x = family.load_transformer(), family.encode(PROMPTS), self._noise.draw(slice(None))
+            found += [family.velocity(network, x, torch.full((len(x),), sigma), cond) for sigma in (1.0, 0.0)]
+        return all(bool(velocity.isfinite().all()) for velocity in found)
+
+    def plan_error(self) -> float:
+        """Relative error of what the plan expects each further row to keep for the backward, in bytes.
+
+        The plan runs the network without data on inputs that it makes itself; here a real forward is counted. What does
+        not grow with the batch (tables of positions) is left out: in a tiny network it would outweigh the rest.
+        """
+        planned, kept = zip(*(self._kept_of(rows) for rows in (1, 2)), strict=True)
+        return (planned[1] - planned[0]) / (kept[1] - kept[0]) - 1
+
+    # ---- the parts ----
+
+    @cached_property
+    def family(self) -> ModelFamily:
+        return self._build(torch.float32)
+
+    @property
+    def _base(self) -> Path:
+        return self.folder / "base"
+
+    @cached_property
+    def _size(self) -> dict[str, int]:
+        """Four by six patches, so that height and width could not be confused; two frames of latents or more."""
+        unit = build_family(self.name, self._base, dtype=torch.float32, device=CPU).size_unit
+        frames = {} if family_class(self.name).default_frames is None else {"frames": 9}
+        return {"height": 4 * unit, "width": 6 * unit, **frames}
+
+    @property
+    def _noise(self) -> SampleNoise:
+        return SampleNoise(list(range(len(PROMPTS))), self.family.latent_shape)
+
+    def _build(self, dtype: torch.dtype) -> ModelFamily:
+        return build_family(self.name, self._base, dtype=dtype, device=CPU, text_encoders="resident", **self._size)
+
+    def _pipeline(self, folder: Path) -> Any:
+        pipeline = getattr(diffusers, self.family.pipeline_class).from_pretrained(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _draw(self, pipeline: Any, guidance: float) -> Tensor:
+        return tiny_module(self.name).draw(
+            pipeline, self.family, PROMPTS, self._noise.draw(slice(None)), guidance, STEPS
+        )
+
+    def _roll_out(self, network: nn.Module, guidance: float) -> Tensor:
+        return trajectory(self.family, network, PROMPTS, self._noise, guidance, STEPS).final
+
+    def _kept_of(self, rows: int) -> tuple[float, int]:
+        """Bytes kept for the backward of so many rows: by the plan, and really."""
+        family, network = self.family, self.family.load_transformer()
+        cond, noise = family.encode(PROMPTS[:1] * rows), SampleNoise(list(range(rows)), family.latent_shape)
+        x, sigma = noise.draw(slice(None)), torch.full((rows,), 0.5)
+        kept, seen = _bytes_kept(network, lambda: family.velocity(network, x, sigma, cond))
+        (text,) = (held_tensors(value)[0].shape[-2] for name, value in seen.items() if name in _TEXTS)
+        config = json.loads((self._base / "transformer" / "config.json").read_text(encoding="utf-8"))
+        inputs = network_inputs(family.transformer_class, config, family.latent_shape, rows, text, torch.float32)
+        return training_cost(family.empty_transformer(), inputs, squared_sum).saved, kept
+
+    @torch.no_grad()
+    def _losses(self, family: ModelFamily, states: Tensor) -> Tensor:
+        """The student's and the teacher's squared distance at `states` [B, T, ...]: [B, T]. Weights would cancel."""
+        networks = family.load_transformer(), family.load_transformer(self.folder / "teacher")
+        cond, uncond, sigmas = family.encode(PROMPTS), family.encode([""]), family.sigmas(STEPS).float()
+
+        def velocity(network: nn.Module, step: int, guidance: float) -> Tensor:
+            x = states[:, step]
+            sigma: Tensor = sigmas[step].expand(len(x))
+            return family.guided_velocity(network, x, sigma, cond, uncond, guidance)
+
+        columns = []
+        for step in range(STEPS):
+            student, teacher = (velocity(network, step, GUIDANCES[-1]) for network in networks)
+            columns.append(velocity_error(student, teacher))
+        return torch.stack(columns, dim=1)
+
+    def _settings(self, kind: str) -> dict[str, Any]:
+        teacher = {"path": str(self.folder / "teacher"), "guidance": GUIDANCES[0]}
+        return {
+            "run": {"rounds": 1, "output_dir": str(self.folder / kind)},
+            "model": {"family": self.name, "path": str(self._base), **self._size},
+            "precision": "fp32",
+            "deepspeed": str(self.folder / "zero3.json"),
+            "student": {"kind": kind, "lora": {"rank": 4, "alpha": 8}, "ema": {"decay": 0}},
+            "optimizer": {"lr": 1e-2},
+            "rollout": {"samples": 4, "steps": STEPS, "guidance": GUIDANCES[-1], "micro_batch": 2},
+            "train": {"micro_batch": 4},
+            "tasks": {"one": {"teacher": teacher, "prompts": str(self.folder / "prompts.txt")}},
+            "evaluation": {"baselines": False},
+        }
+
+
+class _Kept:
+    """What autograd keeps of a tensor; it goes with the part of the graph that needs it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def _bytes_kept(network: nn.Module, forward: Callable[[], object]) -> tuple[int, dict[str, Any]]:
+    """Bytes that `forward` keeps for a backward of `network`, its parameters and inputs left out, its output not; and
+    the inputs.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
+    kept: WeakSet[_Kept] = WeakSet()
+    seen: dict[str, Any] = {}
+    given: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> _Kept:
+        one = _Kept(tensor)
+        kept.add(one)
+        return one
+
+    def note_inputs(_: nn.Module, __: object, inputs: dict[str, Any]) -> None:
+        seen.update(inputs)
+        known.update(tensor.untyped_storage().data_ptr() for tensor in held_tensors(inputs))
+        kept.clear()  # what came before belongs to no network
+
+    hooks = [
+        network.register_forward_pre_hook(note_inputs, with_kwargs=True),
+        network.register_forward_hook(lambda _, __, output: given.extend(held_tensors(output))),
+    ]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one.tensor):
+        held = forward()
+    for hook in hooks:
+        hook.remove()
+    storages = [tensor.untyped_storage() for tensor in (*(one.tensor for one in kept), *given)]
+    del held
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(nbytes for address, nbytes in sizes.items() if address not in known), seen
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference; NaN where there is one."""
+    return float((a - b).abs().max())

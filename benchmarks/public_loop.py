@@ -1,1 +1,0 @@
-../opd_ds/bench/speed/public_loop.py

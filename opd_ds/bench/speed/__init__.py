@@ -1,1 +1,0 @@
-"""`opd-ds bench speed`: our rounds against the public loop's, on the same work, in turns."""

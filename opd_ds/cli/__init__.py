@@ -1,0 +1,1 @@
+"""The `opd-ds` command, one thin file per sub-command. Importing it loads neither torch nor diffusers."""

@@ -1,0 +1,72 @@
+"""`opd-ds train --dry-run`: everything that is derived, before anything starts."""
+
+from __future__ import annotations
+
+import json
+
+import yaml
+
+from opd_ds.cluster.world import World
+from opd_ds.config.rl import TeachConfig
+from opd_ds.config.schema import RunConfig, TrainedSection
+from opd_ds.data import shard
+from opd_ds.models import family_class
+from opd_ds.runs.setup import find_files
+
+
+def describe(config: RunConfig, world: World) -> str:
+    """The resolved run, the batch arithmetic and the completed ds_config. Files are checked; no network is loaded.
+
+    Raises:
+        UserError: as a real start would.
+    """
+    files = find_files(config, world)
+    settings = config.rollout
+    trained = config.trained_steps
+    part = shard(settings.samples, 0, world.size)
+    pairs = len(part) * trained
+    filled = len(part) * world.size - settings.samples
+    one_pass = family_class(config.model.family).passes(settings.guidance) == 1
+    passes = "one pass" if one_pass else "two passes (guidance), batched in one"
+    tasks = ", ".join(
+        f"{name} (teacher {files.teachers[name].path.name})" if name in files.teachers else f"{name} ({_rewards(task)})"
+        for name, task in config.tasks.items()
+    )
+    if isinstance(config, TeachConfig):
+        prompts = settings.samples // config.teach.group
+        group = [f"prompts a round        {prompts} per task, {config.teach.group} pictures of each"]
+    else:
+        group = []
+    asked = -(-pairs // config.scoring_micro_batch) * config.frozen_velocities
+    at_once = 1 if isinstance(config, TeachConfig) and config.teach.schedule == "alternate" else len(config.tasks)
+    if settings.mode == "fused":
+        count = -(-len(part) * len(config.tasks) // settings.micro_batch)
+        work = [
+            f"rollout and training   {settings.steps} steps in {count} micro-batches over all tasks, {passes}, then "
+            "one optimizer step",
+        ]
+    else:
+        work = [
+            f"rollout                {settings.steps} steps in micro-batches of {settings.micro_batch}, {passes}",
+            f"scoring                {asked} forwards of frozen weights per task and process",
+            f"training               {-(-pairs // config.train.micro_batch) * at_once} micro-batches of "
+            f"{config.train.micro_batch} per process, then one optimizer step",
+        ]
+    lines = [
+        f"processes              {world.size}",
+        f"tasks                  {len(config.tasks)}: {tasks}",
+        f"samples a round        {settings.samples} per task, {settings.samples * at_once} in all",
+        *group,
+        f"samples per process    {len(part)} per task"
+        + (f" ({filled} filling samples at weight 0, because {settings.samples} is not a multiple)" if filled else ""),
+        f"trained steps          {trained} of {settings.steps}: {pairs} (state, step) pairs per task and process",
+        *work,
+        f"rounds                 {config.run.rounds}, a checkpoint every {config.run.checkpoint_every}",
+    ]
+    resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    ds_config = json.dumps(files.student_ds_config, indent=2)
+    return "\n".join(["# run", resolved, "# arithmetic", *lines, "", f"# ds_config ({config.deepspeed})", ds_config])
+
+
+def _rewards(task: TrainedSection) -> str:
+    return " + ".join(reward.label for reward in task.rewards)

@@ -1,0 +1,79 @@
+"""The `opd-ds` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from opd_ds.cli.data import app as data_app
+from opd_ds.cli.doctor import doctor
+from opd_ds.cli.eval import evaluate
+from opd_ds.cli.export import export
+from opd_ds.cli.launch import launch
+from opd_ds.cli.merge import merge
+from opd_ds.cli.models import models
+from opd_ds.cli.plan import plan
+from opd_ds.cli.rewards import app as rewards_app
+from opd_ds.cli.train import teach, train
+from opd_ds.cluster.failures import leave
+from opd_ds.errors import Interrupted
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+miniature = typer.Typer(no_args_is_help=True, help="The embedded world: a tiny SD3 on handwritten digits.")
+app.add_typer(miniature, name="miniature")
+app.add_typer(data_app, name="data")
+app.add_typer(rewards_app, name="rewards")
+app.command("eval")(evaluate)
+app.command()(doctor)
+app.command("launch")(launch)
+app.command()(export)
+app.command()(merge)
+app.command()(models)
+app.command()(plan)
+app.command("train")(train)
+app.command("teach")(teach)
+
+
+@app.callback()
+def common(local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0) -> None:
+    """Teach diffusion models tasks; distil several such teachers into one student."""
+    # The deepspeed launcher puts --local_rank before the sub-command; LOCAL_RANK says the same and is what we read.
+
+
+@app.command()
+def recipes() -> None:
+    """List the shipped recipes."""
+    from opd_ds.config.loading import recipe_summaries
+
+    for name, line in recipe_summaries().items():
+        typer.echo(f"{name:26} {line}")
+
+
+@miniature.command("build")
+def build_miniature(
+    output_dir: Annotated[Path, typer.Option(help="where base, teachers and prompts are written")],
+    seed: int = 0,
+) -> None:
+    """Make the miniature world from scratch (about 25 minutes on 2 cores; needs scikit-learn)."""
+    from opd_ds.cluster.rendezvous import prepare_environment
+    from opd_ds.cluster.world import World
+    from opd_ds.engine import init_group
+    from opd_ds.miniature.build import build
+    from opd_ds.utils.logging import quiet_libraries
+
+    prepare_environment(World())
+    quiet_libraries()
+    with init_group(World()) as group:
+        build(output_dir, group, seed=seed)
+
+
+def main() -> None:
+    """Run the command; see `opd_ds.cluster.failures` for how errors are said."""
+    try:
+        app()
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not isinstance(error, Interrupted):  # typer's own ending
+            raise
+        leave(error)

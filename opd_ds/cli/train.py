@@ -1,0 +1,74 @@
+"""`opd-ds train` and `opd-ds teach`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from opd_ds.errors import UserError
+
+Recipe = Annotated[str | None, typer.Option(help="a shipped recipe, see `opd-ds recipes`")]
+Config = Annotated[Path | None, typer.Option(help="your own YAML run config")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, repeatable")]
+Resume = Annotated[str, typer.Option(help="never, auto, or the folder of a checkpoint")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved run and start nothing")]
+
+
+def _command(only_teach: bool, text: str) -> Callable[..., None]:
+    def command(
+        recipe: Recipe = None,
+        config: Config = None,
+        overrides: Overrides = None,
+        resume: Resume = "never",
+        dry_run: DryRun = False,
+    ) -> None:
+        _start(recipe, config, overrides or [], resume, dry_run=dry_run, only_teach=only_teach)
+
+    command.__doc__ = text
+    return command
+
+
+def _start(
+    recipe: str | None, config: Path | None, overrides: list[str], resume: str, *, dry_run: bool, only_teach: bool
+) -> None:
+    from opd_ds.cluster.rendezvous import prepare_environment
+    from opd_ds.cluster.signals import listen
+    from opd_ds.cluster.world import who_am_i
+    from opd_ds.config.loading import load_config
+    from opd_ds.config.rl import TeachConfig
+
+    listen()  # first of all: a signal that comes while libraries and models load must not be lost
+    world = who_am_i()
+    settings = load_config(recipe, config, overrides)
+    if only_teach and not isinstance(settings, TeachConfig):
+        raise UserError(f"{recipe or config}: has no section `teach`; distillations start with `opd-ds train`")
+    if dry_run:
+        from opd_ds.cli.dry_run import describe
+
+        if world.is_main:
+            typer.echo(describe(settings, world))
+        return
+    prepare_environment(world)
+    from datetime import timedelta
+
+    from opd_ds.engine import init_group
+    from opd_ds.runs.train import train as run_training
+    from opd_ds.utils.logging import quiet_libraries
+
+    quiet_libraries()
+    # The watch over hangs speaks first; a collective's own timeout is only there in case it cannot.
+    with init_group(world, timedelta(minutes=settings.run.hang_minutes + 10)) as group:
+        run_training(settings, group, resume)
+
+
+train = _command(
+    False,
+    """Run a config: distil, or learn from rewards where it has a section `teach` (as `opd-ds teach`).
+
+    One process by itself, or one per device under deepspeed, torchrun or srun.
+    """,
+)
+teach = _command(True, "Make a specialist by reinforcement learning from rewards; starts like `opd-ds train`.")

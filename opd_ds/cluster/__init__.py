@@ -1,0 +1,1 @@
+"""Processes among others: rank and rendezvous, signals, heartbeats, failures, SLURM scripts."""

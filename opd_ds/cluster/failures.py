@@ -1,0 +1,120 @@
+"""How a run ends when it ends badly: one message, from the rank that failed first, and never a hang."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import sys
+import time
+import traceback
+from typing import TYPE_CHECKING
+
+from opd_ds.cluster.signals import deaf, ends_with
+from opd_ds.errors import Interrupted, NonFiniteError, UserError
+
+if TYPE_CHECKING:
+    from opd_ds.cluster.watchdog import Peers
+
+# The launcher ends all other processes within about a second of the first that exits.
+SECONDS_TO_BE_ENDED = 6.0
+# How gloo and NCCL say it.
+_LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "ncclRemoteError",
+    "remote process exited",
+)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+def leave(error: BaseException) -> None:
+    """Say what went wrong and end the process.
+
+    `os._exit` skips the process group's destructors, which would wait for peers that are gone.
+    """
+    if isinstance(error, Interrupted):
+        # The state is saved. A normal exit would wait for rewards that are still being judged.
+        _end(error.code if isinstance(error.code, int) else 0)
+    peers = _peers()
+    if peers is not None:
+        deaf()
+        peers.stand_back()
+        _end(_settle(error, peers))
+    # No group yet: all ranks read the same config and fail alike. Rank 0 speaks, and the launcher ends the others;
+    # only one that is still there after that, because it failed alone, speaks for itself.
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+    rank = int(next((os.environ[name] for name in names if name in os.environ), "0"))
+    if rank > 0:
+        ends_with(_code(error))
+        time.sleep(SECONDS_TO_BE_ENDED)
+    print(_message(error, f"[rank {rank}] " if rank > 0 else ""), file=sys.stderr)
+    _end(_code(error))
+
+
+def _settle(error: BaseException, peers: Peers) -> int:
+    """Speak if this rank is the first to fail; returns the exit code, which is the first one's."""
+    from opd_ds.cluster.watchdog import BEAT_SECONDS, LOST_EXIT_CODE
+
+    rank = int(os.environ["RANK"])
+    where = "" if isinstance(error, UserError | NonFiniteError) else f"[rank {rank} on {socket.gethostname()}] "
+    code, text = _code(error), _message(error, where)
+    try:
+        if _is_consequence(error):
+            known = peers.failure()
+            if known is not None:
+                return known.code
+            lost = ", ".join(f"rank {silent} on {peers.host_of(silent)}" for silent in peers.silent_ranks())
+            if lost:  # nobody is, and nobody has said anything: then it is this rank's own failure
+                code = LOST_EXIT_CODE
+                text = f"opd-ds: error: lost {lost}, which said nothing: killed (out of memory?), or its node is gone. "
+                text += f"{where}noticed it in: {_first_line(error)}"
+        first = peers.claim(code, text)
+    except RuntimeError as gone:  # the store went with rank 0; what is our own to say is still said
+        if _is_consequence(error):
+            peers.say_store_is_gone(gone)
+            return LOST_EXIT_CODE
+        print(text, file=sys.stderr)
+        return code
+    if first.rank == rank:
+        print(text, file=sys.stderr)
+    sys.stderr.flush()
+    if rank == 0:
+        time.sleep(2.5 * BEAT_SECONDS)  # rank 0 holds the store in which the others read this
+    return first.code
+
+
+def _is_consequence(error: BaseException) -> bool:
+    """Of another rank's end: a collective that broke off."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_PEER)
+
+
+def _message(error: BaseException, where: str) -> str:
+    if isinstance(error, UserError | NonFiniteError):
+        return "\n".join(f"opd-ds: error: {where}{line}" for line in str(error).splitlines())
+    if isinstance(error, OSError) and error.errno in _DISK:
+        file = f" {error.filename}" if error.filename else ""
+        return f"opd-ds: error: {where}could not write{file}: {error.strerror}; the last checkpoint is intact"
+    trace = "".join(traceback.format_exception(error))
+    return f"opd-ds: {where}failed:\n{trace}"
+
+
+def _code(error: BaseException) -> int:
+    return 2 if isinstance(error, UserError) else 3 if isinstance(error, NonFiniteError) else 1
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def _end(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _peers() -> Peers | None:
+    module = sys.modules.get("opd_ds.cluster.watchdog")  # not imported when the config was already wrong
+    return module.current_peers() if module is not None else None

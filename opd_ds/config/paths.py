@@ -1,0 +1,74 @@
+"""From names in a config to files: local paths, `package:` paths, hub ids, shipped ds_configs."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+
+from opd_ds.errors import UserError, nearest
+
+PACKAGE_PREFIX = "package:"
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(/.+)?$")
+
+
+def package_root() -> Path:
+    return Path(str(resources.files("opd_ds")))
+
+
+def resolve_path(value: str, key: str) -> Path:
+    """A local path, `package:<path inside opd_ds>`, or a hub id, fetched if need be: `org/name`, with a folder or a
+    safetensors file behind it (`org/name/sub/folder`).
+
+    Raises:
+        UserError: nothing is there, naming the config key.
+    """
+    if value.startswith(PACKAGE_PREFIX):
+        path = package_root() / value.removeprefix(PACKAGE_PREFIX)
+        if not path.exists():
+            raise UserError(f"{key} = {value!r}: opd_ds carries no such file")
+        return path
+    local = Path(value).expanduser()
+    if local.exists():
+        return local.resolve()
+    if value.startswith((".", "/", "~")) or not _HUB_ID.match(value):
+        raise UserError(f"{key} = {value!r}: no such file or folder; give a path that exists or a hub id 'org/name'")
+    return _from_hub(value, key)
+
+
+def _from_hub(value: str, key: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    org, name, *rest = value.split("/", 2)
+    subfolder = rest[0] if rest else ""
+    one_file = subfolder.endswith(".safetensors")
+    patterns = [subfolder if one_file else f"{subfolder}/*"] if subfolder else None
+    # Single-file and half-precision duplicates of the same weights are skipped.
+    ignored = ["*.ckpt", "*.bin", "*.msgpack", "*.fp16.safetensors", "*.png", "*.jpg"]
+    if not subfolder:
+        ignored.append("sd3*.safetensors")
+    try:
+        root = Path(
+            snapshot_download(f"{org}/{name}", allow_patterns=patterns, ignore_patterns=None if one_file else ignored)
+        )
+    except Exception as error:  # the hub client raises many kinds; the user needs one line, with the cause chained
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{key} = {value!r}: no such local folder, and the model hub did not give it ({type(error).__name__}: "
+            f"{reason}); log in with `hf auth login` if it is gated, or give a local folder"
+        ) from error
+    if not (root / subfolder).exists():
+        raise UserError(f"{key} = {value!r}: the hub repository {org}/{name} has no {subfolder!r}")
+    return root / subfolder
+
+
+def resolve_ds_config(value: str, key: str) -> Path:
+    """A DeepSpeed JSON: a path, or the name of one shipped in ds_configs/ (with or without folder and ending)."""
+    if Path(value).expanduser().is_file():
+        return Path(value).expanduser()
+    shipped = package_root() / "ds_configs"
+    candidate = shipped / f"{Path(value).name.removesuffix('.json')}.json"
+    if candidate.is_file():
+        return candidate
+    names = sorted(path.stem for path in shipped.glob("*.json"))
+    raise UserError(f"{key} = {value!r}: no such file; shipped are {', '.join(names)}.{nearest(value, names)}")

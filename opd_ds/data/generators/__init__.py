@@ -1,0 +1,1 @@
+"""Prompt sets that are made: compositions for GenEval, lettering for OCR."""

@@ -1,0 +1,1 @@
+"""Several models' weights into one, without training."""

@@ -1,0 +1,110 @@
+"""`opd-ds eval` from start to end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rich.console import Console
+
+from opd_ds.runs.model_specs import Requests, contestants
+from opd_ds.config.schema import PromptsSection, RewardSection, RunConfig
+from opd_ds.engine import Group
+from opd_ds.errors import UserError
+from opd_ds.evaluation.benchmark import Benchmark, EvaluationSet
+from opd_ds.evaluation.pictures import Painter
+from opd_ds.evaluation.publish import publish
+from opd_ds.evaluation.report import REPORT_FILE
+from opd_ds.evaluation.results import RESULTS_FILE, Results, print_results
+from opd_ds.utils.hashing import weights_sha256
+from opd_ds.config.paths import resolve_path
+from opd_ds.runs.monitor import METRICS_FILE, read_metrics
+from opd_ds.runs.setup import EVALUATION_FOLDER, all_prompts, build_rewards, check_text_cache
+from opd_ds.training.networks import load_family
+from opd_ds.data import PromptSet
+from opd_ds.rewards import check
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to evaluate beyond what the config says.
+
+    Attributes:
+        prompts: further sets, `name=file`.
+        rewards: labels of the config or names of rewards; these instead of the tasks'.
+        limit: only the first prompts of each set.
+    """
+
+    models: Requests = field(default_factory=Requests)
+    prompts: list[str] = field(default_factory=list)
+    rewards: list[str] = field(default_factory=list)
+    limit: int | None = None
+
+
+def evaluate(config: RunConfig, choice: Choice, group: Group) -> Results:
+    """Draw, judge, write `<run.output_dir>/eval/`. Collective.
+
+    Raises:
+        UserError: on every rank, before any network loads.
+    """
+    group.watch_hangs(config.run.hang_minutes, config.run.output_dir)
+    with group.agreed():
+        chosen = _rewards(config, choice.rewards)
+        for label, section in chosen.items():
+            check(section.name, f"reward {label}", section.options)
+        prompts = _prompts(config, choice.prompts)
+        base = resolve_path(config.model.path, "model.path")
+        if group.world.is_main:
+            drawn = [found.prompts[: choice.limit] for found in prompts.values()]
+            check_text_cache(config, base, all_prompts(config, drawn))
+        family = load_family(config, base, group.device)
+        models = contestants(config, family, choice.models, list(prompts), group.device)
+        base_sha256 = weights_sha256(base)
+        rewards = build_rewards(chosen, group.device)
+    sets = {name: _set(config, name, found, list(chosen), choice) for name, found in prompts.items()}
+    folder = config.run.output_dir / EVALUATION_FOLDER
+    benchmark = Benchmark(folder, group, Painter(config, family, group), base_sha256, sets, rewards)
+    results = publish(benchmark, models, group, read_metrics(config.run.output_dir / METRICS_FILE))
+    if group.world.is_main:
+        console = Console(soft_wrap=True)
+        print_results(console, results)
+        console.print(f"scores:  {folder / RESULTS_FILE}\nreport:  {folder / REPORT_FILE}", highlight=False)
+    return results
+
+
+def _rewards(config: RunConfig, requested: list[str]) -> dict[str, RewardSection]:
+    """By label: the tasks' rewards, or those requested."""
+    known = config.rewards
+    if not requested:
+        return known
+    return {name: known.get(name) or RewardSection.model_validate(name) for name in requested}
+
+
+def _prompts(config: RunConfig, requested: list[str]) -> dict[str, PromptSet]:
+    """The held-out prompts of tasks and probes, then the requested sets."""
+    found = {
+        name: PromptSet.read(judged.eval_prompts, f"{config.place(name)}.eval_prompts")
+        for name, judged in config.evaluated.items()
+        if judged.eval_prompts is not None
+    }
+    for request in requested:
+        name, separator, value = request.partition("=")
+        if not separator or not name.replace("-", "").replace("_", "").isalnum() or name in found:
+            raise UserError(
+                f"--prompts {request}: expected NAME=FILE with a new name of letters, digits, '_' and '-'; "
+                f"taken are {', '.join(found) or 'none'}"
+            )
+        found[name] = PromptSet.read(PromptsSection(path=value), f"--prompts {name}")
+    if not found:
+        raise UserError("no prompts to evaluate on: no task has eval_prompts; give --prompts NAME=FILE")
+    return found
+
+
+def _set(config: RunConfig, name: str, prompts: PromptSet, labels: list[str], choice: Choice) -> EvaluationSet:
+    """Every reward is asked about every prompt. A task's own are those it names, the headline first, and those that
+    only the command line names; a free set's are all of them.
+    """
+    own = list(labels)
+    if name in config.evaluated:
+        named = [reward.label for reward in config.evaluated[name].rewards if reward.label in labels]
+        own = named + [label for label in labels if label not in config.rewards]
+    return EvaluationSet.of(prompts, tuple(labels), tuple(own), config.evaluation.samples_per_prompt, choice.limit)

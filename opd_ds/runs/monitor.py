@@ -1,0 +1,182 @@
+"""What people watch: progress bar, TensorBoard, metrics.jsonl, scores.jsonl. Only rank 0 shows anything."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from opd_ds.config.schema import RunConfig
+from opd_ds.evaluation.evaluator import Means
+from opd_ds.cluster.world import World
+from opd_ds.training.trainer import RoundReport
+from opd_ds.runs.reward_eval import Look
+
+METRICS_FILE = "metrics.jsonl"
+LOOKS_FILE = "rewards.jsonl"
+SCORES_FILE = "scores.jsonl"
+
+
+class Monitor:
+    """Writes one object a round to metrics.jsonl and the same, with more detail, to TensorBoard.
+
+    Args:
+        start_round: rounds already done; later lines of an earlier attempt are dropped from metrics.jsonl.
+    """
+
+    def __init__(self, config: RunConfig, world: World, start_round: int) -> None:
+        self.console = Console(stderr=False, quiet=not world.is_main, soft_wrap=True)
+        self._active = world.is_main
+        self._rounds = config.run.rounds
+        self._last = time.perf_counter()
+        if not self._active:
+            return
+        folder = config.run.output_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        (folder / "config.yaml").write_text(resolved)
+        for name in (METRICS_FILE, LOOKS_FILE, SCORES_FILE):
+            _drop_rounds_after(folder / name, start_round)
+        self._metrics = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._looks, self._scores = folder / LOOKS_FILE, folder / SCORES_FILE
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_round + 1)
+        self._writer.add_text("config", f"```yaml\n{resolved}\n```", start_round)
+        self._progress = Progress(
+            TextColumn("round"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[status]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._bar = self._progress.add_task("rounds", total=self._rounds, completed=start_round, status="")
+
+    def __enter__(self) -> Monitor:
+        if self._active:
+            self._progress.start()
+        self._last = time.perf_counter()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._active:
+            self._progress.stop()
+            self._metrics.close()
+            self._writer.close()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    def round(self, report: RoundReport) -> None:
+        """Record one round."""
+        now = time.perf_counter()
+        elapsed, self._last = now - self._last, now
+        if not self._active:
+            return
+        row = _metrics_row(report, report.samples / elapsed)
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+        self._to_tensorboard(row, report)
+        self._show(report, row["samples_per_s"])
+
+    def identities(self, rewards: dict[str, dict[str, Any]]) -> None:
+        """Engine, weights and preprocessing of the run's rewards, by label."""
+        if self._active and rewards:
+            self._writer.add_text("rewards", f"```yaml\n{yaml.safe_dump(rewards)}\n```")
+
+    def looks(self, looks: list[Look]) -> None:
+        """Scores of the watch, each with the round whose pictures were judged, however late it arrives."""
+        if not self._active or not looks:
+            return
+        with self._looks.open("a", encoding="utf-8") as stream:
+            for look in looks:
+                stream.write(json.dumps(asdict(look)) + "\n")
+                if look.mean is not None:
+                    self._writer.add_scalar(f"watch/{look.source}/{look.task}/{look.label}", look.mean, look.round)
+
+    def scores(self, round_index: int, scores: Means) -> None:
+        """Held-out rewards of the student by task and label, also as one object a time in scores.jsonl."""
+        flat = {f"{task}/{label}": value for task, labels in scores.items() for label, value in labels.items()}
+        if self._active:
+            with self._scores.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"round": round_index} | flat) + "\n")
+            for key, value in flat.items():
+                self._writer.add_scalar(f"reward/{key}", value, round_index)
+        shown = ", ".join(f"{key} {value:.3f}" for key, value in flat.items())
+        self.say(f"round {round_index}: held-out rewards of the student: {shown}")
+
+    def picture(self, tag: str, picture: Image.Image | None, round_index: int) -> None:
+        """Show a picture, if there is one."""
+        if self._active and picture is not None:
+            self._writer.add_image(tag, np.asarray(picture), round_index, dataformats="HWC")
+
+    def _to_tensorboard(self, row: dict[str, Any], report: RoundReport) -> None:
+        for key, value in row.items():
+            if key != "round":
+                self._writer.add_scalar(key, value, report.round)
+        for task, measures in report.losses.by_step.items():
+            for name, values in measures.items():
+                for step, value in enumerate(values.tolist()):
+                    if value == value:  # a step that was not trained is NaN
+                        self._writer.add_scalar(f"step_{name}/{task}/{step:02d}", value, report.round)
+
+    def _show(self, report: RoundReport, rate: float) -> None:
+        told = [f"{task} kl {means['kl']:.2e}" for task, means in report.losses.means.items() if "kl" in means]
+        told += [f"{key} {value:.3f}" for key, value in report.scores.items() if key.endswith("/mean")]
+        status = f"loss {report.losses.loss:.3e}  {'  '.join(told)}  {rate:.1f} samples/s"
+        self._progress.update(self._bar, completed=report.round, status=status)
+        every = max(1, self._rounds // 20)
+        if not self.console.is_terminal and (report.round % every == 0 or report.round in (1, self._rounds)):
+            left = self._progress.tasks[0].time_remaining
+            eta = f"  ETA {left / 60:.1f} min" if left else ""
+            self.say(f"round {report.round}/{self._rounds}  {status}{eta}")
+
+
+def _metrics_row(report: RoundReport, rate: float) -> dict[str, Any]:
+    row: dict[str, Any] = {"round": report.round, "loss": report.losses.loss, "grad_norm": report.grad_norm}
+    row |= {f"task/{task}/{name}": x for task, means in report.losses.means.items() for name, x in means.items()}
+    row |= {f"rollout/{key}": value for key, value in report.scores.items()}
+    row |= {f"passes/{kind}": count for kind, count in report.passes.items()}
+    row |= {"learning_rate": report.learning_rate, "samples_per_s": rate}
+    row |= {f"seconds/{phase}": seconds for phase, seconds in report.seconds.items()}
+    # ru_maxrss is in KiB on Linux, in bytes on macOS.
+    unit = 2**20 if sys.platform != "darwin" else 2**30
+    row["memory/host_peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    if torch.cuda.is_available():
+        row["memory/device_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return row
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """All rows of a metrics.jsonl, none if there is no such file; a last line cut off by a kill is left out."""
+    if not file.is_file():
+        return []
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _drop_rounds_after(file: Path, last_round: int) -> None:
+    if file.is_file():
+        kept = [row for row in read_metrics(file) if row["round"] <= last_round]
+        draft = file.with_suffix(".tmp")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        draft.replace(file)

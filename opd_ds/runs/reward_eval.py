@@ -1,0 +1,115 @@
+"""Rewards beside the training: a worker thread of rank 0 judges pictures while the next rounds run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from opd_ds.config.schema import RunConfig
+from opd_ds.evaluation.evaluator import Shown, judge
+from opd_ds.evaluation.pictures import Item, to_image
+from opd_ds.rewards import Reward
+from opd_ds.training.trainer import Rolled
+
+Source = Literal["held_out", "rollout"]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one reward said of one task's pictures after a round; `mean` is over the `judged`, None when none was."""
+
+    round: int
+    source: Source
+    task: str
+    label: str
+    mean: float | None
+    judged: int
+    failed: int
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    source: Source
+    task: str
+    asked: list[Item]
+    images: Callable[[], list[Image.Image]]
+
+
+class Watch:
+    """Takes pictures of a round and gives scores later. A round never waits for it.
+
+    At most one look is being judged and one waits: where rewards are slower than `watch.every` rounds, further looks
+    are left out, with a line in the log, so that pictures do not pile up in memory.
+
+    Args:
+        rewards: by label.
+        decode: latents [B, C, ...] to pictures [B, 3, H, W] in [0, 1]; called in the worker.
+    """
+
+    def __init__(self, config: RunConfig, rewards: dict[str, Reward], decode: Callable[[Tensor], Tensor]) -> None:
+        self._settings, self._rewards, self._decode = config.watch, rewards, decode
+        self._labels = {name: [reward.label for reward in judged.rewards] for name, judged in config.evaluated.items()}
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="rewards")
+        self._pending: list[Future[list[Look]]] = []
+
+    def submit(self, done: int, rolled: dict[str, Rolled], held_out: dict[str, list[Shown]]) -> None:
+        """Have round `done`'s own rollouts and its held-out pictures judged."""
+        if sum(not future.done() for future in self._pending) > 1:
+            logging.getLogger("opd_ds").warning(
+                "round %d: the rewards are still busy with earlier rounds, this look is left out; raise watch.every",
+                done,
+            )
+            return
+        parts = [self._of_rollouts(task, drawn) for task, drawn in rolled.items()]
+        parts += [self._of_held_out(task, shown) for task, shown in held_out.items()]
+        self._pending.append(self._worker.submit(self._judge, done, parts))
+
+    def finished(self) -> list[Look]:
+        """Scores that have arrived since the last call; does not wait."""
+        ready = [future for future in self._pending if future.done()]
+        self._pending = [future for future in self._pending if future not in ready]
+        return [look for future in ready for look in future.result()]
+
+    def close(self, waiting: Callable[[], None]) -> list[Look]:
+        """The scores still under way; waits for them, and calls `waiting` now and then."""
+        while wait(self._pending, timeout=10).not_done:
+            waiting()
+        self._worker.shutdown(wait=True)
+        return self.finished()
+
+    def _of_rollouts(self, task: str, drawn: Rolled) -> _Pictures:
+        count = min(self._settings.rollouts, len(drawn.prompts))
+        final = drawn.final[:count].clone()  # the round's other latents may go
+        asked = [Item(i, 0, drawn.prompts[i], drawn.metadata[i], i) for i in range(count)]
+        return _Pictures("rollout", task, asked, lambda: [to_image(p) for p in self._decode(final).cpu()])
+
+    @staticmethod
+    def _of_held_out(task: str, shown: list[Shown]) -> _Pictures:
+        return _Pictures("held_out", task, [item for item, _ in shown], lambda: [image for _, image in shown])
+
+    def _judge(self, done: int, parts: list[_Pictures]) -> list[Look]:
+        looks = []
+        for part in parts:
+            labels = self._labels[part.task]
+            if not labels or not part.asked:
+                continue
+            try:
+                images = part.images()
+            except Exception:  # decoding beside the training may run out of memory: a gap, not the end of the run
+                logging.getLogger("opd_ds").exception(
+                    "round %d: the pictures of task %s were not decoded", done, part.task
+                )
+                continue
+            for label in labels:
+                scores = judge(self._rewards[label], label, images, part.asked)
+                good = scores[torch.isfinite(scores)]
+                mean = float(good.mean()) if len(good) else None
+                looks.append(Look(done, part.source, part.task, label, mean, len(good), len(scores) - len(good)))
+        return looks

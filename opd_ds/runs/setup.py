@@ -1,0 +1,269 @@
+"""From a run config to a Trainer: find all files, check everything that can be checked, then load networks."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from opd_ds.config.schema import DistilConfig, RewardSection, RunConfig, StudentSection, TeacherSection
+from opd_ds.training.distillation import Distillation
+from opd_ds.engine import Group, ShardedEma, StudentEngine, frozen_ds_config, read_ds_config, student_ds_config
+from opd_ds.errors import UserError, about
+from opd_ds.evaluation.benchmark import Benchmark, EvaluationSet
+from opd_ds.evaluation.evaluator import Evaluator
+from opd_ds.evaluation.pictures import Painter
+from opd_ds.checkpoint.export_student import STUDENT_ADAPTER
+from opd_ds.utils.hashing import weights_sha256
+from opd_ds.cluster.world import World
+from opd_ds.config.paths import resolve_ds_config, resolve_path
+from opd_ds.models import ModelFamily, build_family, compile_blocks, lora
+from opd_ds.data import PromptSet
+from opd_ds.rewards import Reward, build, check
+from opd_ds.config.rl import TeachConfig, WeightedReward
+from opd_ds.training.rl.trainer import Reinforcement
+from opd_ds.training.teachers import ANCHOR, TeacherPool, TeacherSpec, check_weights
+from opd_ds.data.text_cache import TextCache, encoders_identity
+from opd_ds.training.networks import load_family, student_module
+from opd_ds.training.trainer import Trainer
+
+EVALUATION_FOLDER = "eval"
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Everything a run reads, found and checked."""
+
+    model: Path
+    start: Path | None
+    teachers: dict[str, TeacherSpec]
+    prompts: dict[str, PromptSet]
+    eval_prompts: dict[str, PromptSet]
+    student_ds_config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A run, ready to start. `identity` is what a checkpoint must share with the run that resumes it."""
+
+    family: ModelFamily
+    student: StudentEngine
+    ema: ShardedEma | None
+    teachers: TeacherPool
+    trainer: Trainer
+    evaluator: Evaluator
+    benchmark: Benchmark
+    rewards: dict[str, Reward]
+    identity: dict[str, Any]
+
+
+def find_files(config: RunConfig, world: World) -> RunFiles:
+    """Resolve and check every file the config names; loads no network.
+
+    Raises:
+        UserError: the first thing that is missing or contradictory.
+    """
+    ds_path = resolve_ds_config(config.deepspeed, "deepspeed")
+    ds_config = student_ds_config(read_ds_config(ds_path), config, world, str(ds_path))
+    offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {})
+    if offload.get("device") == "nvme" and config.weight_copies:
+        raise UserError(
+            f"deepspeed = {config.deepspeed!r} keeps the master weights on NVMe, where no average or earlier policy "
+            "can follow them; offload the optimizer to cpu (or keep none: student.ema.decay = 0 and, with "
+            "teach.algorithm = 'guard', teach.kl = 0)"
+        )
+    for name, judged in config.evaluated.items():
+        for reward in judged.rewards:
+            check(reward.name, f"{config.place(name)}.rewards", reward.options)
+    prompts, eval_prompts = find_prompts(config)
+    if world.is_main:
+        _say_repeats(config, prompts, eval_prompts)
+    model = resolve_path(config.model.path, "model.path")
+    if world.is_main:
+        texts = [found.prompts for found in (*prompts.values(), *eval_prompts.values())]
+        check_text_cache(config, model, all_prompts(config, texts))
+    start = resolve_path(config.student.start, "student.start") if config.student.start else None
+    teachers = {
+        name: _find_teacher(config, f"tasks.{name}.teacher", teacher, world)
+        for name, teacher in config.teachers.items()
+    }
+    if isinstance(config, DistilConfig) and config.anchor:
+        teachers[ANCHOR] = _find_teacher(config, "anchor", config.anchor, world)
+    return RunFiles(model, start, teachers, prompts, eval_prompts, ds_config)
+
+
+def find_prompts(config: RunConfig) -> tuple[dict[str, PromptSet], dict[str, PromptSet]]:
+    """Training prompts by task; held-out prompts by task or probe.
+
+    Raises:
+        UserError: as `PromptSet.read`.
+    """
+    prompts = {name: PromptSet.read(task.prompts, f"tasks.{name}.prompts") for name, task in config.tasks.items()}
+    eval_prompts = {
+        name: PromptSet.read(judged.eval_prompts, f"{config.place(name)}.eval_prompts")
+        for name, judged in config.evaluated.items()
+        if judged.eval_prompts is not None
+    }
+    return prompts, eval_prompts
+
+
+def all_prompts(config: RunConfig, sets: Iterable[Sequence[str]]) -> list[str]:
+    """What a run encodes, each text once: the negative prompt and all sets."""
+    return list(dict.fromkeys([config.model.negative_prompt, *(prompt for one in sets for prompt in one)]))
+
+
+def check_text_cache(config: RunConfig, model: Path, prompts: list[str]) -> None:
+    """Raise UserError when a run would read encoded prompts that are not there, or not of its text encoders."""
+    if config.model.text_encoders == "cached":
+        TextCache(config.text_cache).check(encoders_identity(config, model), prompts)
+
+
+def _say_repeats(config: RunConfig, prompts: dict[str, PromptSet], eval_prompts: dict[str, PromptSet]) -> None:
+    sets = {f"tasks.{name}.prompts": found for name, found in prompts.items()}
+    sets |= {f"{config.place(name)}.eval_prompts": found for name, found in eval_prompts.items()}
+    for key, found in sets.items():
+        if found.repeats:
+            logging.getLogger("opd_ds").warning(
+                "%s: %d of %d prompts stand further up already and are drawn as often as they stand there; "
+                "`unique: true` keeps the first of each",
+                key, found.repeats, len(found),
+            )  # fmt: skip
+
+
+def _find_teacher(config: RunConfig, key: str, teacher: TeacherSection, world: World) -> TeacherSpec:
+    ds_config = None
+    if teacher.placement == "zero_inference":
+        path = resolve_ds_config(teacher.deepspeed or "zero_inference_gpu", f"{key}.deepspeed")
+        ds_config = frozen_ds_config(read_ds_config(path), config.precision, world.size, str(path))
+    return TeacherSpec(teacher, resolve_path(teacher.path, f"{key}.path"), ds_config)
+
+
+def prepare(config: RunConfig, group: Group) -> Parts:
+    """Build the run. Collective.
+
+    Raises:
+        UserError: on every rank, with the message of the first rank that failed.
+    """
+    with group.agreed():
+        files = find_files(config, group.world)
+        family = load_family(config, files.model, group.device)
+        _check_weights(config, files, family)
+        identity = run_identity(config, files, family) if group.world.is_main else None
+    with group.agreed():
+        module = student_module(config.student, config.run.seed, family, files.start)
+        if config.model.compile_blocks:
+            compile_blocks(module)
+        if group.device.type == "cuda":
+            module.to(group.device)
+    student = StudentEngine(module, files.student_ds_config, group, config.rollout.gather)
+    ema = ShardedEma(student, config.student.ema) if config.student.ema.decay > 0 else None
+    teachers = TeacherPool(family, files.teachers, group.device, compiled=config.model.compile_blocks)
+    rewards = build_rewards(config.rewards, group.device)
+    trainer: Trainer
+    if isinstance(config, TeachConfig):
+        trainer = Reinforcement(config, group, family, student, ema, files.prompts, rewards)
+    else:
+        assert isinstance(config, DistilConfig)
+        trainer = Distillation(config, group, family, student, ema, files.prompts, teachers)
+    painter = Painter(config, family, group)
+    evaluator = Evaluator(config, group, painter, files.eval_prompts, rewards)
+    identity = group.gather(identity)[0]
+    if isinstance(config, TeachConfig):
+        for name, task in config.tasks.items():
+            identity["tasks"][name]["rewards"] = [_reward_identity(r, rewards[r.label]) for r in task.rewards]
+    sets = {
+        name: EvaluationSet.of(prompts, own, own, config.evaluation.samples_per_prompt)
+        for name, prompts in files.eval_prompts.items()
+        for own in [tuple(reward.label for reward in config.evaluated[name].rewards)]
+    }
+    folder = config.run.output_dir / EVALUATION_FOLDER
+    benchmark = Benchmark(folder, group, painter, identity["base"]["sha256"], sets, rewards)
+    return Parts(family, student, ema, teachers, trainer, evaluator, benchmark, rewards, identity)
+
+
+def build_rewards(chosen: dict[str, RewardSection], device: torch.device) -> dict[str, Reward]:
+    """By label, on the run's device where their options name no other."""
+    return {label: build(reward.name, **{"device": str(device)} | reward.options) for label, reward in chosen.items()}
+
+
+def _check_weights(config: RunConfig, files: RunFiles, family: ModelFamily) -> None:
+    family.check_guidance("rollout.guidance", config.rollout.guidance)
+    for name, judged in config.evaluated.items():
+        if judged.guidance is not None:
+            family.check_guidance(f"{config.place(name)}.guidance", judged.guidance)
+    for name, spec in files.teachers.items():
+        key = "anchor.path" if name == ANCHOR else f"tasks.{name}.teacher.path"
+        settings = spec.settings
+        family.check_guidance(f"{key.removesuffix('path')}guidance", settings.guidance)
+        check_weights(family, key, settings.path, spec.path, config.model.path, trust_base=settings.trust_base)
+    if files.start is None:
+        return
+    value, chosen = str(config.student.start), config.student
+    check_weights(family, "student.start", value, files.start, config.model.path, trust_base=True)
+    if chosen.kind != "lora":
+        if not lora.is_adapter(files.start):
+            with about(f"student.start = {value!r}"):
+                family.check_same_weights(files.start)  # the export has the base's configuration
+        return
+    if not lora.is_adapter(files.start):
+        raise UserError(
+            f"student.start = {value!r} is a full checkpoint and student.kind = 'lora'; set model.path to it instead, "
+            "or student.kind to 'full'"
+        )
+    theirs = lora.read_adapter(files.start, family.pipeline_class)[0]
+    if (theirs.r, theirs.lora_alpha) != (chosen.lora.rank, chosen.lora.alpha):
+        raise UserError(
+            f"student.start = {value!r} has rank {theirs.r} and alpha {theirs.lora_alpha:g}, student.lora has rank "
+            f"{chosen.lora.rank} and alpha {chosen.lora.alpha:g}; set student.lora to the former"
+        )
+
+
+def run_identity(config: RunConfig, files: RunFiles, family: ModelFamily) -> dict[str, Any]:
+    """What decides a run's numbers: settings, and hashes of all weights and prompts. Speed settings are left out."""
+    data = config.model_dump(mode="json")
+    for section, keys in {"rollout": ("micro_batch", "mode", "gather"), "student": ("gradient_checkpointing",)}.items():
+        for key in keys:
+            data[section].pop(key)
+    if files.start is not None:
+        data["student"]["start"] = weights_sha256(files.start)
+    tasks: dict[str, dict[str, Any]] = {
+        name: {"prompts_sha256": files.prompts[name].sha256, "weight": task.weight, "guidance": task.guidance}
+        for name, task in config.tasks.items()
+    }
+    for name in config.teachers:
+        tasks[name] |= _teacher_identity(files.teachers[name])
+    if isinstance(config, TeachConfig):
+        for name in tasks:
+            tasks[name]["turns"] = data["tasks"][name]["turns"]
+        data["teach"].pop("reward_attempts")
+    kept = {key: data[key] for key in config.deciding}
+    if ANCHOR in files.teachers:
+        kept["anchor"] = {"weight": data["anchor"]["weight"], **_teacher_identity(files.teachers[ANCHOR])}
+    # What the DeepSpeed JSON may set beside the run config. Which of the Adams computes it is a matter of placement.
+    ds_config = copy.deepcopy(files.student_ds_config)
+    ds_config["optimizer"]["params"].pop("torch_adam", None)
+    kept["ds_config"] = {key: ds_config.get(key) for key in ("optimizer", "scheduler", "gradient_clipping")}
+    base = {
+        "sha256": weights_sha256(files.model),
+        "negative_prompt": config.model.negative_prompt,
+        "latent_shape": list(family.latent_shape),
+        "max_text_length": family.max_text_length,
+    }
+    return {"seed": config.run.seed, "inner_epochs": config.train.inner_epochs, "base": base, "tasks": tasks, **kept}
+
+
+def _teacher_identity(spec: TeacherSpec) -> dict[str, Any]:
+    return {"teacher_sha256": weights_sha256(spec.path), "teacher_guidance": spec.settings.guidance}
+
+
+def _reward_identity(section: WeightedReward, reward: Reward) -> dict[str, Any]:
+    """What decides its numbers; not where it is served, which may change from one start to the next."""
+    what = {key: value for key, value in reward.identity().items() if key != "served_at"}
+    return {"name": section.name, "label": section.label, "weight": section.weight, "identity": what}

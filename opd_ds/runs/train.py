@@ -1,0 +1,294 @@
+"""A run from start to end: resume, rounds, checkpoints, evaluation, export."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from opd_ds.checkpoint.store import (
+    CHECKPOINTS_FOLDER,
+    CheckpointStore,
+    any_checkpoint,
+    read_state,
+    refuse_other_run,
+)
+from opd_ds.config.schema import RunConfig
+from opd_ds.engine import Group, ShardReader, StudentEngine
+from opd_ds.errors import Interrupted, UserError
+from opd_ds.evaluation.benchmark import Benchmark, Contestant
+from opd_ds.evaluation.evaluator import Means, Shown, student_guidance
+from opd_ds.evaluation.publish import publish
+from opd_ds.evaluation.report import REPORT_FILE
+from opd_ds.evaluation.results import means
+from opd_ds.evaluation.tables import comparison_grid, print_table, summary
+from opd_ds.checkpoint.export_student import EXPORT_FOLDER, STUDENT_ADAPTER, export_student
+from opd_ds.utils.hashing import weights_sha256
+from opd_ds.cluster.signals import StopRequest, deaf, listen
+from opd_ds.models import lora
+from opd_ds.runs.monitor import METRICS_FILE, Monitor, read_metrics
+from opd_ds.runs.setup import Parts, prepare
+from opd_ds.training.trainer import RoundReport
+from opd_ds.runs.reward_eval import Watch
+
+JOB_VARIABLE, RESTARTS_VARIABLE = "SLURM_JOB_ID", "SLURM_RESTART_COUNT"
+
+
+def train(config: RunConfig, group: Group, resume: str = "never") -> None:
+    """The whole run. Collective.
+
+    Args:
+        resume: `never` (refuses an output folder with checkpoints), `auto` (the newest checkpoint, or a fresh start),
+            or the path of one checkpoint.
+
+    Raises:
+        UserError: something the user can fix, before the first round.
+        Interrupted: a signal asked for it; the state is saved.
+        NonFiniteError: loss or gradient norm is not finite; the last checkpoint is intact.
+    """
+    stop = listen()
+    settings = config.run
+    store = CheckpointStore(
+        settings.output_dir / CHECKPOINTS_FOLDER,
+        settings.keep_checkpoints,
+        group,
+        in_background=settings.checkpoint_in_background,
+    )
+    group.watch_hangs(settings.hang_minutes, settings.output_dir)
+    checkpoint = _find_checkpoint(store, resume, group)
+    group.progress("loading models")
+    parts = prepare(config, group)
+    group.progress("restoring the checkpoint")
+    start = _restore(parts, checkpoint, group) if checkpoint else 0
+    if checkpoint:
+        store.go_back_to(checkpoint, start)  # not before it is certain that the run goes on from there
+    with Monitor(config, group.world, start) as monitor:
+        monitor.say(f"resumed from {checkpoint}, {start} rounds done" if checkpoint else "starting at round 0")
+        monitor.identities(parts.benchmark.identities)
+        session = _Session(parts, store, monitor, stop, group, saved=start)
+        baselines = _baselines(config, parts, session, fresh=checkpoint is None)
+        watch = (
+            Watch(config, parts.rewards, parts.family.decode) if config.watch.every and group.world.is_main else None
+        )
+        for index in range(start, settings.rounds):
+            session.stop_if_asked(index)
+            report = parts.trainer.run_round(index)
+            monitor.round(report)
+            done = index + 1
+            if done % settings.checkpoint_every == 0 or done == settings.rounds:
+                session.save(done)
+            store.publish_if_written()
+            _show_student(config, parts, report, watch, monitor)
+        store.finish()
+        if watch is not None:
+            monitor.looks(watch.close(partial(group.progress, "waiting for the rewards")))
+        _finish(config, parts, baselines, session)
+
+
+# ---- checkpoints ----
+
+
+@dataclass
+class _Session:
+    """What saving and leaving need. `saved`: rounds in the newest checkpoint, or 0."""
+
+    parts: Parts
+    store: CheckpointStore
+    monitor: Monitor
+    stop: StopRequest
+    group: Group
+    saved: int
+
+    def save(self, done: int) -> None:
+        parts = self.parts
+        state = {
+            "round": done,
+            "job": os.environ.get(JOB_VARIABLE),
+            "world_size": self.group.world.size,
+            "zero_stage": parts.student.zero_stage,
+            "shapes": parts.student.shapes,
+            "adapter": lora.config_fields(parts.student.module, STUDENT_ADAPTER),
+            "student": parts.student.numbers(),
+            "copies": {copy.kind: copy.numbers() for copy in parts.trainer.copies},
+            "run": parts.identity,
+        }
+        self.group.progress(f"the checkpoint of round {done}")
+        entries = parts.student.copy_out()
+        for copy in parts.trainer.copies:
+            entries |= copy.copy_out()
+        self.store.save(done, state, entries)
+        self.saved = done
+
+    def stop_if_asked(self, done: int) -> None:
+        """Between rounds, or between the models of an evaluation: save what is not saved yet and leave. Collective."""
+        code = self.stop.agreed(self.group)
+        if code is None:
+            return
+        if done > self.saved:
+            self.save(done)
+        self.store.finish()
+        state = f"state saved in {self.store.place(done)}; go on with --resume auto" if done else "nothing to save yet"
+        deaf()
+        self.monitor.say(f"interrupted after round {done}; {state}")
+        raise Interrupted(code)
+
+
+def _find_checkpoint(store: CheckpointStore, resume: str, group: Group) -> Path | None:
+    """Where the run goes on. Collective."""
+    if resume == "auto":
+        return store.newest_whole()
+    if resume != "never":
+        requeued = os.environ.get(RESTARTS_VARIABLE, "0") != "0"
+        if requeued and (made := store.made_by(os.environ[JOB_VARIABLE])):
+            return made  # a requeued job has the arguments of its first start, and is further than they say
+        checkpoint = Path(resume)
+        with group.agreed():
+            read_state(checkpoint)
+        problems = store.problems(checkpoint)
+        if problems:
+            raise UserError(f"--resume {checkpoint}: damaged ({problems[0]}); give another checkpoint, or 'auto'")
+        return checkpoint
+    with group.agreed():
+        if (there := any_checkpoint(store.folder)) is not None:
+            raise UserError(
+                f"run.output_dir already holds {there}; give --resume auto to go on, or another run.output_dir"
+            )
+    return None
+
+
+def _restore(parts: Parts, checkpoint: Path, group: Group) -> int:
+    """Load `checkpoint`, on any number of ranks and at any ZeRO stage; returns the rounds it had done."""
+    with group.agreed():
+        state = read_state(checkpoint)
+        refuse_other_run(state["run"], parts.identity, checkpoint)
+        shards = ShardReader(checkpoint)
+    parts.student.copy_in(shards, state["student"])
+    for copy in parts.trainer.copies:
+        copy.copy_in(shards, state["copies"][copy.kind])
+    return int(state["round"])
+
+
+# ---- evaluation ----
+
+
+def _baselines(config: RunConfig, parts: Parts, session: _Session, *, fresh: bool) -> list[Contestant]:
+    """Base (or start) and teachers, their pictures drawn."""
+    benchmark, tasks, monitor = parts.benchmark, parts.identity["tasks"], session.monitor
+    if not config.evaluation.baselines or not benchmark.sets:
+        return []
+    guidance = student_guidance(config, list(benchmark.sets))
+    # Before the first round the student is the base, or what it starts from instead.
+    started_from = parts.identity["student"]["start"]
+    name, sha256 = ("start", started_from) if started_from else ("base", parts.identity["base"]["sha256"])
+    base = Contestant(name, sha256, guidance, parts.student.gathered)
+    teachers = [
+        Contestant(
+            f"teacher:{task}",
+            tasks[task]["teacher_sha256"],
+            dict.fromkeys(benchmark.sets, parts.teachers.guidance(task)),
+            partial(parts.teachers.active, task),
+        )
+        for task in config.teachers
+    ]
+    monitor.say(f"drawing {name}{' and teachers' if teachers else ''} on the held-out prompts")
+    if not fresh and benchmark.missing(base):
+        monitor.say(f"pictures of the {name} were not drawn at the first start: the final table will lack it")
+        models = teachers
+    else:
+        models = [base, *teachers]
+    for model in models:
+        benchmark.draw(model, partial(session.stop_if_asked, session.saved))
+    return models
+
+
+@contextmanager
+def _final_student(parts: Parts) -> Iterator[StudentEngine]:
+    """The averaged student where an EMA is kept."""
+    with parts.ema.swapped_in() if parts.ema is not None else nullcontext():
+        yield parts.student
+
+
+@contextmanager
+def _drawing_student(parts: Parts) -> Iterator[Any]:
+    """The same, to ask only."""
+    with _final_student(parts) as student, student.gathered() as network:
+        yield network
+
+
+def _show_student(config: RunConfig, parts: Parts, report: RoundReport, watch: Watch | None, monitor: Monitor) -> None:
+    """Scores, looks and image grids while the run goes on. Collective: `watch` lives on rank 0, the drawing on all."""
+    done, evaluator = report.round, parts.evaluator
+
+    def due(every: int) -> bool:
+        return every > 0 and done % every == 0
+
+    if watch is not None:
+        monitor.looks(watch.finished())
+    score_now = due(config.run.eval_every) and done < config.run.rounds
+    show_now = due(config.run.image_every) and done < config.run.rounds
+    held_out: dict[str, list[Shown]] = {}
+    guidance = student_guidance(config, evaluator.tasks)
+    if score_now or show_now or (due(config.watch.every) and config.watch.held_out):
+        with _drawing_student(parts) as network:
+            if due(config.watch.every) and config.watch.held_out:
+                held_out = evaluator.look(network, guidance, config.watch.held_out)
+            if score_now:
+                result = evaluator.run(network, guidance)
+                monitor.scores(done, result.scores)
+            if score_now or show_now:
+                shown = result.shown if score_now else evaluator.look(network, guidance, config.evaluation.grid_prompts)
+                pictures = {task: [image for _, image in pairs] for task, pairs in shown.items()}
+                prompts = {task: [item.prompt for item, _ in pairs] for task, pairs in shown.items()}
+                monitor.picture("student", comparison_grid({"student": pictures}, prompts), done)
+    if watch is not None and due(config.watch.every):
+        watch.submit(done, report.rolled, held_out)
+
+
+def _finish(config: RunConfig, parts: Parts, baselines: list[Contestant], session: _Session) -> None:
+    """Export, final scores, table, picture and report."""
+    group, monitor = session.group, session.monitor
+    folder, benchmark = config.run.output_dir, parts.benchmark
+    session.stop_if_asked(config.run.rounds)
+    with _final_student(parts) as student:
+        export_student(student, parts.family, config.student.kind, folder / EXPORT_FOLDER, group)
+    scores: dict[str, Means] = {}
+    if benchmark.sets:
+        identity = group.gather(weights_sha256(folder / EXPORT_FOLDER) if group.world.is_main else None)[0]
+        guidance = student_guidance(config, list(benchmark.sets))
+        models = [*baselines, Contestant("student", identity, guidance, partial(_drawing_student, parts))]
+        scores = _evaluate(config, benchmark, models, session)
+    if group.world.is_main:
+        data: dict[str, Any] = summary(scores, {name: judged.headline for name, judged in config.evaluated.items()})
+        (folder / "summary.json").write_text(json.dumps(data, indent=1) + "\n")
+        monitor.say("")
+        if scores:
+            print_table(monitor.console, data)
+    if benchmark.sets:
+        monitor.say(f"pictures:     {folder / 'grid.png'}")
+        monitor.say(f"report:       {benchmark.folder / REPORT_FILE}")
+    monitor.say(f"TensorBoard:  tensorboard --logdir {folder / 'tensorboard'}")
+    monitor.say(f"scores:       {folder / 'summary.json'}")
+    monitor.say(f"model:        {folder / EXPORT_FOLDER}")
+
+
+def _evaluate(config: RunConfig, benchmark: Benchmark, models: list[Contestant], session: _Session) -> dict[str, Means]:
+    """The final evaluation, as `opd-ds eval` makes it; mean rewards by model."""
+    group, monitor = session.group, session.monitor
+    pause = partial(session.stop_if_asked, config.run.rounds)
+    results = publish(benchmark, models, group, read_metrics(config.run.output_dir / METRICS_FILE), pause)
+    scores = means(results)
+    monitor.scores(config.run.rounds, scores["student"])
+    if group.world.is_main:
+        count = config.evaluation.grid_prompts
+        pictures = {model.name: benchmark.first_pictures(model, count) for model in models}
+        prompts = {name: chosen["prompts"] for name, chosen in results["sets"].items()}
+        grid = comparison_grid(pictures, prompts)
+        if grid is not None:
+            monitor.picture("models", grid, config.run.rounds)
+            grid.save(config.run.output_dir / "grid.png")
+    return scores

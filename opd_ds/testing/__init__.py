@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: tiny pipelines of every family, several runs in one launch."""

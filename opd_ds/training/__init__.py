@@ -1,0 +1,1 @@
+"""The round: rollout, teachers, buffer, loss, step."""

@@ -1,0 +1,71 @@
+"""The networks of a run: its model family, and the student's network as it is before the first round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from opd_ds.checkpoint.export_student import STUDENT_ADAPTER
+from opd_ds.config.schema import RunConfig, StudentSection
+from opd_ds.data.text_cache import TextCache
+from opd_ds.models import ModelFamily, build_family, lora
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_family(config: RunConfig, path: Path, device: torch.device, dtype: torch.dtype | None = None) -> ModelFamily:
+    """The run's model family around the folder at `path`, in `dtype` or the run's precision.
+
+    Raises:
+        UserError: a folder of another family.
+    """
+    settings = config.model
+    family = build_family(
+        settings.family,
+        path,
+        dtype=dtype or DTYPES[config.precision],
+        device=device,
+        height=settings.height,
+        width=settings.width,
+        frames=settings.frames,
+        max_text_length=settings.max_text_length,
+        text_encoders="resident" if settings.text_encoders == "resident" else "offload",
+    )
+    if settings.text_encoders == "cached":
+        family.encoded = TextCache(config.text_cache).read
+    return family
+
+
+def student_module(settings: StudentSection, seed: int, family: ModelFamily, start: Path | None) -> nn.Module:
+    """The student's network as it is before the first round, on the CPU.
+
+    Args:
+        start: `settings.start`, found.
+    """
+    adapter = start if start is not None and lora.is_adapter(start) else None
+    module = family.load_transformer(start if adapter is None else None)
+    if adapter is not None and settings.kind == "full":
+        lora.load_adapter(module, STUDENT_ADAPTER, adapter, family.pipeline_class)
+        lora.activate(module, STUDENT_ADAPTER)
+        weights = lora.merged_weights(module)
+        module = family.load_transformer()
+        module.load_state_dict(weights)
+    if settings.gradient_checkpointing:
+        module.enable_gradient_checkpointing()  # type: ignore[operator]
+    if adapter is not None and settings.kind == "lora":
+        module.requires_grad_(False)
+        lora.load_adapter(module, STUDENT_ADAPTER, adapter, family.pipeline_class)
+        lora.activate(module, STUDENT_ADAPTER, trainable=True)
+    elif settings.kind == "lora":
+        torch.manual_seed(seed)  # the same start on every rank
+        lora_config = LoraConfig(
+            r=settings.lora.rank,
+            lora_alpha=settings.lora.alpha,
+            target_modules=list(settings.lora.targets or family.lora_targets),
+            init_lora_weights="gaussian",
+        )
+        lora.new_adapter(module, STUDENT_ADAPTER, lora_config)
+    return module.train()
