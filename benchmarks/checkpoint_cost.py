@@ -39,7 +39,7 @@ def main(millions: int, folder: Path, repeats: int) -> None:
     for done in range(1, repeats + 1):
         for kind, store in stores.items():
             started = time.perf_counter()
-            entries = {key: value.clone() for key, value in state.items()}  # as StudentEngine.copy_out does
+            entries = {key: value.clone() for key, value in state.items()}  # as StudentEngine.state_dict does
             place = store.save(done, {"round": done}, entries)
             waits[kind].append(time.perf_counter() - started)
             del entries

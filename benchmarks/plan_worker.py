@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opd_ds.cluster.rendezvous import prepare_environment
-from opd_ds.cluster.world import who_am_i
+from opd_ds.cluster.world import detect_world
 from opd_ds.config.loading import load_config, parse_config
 from opd_ds.config.schema import RunConfig
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def main(config_file: str, out: str, rounds: int) -> None:
     """Rank 0 writes `out`: bytes on every rank, in the most expensive of the rounds and while loading."""
-    world = who_am_i()
+    world = detect_world()
     prepare_environment(world)
     config = load_config(None, Path(config_file), [])
     from opd_ds.engine import init_group

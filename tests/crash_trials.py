@@ -22,7 +22,7 @@ import opd_ds.checkpoint.store
 import opd_ds.runs.setup
 import opd_ds.utils.atomic_io
 from opd_ds.checkpoint.store import latest_checkpoint
-from opd_ds.cluster.failures import leave
+from opd_ds.cluster.failures import report_and_exit
 from opd_ds.cluster.rendezvous import prepare_environment
 from opd_ds.cluster.world import World
 from opd_ds.config.loading import load_config
@@ -48,7 +48,7 @@ def attempt(file: Path) -> None:
         train(load_config(None, file, []), init_group(world), "auto")
         os._exit(0)
     except BaseException as error:
-        leave(error)
+        report_and_exit(error)
 
 
 def drafts(folder: Path) -> set[tuple[int, int]]:

@@ -298,7 +298,7 @@ def test_a_checkpoint_makes_the_batch_script_forget_lost_ranks(
 ) -> None:
     """A job that loses a rank now and then gets on; one that dies before each checkpoint is given up."""
     losses = tmp_path / ".opd-ds-losses-7"
-    monkeypatch.setenv("OPD_DS_LOSSES_FILE", str(losses))
+    monkeypatch.setenv("OPD_DS_RESTARTS_FILE", str(losses))
     losses.write_text("3\n")
     checkpoints = store(tmp_path, group)
     checkpoints.save(1, STATE, ENTRIES)

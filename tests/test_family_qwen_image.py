@@ -71,8 +71,8 @@ def test_refusals(base: Path, family: ModelFamily, tmp_path: Path) -> None:
     other = tiny.write(tmp_path / "other")
     checks.change(other / "scheduler" / "scheduler_config.json", shift_terminal=None)
     with pytest.raises(UserError, match=r"shift_terminal = None, the student has 0\.02"):
-        family.check_same_world(other)
+        family.check_compatible(other)
     checks.change(other / "scheduler" / "scheduler_config.json", shift_terminal=0.02)
     checks.change(other / "vae" / "config.json", latents_mean=[0.0] * 4)
     with pytest.raises(UserError, match="latents_mean"):
-        family.check_same_world(other)
+        family.check_compatible(other)

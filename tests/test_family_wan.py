@@ -186,7 +186,7 @@ def test_the_grid_is_that_of_the_folders_scheduler(base: Path, tmp_path: Path) -
     other = shutil.copytree(folder, tmp_path / "other")
     UniPCMultistepScheduler.from_config(unipc.config, flow_shift=3.0).save_pretrained(other / "scheduler")
     with pytest.raises(UserError, match=r"flow_shift = 3.0, the student has 5.0"):
-        family(folder).check_same_world(other)
+        family(folder).check_compatible(other)
 
 
 def test_refusals(base: Path, tmp_path: Path) -> None:

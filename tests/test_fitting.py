@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opd_ds.training.auto_batch import Fitting
+from opd_ds.training.auto_batch import AutoMicroBatch
 
 
 def limited(rows: Tensor, at_most: int, sizes: list[int]):  # type: ignore[no-untyped-def]
@@ -25,7 +25,7 @@ def limited(rows: Tensor, at_most: int, sizes: list[int]):  # type: ignore[no-un
 @given(total=st.integers(1, 40), at_most=st.integers(1, 40))
 def test_all_rows_come_in_order_and_the_size_is_found_once(total: int, at_most: int) -> None:
     rows, sizes = torch.arange(total), list[int]()
-    fitting = Fitting("scoring", None, shrinks=True)
+    fitting = AutoMicroBatch("scoring", None, shrinks=True)
     found = torch.cat(fitting.run(total, limited(rows, at_most, sizes)))
     assert torch.equal(found, rows * 2)
     assert max(sizes) <= at_most
@@ -37,7 +37,7 @@ def test_all_rows_come_in_order_and_the_size_is_found_once(total: int, at_most: 
 
 def test_shrinking_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="opd_ds"):
-        Fitting("scoring.micro_batch = auto", None, shrinks=True).run(8, limited(torch.arange(8), 2, []))
+        AutoMicroBatch("scoring.micro_batch = auto", None, shrinks=True).run(8, limited(torch.arange(8), 2, []))
     assert [r.getMessage() for r in caplog.records] == [
         "scoring.micro_batch = auto: 8 at once do not fit, going on with 4",
         "scoring.micro_batch = auto: 4 at once do not fit, going on with 2",
@@ -47,4 +47,4 @@ def test_shrinking_is_said(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize("shrinks", [True, False])
 def test_what_cannot_shrink_says_so(shrinks: bool) -> None:
     with pytest.raises(torch.OutOfMemoryError):
-        Fitting("scoring", None, shrinks=shrinks).run(4, limited(torch.arange(4), 0, []))
+        AutoMicroBatch("scoring", None, shrinks=shrinks).run(4, limited(torch.arange(4), 0, []))

@@ -17,7 +17,7 @@ from opd_ds.diffusion import (
     kernel_names,
     kl_weight,
     mean_matching,
-    predicted_picture,
+    predicted_x0,
     step_weights,
 )
 from opd_ds.errors import UserError
@@ -71,7 +71,7 @@ def test_dpm_is_diffusers_dpm_solver_multistep(order: int, steps: int) -> None:
         sigma = float(scheduler.sigmas[step])
         theirs = scheduler.step(field(theirs, sigma), timestep, theirs).prev_sample
         velocity = field(ours, sigma)
-        ours, history = table.mean(step, ours, velocity, history), predicted_picture(ours, velocity, sigma)
+        ours, history = table.mean(step, ours, velocity, history), predicted_x0(ours, velocity, sigma)
         # The scheduler keeps its sigmas in float32.
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
 
@@ -86,7 +86,7 @@ def test_dpm2_is_finite_from_pure_noise_and_of_second_order() -> None:
             assert all(torch.isfinite(values).all() for values in (table.a, table.b, table.c))
             x, history = torch.ones(1, dtype=torch.float64), None
             for step in range(steps):
-                x, history = table.mean(step, x, x, history), predicted_picture(x, x, float(sigmas[step]))
+                x, history = table.mean(step, x, x, history), predicted_x0(x, x, float(sigmas[step]))
             errors[name, steps] = abs(float(x) - math.exp(-1.0))
     # Four times the steps: a quarter of the error at first order, a sixteenth at second.
     assert 3 < errors["dpm1", 40] / errors["dpm1", 160] < 6

@@ -12,7 +12,7 @@ from itertools import islice
 import pytest
 
 from opd_ds.cluster.rendezvous import agree_on_port, listener, ports
-from opd_ds.cluster.world import World, first_host, tasks_per_node, who_am_i
+from opd_ds.cluster.world import World, detect_world, first_host, tasks_per_node
 from opd_ds.errors import UserError
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29501"}
@@ -58,7 +58,7 @@ def srun(rank: int, local: int, node: int, per_node: str, tasks: int) -> dict[st
     ],
 )  # fmt: skip
 def test_from_the_environment(environment: dict[str, str], world: World) -> None:
-    found = who_am_i(environment)
+    found = detect_world(environment)
     assert found.job or world.size == 1
     assert World(**vars(found) | {"job": world.job if not world.job else found.job}) == world
 
@@ -85,7 +85,7 @@ def test_from_the_environment(environment: dict[str, str], world: World) -> None
 )
 def test_contradictions(environment: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        who_am_i(environment)
+        detect_world(environment)
 
 
 def test_slurm_short_forms() -> None:

@@ -71,12 +71,12 @@ def test_the_next_teacher_sets_out_while_this_one_is_asked(
     for _ in range(2):
         with pool.active("one"):
             assert (away("one"), away("two")) == (True, False)
-            pool.expect("two")
+            pool.prefetch("two")
             assert (pool._networks["two"]._coming is not None) == room
         assert pool._networks["one"]._coming is None
         with pool.active("two"):
             assert (away("one"), away("two")) == (False, True)
-            pool.expect("two")  # it is there: nothing more to do
+            pool.prefetch("two")  # it is there: nothing more to do
             assert all(torch.equal(p, before["two"][name]) for name, p in networks["two"].named_parameters())
         assert not away("two")
     assert len(computing.waited) == 4  # every visit waits for its own weights
@@ -98,7 +98,7 @@ def test_a_streamed_teacher_comes_block_by_block(tiny_world: Path, monkeypatch: 
     streamed = _Network(family.load_transformer(tiny_world / "other"), "stream", torch.device("cuda"), None)
     plain = family.load_transformer(tiny_world / "other")
     latents, sigma, cond = torch.randn(2, *family.latent_shape), torch.full((2,), 0.5), family.encode(["a", "b"])
-    with torch.no_grad(), streamed.present():
+    with torch.no_grad(), streamed.on_device():
         found = family.velocity(streamed.forward, latents, sigma, cond)
         assert torch.equal(found, family.velocity(plain, latents, sigma, cond))
     assert (asked["onload_device"].type, asked["use_stream"], asked["record_stream"]) == ("cuda", True, True)

@@ -169,7 +169,7 @@ def test_weights_that_would_not_fit_are_gathered_layer_by_layer(
     build_run: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, parts = build_run()
-    monkeypatch.setattr("opd_ds.engine.gathered._free_bytes", lambda group: 1000)
+    monkeypatch.setattr("opd_ds.engine.replica._free_bytes", lambda group: 1000)
     with caplog.at_level("INFO", logger="opd_ds"), parts.student.gathered() as network:
         assert network is parts.student
     assert "rollout.gather = auto: weights are gathered layer by layer" in caplog.text

@@ -187,7 +187,7 @@ def run_batch(tmp_path: Path) -> Any:
     (tmp_path / "work").mkdir()
     programs = tmp_path / "bin"
     port = '[[ " $* " = *" opd_ds.cluster.rendezvous "* ]] && echo 1234'
-    progress = '[ -z "$PROGRESS" ] || rm -f "$OPD_DS_LOSSES_FILE"'
+    progress = '[ -z "$PROGRESS" ] || rm -f "$OPD_DS_RESTARTS_FILE"'
     stub(programs / "srun", f'printf "%s\\0" "$@" >>"$RECORD"; {port}; {progress}; exit $CODE')
     stub(programs / "squeue", "echo ${STATE:-RUNNING}")
     stub(programs / "scontrol", '[ $1 = show ] && echo first || echo "scontrol $*"')

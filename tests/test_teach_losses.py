@@ -17,7 +17,7 @@ from opd_ds.diffusion import kernel, log_ratio
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.training.buffer import choose_steps, noised_states
 from opd_ds.training.rl.advantages import group_advantages, optimality
-from opd_ds.training.rl.grpo_guard import GuardLoss
+from opd_ds.training.rl.grpo_guard import GrpoGuardLoss
 from opd_ds.training.rl.nft import NftLoss
 
 CPU = torch.device("cpu")
@@ -135,9 +135,9 @@ def test_log_ratio_is_that_of_torch_distributions(seed: int, std: float, b: floa
     )
 
 
-def guard(**settings: Any) -> GuardLoss:
+def guard(**settings: Any) -> GrpoGuardLoss:
     table = kernel("flow", 0.7).coefficients(SIGMAS)
-    return GuardLoss(GuardSection(algorithm="guard", **settings), table, SIGMAS, CPU)
+    return GrpoGuardLoss(GuardSection(algorithm="guard", **settings), table, SIGMAS, CPU)
 
 
 def test_guard_raises_what_was_good_and_lowers_what_was_bad() -> None:

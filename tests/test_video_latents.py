@@ -22,7 +22,7 @@ from opd_ds.diffusion.rollout import Trajectory, rollout
 from opd_ds.models import Conditioning
 from opd_ds.training.buffer import TrajectoryBuffer, noised_states
 from opd_ds.training.distillation import DistillationLoss
-from opd_ds.training.rl.grpo_guard import GuardLoss
+from opd_ds.training.rl.grpo_guard import GrpoGuardLoss
 from opd_ds.training.rl.nft import NftLoss
 from tests.tiny import run_settings
 
@@ -66,7 +66,7 @@ LOSSES: dict[str, Callable[[Path], tuple[Any, dict[str, Tensor]]]] = {
         known("old", "flow", "start", "optimality"),
     ),
     "GRPO-Guard": lambda folder: (
-        GuardLoss(GuardSection(algorithm="guard", kl=0.2), TABLE, SIGMAS, CPU),
+        GrpoGuardLoss(GuardSection(algorithm="guard", kl=0.2), TABLE, SIGMAS, CPU),
         known("velocity", "noise", "start", "advantage"),
     ),
 }

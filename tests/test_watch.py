@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from opd_ds.config.schema import DistilConfig
 from opd_ds.engine import Group
 from opd_ds.rewards import Needs
-from opd_ds.runs.reward_eval import Look, Watch
+from opd_ds.runs.reward_eval import AsyncRewardEval, RewardRecord
 from opd_ds.runs.train import train
-from opd_ds.training.trainer import Rolled
+from opd_ds.training.trainer import RolloutResult
 from tests.test_multirank import metrics
 from tests.tiny import run_settings
 
@@ -42,9 +42,9 @@ class Brightness:
         return torch.tensor([torch.nan if p == "unknown" else m for p, m in zip(prompts, means, strict=True)])
 
 
-def grey(levels: list[float], prompts: list[str]) -> Rolled:
+def grey(levels: list[float], prompts: list[str]) -> RolloutResult:
     """Latents that `decode` below turns into plain grey pictures."""
-    return Rolled(prompts, [{} for _ in prompts], torch.tensor(levels)[:, None, None, None].expand(-1, 4, 2, 2))
+    return RolloutResult(prompts, [{} for _ in prompts], torch.tensor(levels)[:, None, None, None].expand(-1, 4, 2, 2))
 
 
 def decode(latents: torch.Tensor) -> torch.Tensor:
@@ -57,37 +57,39 @@ def reward() -> Brightness:
 
 
 @pytest.fixture
-def watch(tiny_world: Path, tmp_path: Path, reward: Brightness) -> Watch:
+def watch(tiny_world: Path, tmp_path: Path, reward: Brightness) -> AsyncRewardEval:
     task = {"teacher": "x", "prompts": "y", "rewards": [{"name": "anything", "label": "light"}]}
     settings = run_settings(tiny_world, tmp_path, tasks={"one": task}, watch={"every": 1, "rollouts": 2})
-    return Watch(DistilConfig.model_validate(settings), {"light": reward}, decode)
+    return AsyncRewardEval(DistilConfig.model_validate(settings), {"light": reward}, decode)
 
 
-def test_scores_come_later_with_the_round_they_belong_to(watch: Watch, reward: Brightness) -> None:
+def test_scores_come_later_with_the_round_they_belong_to(watch: AsyncRewardEval, reward: Brightness) -> None:
     reward.gate.clear()
     watch.submit(7, {"one": grey([0.2, 0.4, 1.0], ["a", "b", "c"])}, {})
     assert watch.finished() == []  # nothing waits for the reward
     reward.gate.set()
     (look,) = watch.close(lambda: None)
     # Two of three pictures, as watch.rollouts says; 8-bit pictures round.
-    assert look == Look(7, "rollout", "one", "light", pytest.approx(0.3, abs=0.003), 2, 0)
+    assert look == RewardRecord(7, "rollout", "one", "light", pytest.approx(0.3, abs=0.003), 2, 0)
 
 
-def test_what_cannot_be_judged_is_counted_and_not_averaged(watch: Watch, reward: Brightness) -> None:
+def test_what_cannot_be_judged_is_counted_and_not_averaged(watch: AsyncRewardEval, reward: Brightness) -> None:
     watch.submit(1, {"one": grey([0.2, 0.6], ["unknown", "b"])}, {})
     (look,) = watch.close(lambda: None)
     assert (look.mean, look.judged, look.failed) == (pytest.approx(0.6, abs=0.003), 1, 1)
 
 
-def test_a_reward_that_breaks_is_a_gap(watch: Watch, reward: Brightness, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_reward_that_breaks_is_a_gap(
+    watch: AsyncRewardEval, reward: Brightness, caplog: pytest.LogCaptureFixture
+) -> None:
     reward.broken = True
     watch.submit(1, {"one": grey([0.2, 0.6], ["a", "b"])}, {})
-    assert watch.close(lambda: None) == [Look(1, "rollout", "one", "light", None, 0, 2)]
+    assert watch.close(lambda: None) == [RewardRecord(1, "rollout", "one", "light", None, 0, 2)]
     assert "the server is gone" in caplog.text
 
 
 def test_a_slow_reward_drops_looks_instead_of_piling_up_pictures(
-    watch: Watch, reward: Brightness, caplog: pytest.LogCaptureFixture
+    watch: AsyncRewardEval, reward: Brightness, caplog: pytest.LogCaptureFixture
 ) -> None:
     reward.gate.clear()
     for done in range(1, 6):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd_ds.cluster.rendezvous import prepare_environment
-from opd_ds.cluster.world import who_am_i
+from opd_ds.cluster.world import detect_world
 
 if TYPE_CHECKING:
     from opd_ds.config.schema import DistilConfig
@@ -45,7 +45,7 @@ class Loop:
 
 def main(spec_file: str, out: str) -> None:
     """See the module."""
-    world = who_am_i()
+    world = detect_world()
     prepare_environment(world)
     from opd_ds.engine import init_group
     from opd_ds.utils.logging import quiet_libraries

@@ -27,7 +27,7 @@ MANIFEST_FILE = "manifest.json"
 LATEST_FILE = "latest"
 CHECKPOINTS_FOLDER = "checkpoints"
 FORMAT = 4
-LOSSES_VARIABLE = "OPD_DS_LOSSES_FILE"  # where batch scripts count lost ranks; a checkpoint starts the count anew
+LOSSES_VARIABLE = "OPD_DS_RESTARTS_FILE"  # where batch scripts count lost ranks; a checkpoint starts the count anew
 _NAME = re.compile(r"^round-(\d{6})$")
 
 # File name -> size in bytes and SHA-256.
@@ -144,7 +144,7 @@ class CheckpointStore:
     def _writes(self, done: int) -> Iterator[None]:
         """A full or broken disk, on any rank, is one error for all, and leaves no half checkpoint behind."""
         try:
-            with self._group.agreed():
+            with self._group.raise_on_any_rank():
                 try:
                     yield
                 except OSError as error:
@@ -219,7 +219,7 @@ class CheckpointStore:
         world = self._group.world
         found: list[str] = []
         absent: list[str] = []
-        with self._group.agreed():
+        with self._group.raise_on_any_rank():
             try:
                 manifest = _read_manifest(checkpoint)
                 absent = [name for name in manifest if not (checkpoint / name).is_file()]
@@ -248,7 +248,7 @@ class CheckpointStore:
         self._set_aside(self._group.gather(later)[0], "abandoned")
 
     def _set_aside(self, checkpoints: list[Path], why: str) -> None:
-        with self._group.agreed():
+        with self._group.raise_on_any_rank():
             if self._group.world.is_main:
                 for checkpoint in checkpoints:
                     place = _rename_aside(checkpoint, why)

@@ -34,10 +34,10 @@ def encode(
     What is encoded already stays; a call that was interrupted is continued by the next one.
     """
     from opd_ds.cluster.rendezvous import prepare_environment
-    from opd_ds.cluster.world import who_am_i
+    from opd_ds.cluster.world import detect_world
     from opd_ds.config.loading import load_config
 
-    world = who_am_i()
+    world = detect_world()
     settings = load_config(recipe, config, overrides or [])
     prepare_environment(world)
     from opd_ds.engine import init_group

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from opd_ds.cluster.rendezvous import prepare_environment
-from opd_ds.cluster.world import who_am_i
+from opd_ds.cluster.world import detect_world
 
 
 def doctor(
@@ -33,7 +33,7 @@ def doctor(
     from opd_ds.doctor.meeting import StoppedError
     from opd_ds.doctor.table import print_report
 
-    world = who_am_i()
+    world = detect_world()
     if world.size > 1 and world.master_port is None:
         world = replace(world, master_port=agree_on_port(world, timeout))
     prepare_environment(world)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from opd_ds.cluster.rendezvous import prepare_environment
-from opd_ds.cluster.world import who_am_i
+from opd_ds.cluster.world import detect_world
 
 Repeated = list[str] | None
 
@@ -53,7 +53,7 @@ def evaluate(
         return
     from opd_ds.config.loading import load_config
 
-    world = who_am_i()
+    world = detect_world()
     overrides = list(overrides or [])
     if samples_per_prompt is not None:
         overrides.append(f"evaluation.samples_per_prompt={samples_per_prompt}")

@@ -17,7 +17,7 @@ from opd_ds.cli.models import models
 from opd_ds.cli.plan import plan
 from opd_ds.cli.rewards import app as rewards_app
 from opd_ds.cli.train import teach, train
-from opd_ds.cluster.failures import leave
+from opd_ds.cluster.failures import report_and_exit
 from opd_ds.errors import Interrupted
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -76,4 +76,4 @@ def main() -> None:
     except BaseException as error:
         if isinstance(error, SystemExit) and not isinstance(error, Interrupted):  # typer's own ending
             raise
-        leave(error)
+        report_and_exit(error)

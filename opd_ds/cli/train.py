@@ -36,12 +36,12 @@ def _start(
 ) -> None:
     from opd_ds.cluster.rendezvous import prepare_environment
     from opd_ds.cluster.signals import listen
-    from opd_ds.cluster.world import who_am_i
+    from opd_ds.cluster.world import detect_world
     from opd_ds.config.loading import load_config
     from opd_ds.config.rl import TeachConfig
 
     listen()  # first of all: a signal that comes while libraries and models load must not be lost
-    world = who_am_i()
+    world = detect_world()
     settings = load_config(recipe, config, overrides)
     if only_teach and not isinstance(settings, TeachConfig):
         raise UserError(f"{recipe or config}: has no section `teach`; distillations start with `opd-ds train`")

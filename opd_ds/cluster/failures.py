@@ -10,11 +10,11 @@ import time
 import traceback
 from typing import TYPE_CHECKING
 
-from opd_ds.cluster.signals import deaf, ends_with
+from opd_ds.cluster.signals import exit_code_on_sigterm, ignore_signals
 from opd_ds.errors import Interrupted, NonFiniteError, UserError
 
 if TYPE_CHECKING:
-    from opd_ds.cluster.watchdog import Peers
+    from opd_ds.cluster.watchdog import Watchdog
 
 # The launcher ends all other processes within about a second of the first that exits.
 SECONDS_TO_BE_ENDED = 6.0
@@ -30,7 +30,7 @@ _LOST_PEER = (
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
-def leave(error: BaseException) -> None:
+def report_and_exit(error: BaseException) -> None:
     """Say what went wrong and end the process.
 
     `os._exit` skips the process group's destructors, which would wait for peers that are gone.
@@ -40,21 +40,21 @@ def leave(error: BaseException) -> None:
         _end(error.code if isinstance(error.code, int) else 0)
     peers = _peers()
     if peers is not None:
-        deaf()
-        peers.stand_back()
+        ignore_signals()
+        peers.mark_exiting()
         _end(_settle(error, peers))
     # No group yet: all ranks read the same config and fail alike. Rank 0 speaks, and the launcher ends the others;
     # only one that is still there after that, because it failed alone, speaks for itself.
     names = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
     rank = int(next((os.environ[name] for name in names if name in os.environ), "0"))
     if rank > 0:
-        ends_with(_code(error))
+        exit_code_on_sigterm(_code(error))
         time.sleep(SECONDS_TO_BE_ENDED)
     print(_message(error, f"[rank {rank}] " if rank > 0 else ""), file=sys.stderr)
     _end(_code(error))
 
 
-def _settle(error: BaseException, peers: Peers) -> int:
+def _settle(error: BaseException, peers: Watchdog) -> int:
     """Speak if this rank is the first to fail; returns the exit code, which is the first one's."""
     from opd_ds.cluster.watchdog import BEAT_SECONDS, LOST_EXIT_CODE
 
@@ -115,6 +115,6 @@ def _end(code: int) -> None:
     os._exit(code)
 
 
-def _peers() -> Peers | None:
+def _peers() -> Watchdog | None:
     module = sys.modules.get("opd_ds.cluster.watchdog")  # not imported when the config was already wrong
-    return module.current_peers() if module is not None else None
+    return module.current_watchdog() if module is not None else None

@@ -80,7 +80,7 @@ def listen() -> StopRequest:
     return _request
 
 
-def deaf() -> None:
+def ignore_signals() -> None:
     """From here on signals change nothing: what is to be saved is saved, and the process is about to end.
 
     Launchers and SLURM send SIGTERM to the other ranks as soon as the first is gone; a rank that dies of it would hide
@@ -90,7 +90,7 @@ def deaf() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def ends_with(code: int) -> None:
+def exit_code_on_sigterm(code: int) -> None:
     """From here on SIGTERM ends the process with this exit code, and in silence."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(code))

@@ -50,7 +50,7 @@ class _Beat:
     idle: float
 
 
-class Peers:
+class Watchdog:
     """One rank's view of the others. `progress` and `claim` are for the main thread, the rest is its own thread's."""
 
     def __init__(self, world: World, beat_seconds: float = BEAT_SECONDS, lost_seconds: float = LOST_SECONDS) -> None:
@@ -112,7 +112,7 @@ class Peers:
             known = self._store.check([f"host/{rank}"])
             return self._store.get(f"host/{rank}").decode() if known else "an unknown host"
 
-    def stand_back(self) -> None:
+    def mark_exiting(self) -> None:
         """This rank is about to end because something failed: it goes on giving signs of life, and decides nothing."""
         self._leaving = True
 
@@ -252,16 +252,16 @@ def _say(text: str) -> None:
     print(f"opd-ds: error: {text}", file=sys.stderr, flush=True)
 
 
-_peers: Peers | None = None
+_peers: Watchdog | None = None
 
 
-def watch_peers(world: World) -> Peers:
+def start_watchdog(world: World) -> Watchdog:
     """Start this process's watch; the process group is up."""
     global _peers
-    _peers = Peers(world)
+    _peers = Watchdog(world)
     return _peers
 
 
-def current_peers() -> Peers | None:
+def current_watchdog() -> Watchdog | None:
     """This process's watch, if it has one."""
     return _peers

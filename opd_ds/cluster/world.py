@@ -47,7 +47,7 @@ class _Claim:
     nodes: int = 1
 
 
-def who_am_i(environment: Mapping[str, str] = os.environ) -> World:
+def detect_world(environment: Mapping[str, str] = os.environ) -> World:
     """Rank, local rank, world, master address and port from a launcher's variables.
 
     Read are RANK, LOCAL_RANK, WORLD_SIZE (deepspeed launcher, torchrun), OMPI_COMM_WORLD_* (Open MPI) and SLURM_* of a

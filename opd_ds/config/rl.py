@@ -77,14 +77,14 @@ class GuardSection(_FromRewards):
 class TeachConfig(RunConfig):
     """A specialist by reinforcement learning: `opd-ds teach`."""
 
-    deciding: ClassVar[tuple[str, ...]] = (*RunConfig.deciding, "teach")
+    resume_invariants: ClassVar[tuple[str, ...]] = (*RunConfig.resume_invariants, "teach")
 
     teach: Annotated[NftSection | GuardSection, Field(discriminator="algorithm")]
     tasks: dict[str, LearnedSection] = Field(min_length=1)
 
     @property
-    def weight_copies(self) -> int:
-        return super().weight_copies + self.frozen_velocities
+    def weight_snapshots(self) -> int:
+        return super().weight_snapshots + self.frozen_velocities
 
     @property
     def frozen_velocities(self) -> int:

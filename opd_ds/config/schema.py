@@ -308,7 +308,7 @@ class RunConfig(Section):
     """
 
     # The sections that, beside tasks and base, decide a run's numbers: a resume with others is refused.
-    deciding: ClassVar[tuple[str, ...]] = ("precision", "student", "optimizer", "rollout")
+    resume_invariants: ClassVar[tuple[str, ...]] = ("precision", "student", "optimizer", "rollout")
 
     run: RunSection
     model: ModelSection
@@ -362,7 +362,7 @@ class RunConfig(Section):
         return self.model.text_cache or self.run.output_dir / "text_cache"
 
     @property
-    def weight_copies(self) -> int:
+    def weight_snapshots(self) -> int:
         """Further sets of the trained weights that a run keeps beside the masters."""
         return int(self.student.ema.decay > 0)
 
@@ -406,7 +406,7 @@ class RunConfig(Section):
 class DistilConfig(RunConfig):
     """Several teachers into one student: `opd-ds train`."""
 
-    deciding: ClassVar[tuple[str, ...]] = (*RunConfig.deciding, "objective")
+    resume_invariants: ClassVar[tuple[str, ...]] = (*RunConfig.resume_invariants, "objective")
 
     objective: ObjectiveSection = ObjectiveSection()
     anchor: AnchorSection | None = None

@@ -5,7 +5,7 @@ from opd_ds.diffusion.kernels import (
     TransitionKernel,
     kernel,
     kernel_names,
-    predicted_picture,
+    predicted_x0,
 )
 from opd_ds.diffusion.objective import (
     clipped_surrogate,
@@ -29,7 +29,7 @@ __all__ = [
     "log_ratio",
     "mean_matching",
     "ppo_style_loss",
-    "predicted_picture",
+    "predicted_x0",
     "step_weights",
     "velocity_error",
 ]

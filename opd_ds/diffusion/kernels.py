@@ -6,7 +6,7 @@ v = noise - x0, every sampler here has the form
     x' = a * x + b * v(x, sigma) + c * h + std * eps,          eps ~ N(0, I)
 
 where a, b, c and std depend only on the sampler and on the pair (sigma, sigma'), and h is the sampler's
-history: the picture predicted at the previous step (`predicted_picture`), a constant as far as the
+history: the picture predicted at the previous step (`predicted_x0`), a constant as far as the
 current velocity is concerned. Rollout, objective, policy-gradient comparison and evaluation all read this
 one table, so they cannot disagree. All coefficients are float64.
 
@@ -86,7 +86,7 @@ class TransitionKernel:
         return Coefficients(*self._function(grid[:-1], grid[1:], self.noise_level))
 
 
-def predicted_picture(x: Tensor, velocity: Tensor, sigma: float) -> Tensor:
+def predicted_x0(x: Tensor, velocity: Tensor, sigma: float) -> Tensor:
     """x0 = x - sigma * v: what a multistep sampler remembers of a step."""
     return x - sigma * velocity
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from opd_ds.diffusion import Coefficients, predicted_picture
+from opd_ds.diffusion import Coefficients, predicted_x0
 from opd_ds.diffusion.noise import SampleNoise
 
 # (latents [b, C, ...], sigma [b] float32, rows of the batch, step) -> velocity [b, C, ...]
@@ -97,7 +97,7 @@ def _micro_batch(
         sigma = torch.full((len(x),), grid[step], device=device)
         velocity = predict(x, sigma, rows, step).float()
         mean = coefficients.mean(step, x, velocity, history)
-        history = predicted_picture(x, velocity, grid[step])
+        history = predicted_x0(x, velocity, grid[step])
         std = float(coefficients.std[step])
         eps = noise.draw(rows).to(device) if std > 0 else None
         x = mean if eps is None else mean + std * eps

@@ -2,10 +2,10 @@
 
 from opd_ds.engine.comm import Group, counted_collectives, init_group
 from opd_ds.engine.consolidate import consolidated_weights
-from opd_ds.engine.copies import ShardedCopy, ShardedEma
 from opd_ds.engine.ds_config import frozen_ds_config, read_ds_config, student_ds_config, zero_stage
 from opd_ds.engine.frozen import FrozenEngine
-from opd_ds.engine.gathered import free_memory
+from opd_ds.engine.replica import free_memory
+from opd_ds.engine.snapshots import ShardedEma, WeightSnapshot
 from opd_ds.engine.state import OLD_POLICY, START, ShardReader, write_shard
 from opd_ds.engine.student import StudentEngine
 
@@ -15,9 +15,9 @@ __all__ = [
     "FrozenEngine",
     "Group",
     "ShardReader",
-    "ShardedCopy",
     "ShardedEma",
     "StudentEngine",
+    "WeightSnapshot",
     "consolidated_weights",
     "counted_collectives",
     "free_memory",

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_ds.cluster.watchdog import Peers, watch_peers
+from opd_ds.cluster.watchdog import Watchdog, start_watchdog
 from opd_ds.cluster.world import World
 from opd_ds.errors import Interrupted, UserError
 
@@ -31,7 +31,7 @@ STALE_BUILD_SECONDS, STALE_LOAD_SECONDS = 600.0, 5.0
 class Group:
     """All ranks of the run."""
 
-    def __init__(self, world: World, device: torch.device, peers: Peers | None = None) -> None:
+    def __init__(self, world: World, device: torch.device, peers: Watchdog | None = None) -> None:
         self.world, self.device, self._peers = world, device, peers
 
     def __enter__(self) -> Group:
@@ -76,7 +76,7 @@ class Group:
         comm.barrier()
 
     @contextmanager
-    def agreed(self) -> Iterator[None]:
+    def raise_on_any_rank(self) -> Iterator[None]:
         """Work that may fail on some ranks only (files, say): every rank leaves with the first error, or none does.
 
         Nothing inside may be collective: a rank that failed would not take part.
@@ -154,7 +154,7 @@ def init_group(world: World, timeout: timedelta = timedelta(minutes=30)) -> Grou
         ) from error
     if on_cpu:
         _unlink_shm_buffer(world)
-    return Group(world, device, watch_peers(world) if world.size > 1 else None)
+    return Group(world, device, start_watchdog(world) if world.size > 1 else None)
 
 
 def _device_index(world: World, devices: int) -> int:

@@ -35,7 +35,7 @@ def entry(kind: str, fragment: Fragment) -> str:
     return f"{kind}/{fragment.start}/{fragment.name}"
 
 
-def copy_out(engine: DeepSpeedEngine, owned: list[Fragment]) -> dict[str, Tensor]:
+def state_dict(engine: DeepSpeedEngine, owned: list[Fragment]) -> dict[str, Tensor]:
     """Masters and moments of the fragments, as copies on the CPU."""
     entries: dict[str, Tensor] = {}
     for fragment in owned:
@@ -47,7 +47,7 @@ def copy_out(engine: DeepSpeedEngine, owned: list[Fragment]) -> dict[str, Tensor
     return entries
 
 
-def copy_in(engine: DeepSpeedEngine, held: list[Fragment], shards: ShardReader, optimizer_step: int) -> None:
+def load_state_dict(engine: DeepSpeedEngine, held: list[Fragment], shards: ShardReader, optimizer_step: int) -> None:
     """Fill masters and moments. The network's own weights are not touched: publish the masters afterwards.
 
     Raises:
@@ -75,7 +75,7 @@ def copy_in(engine: DeepSpeedEngine, held: list[Fragment], shards: ShardReader, 
             _set_step(inner, state, optimizer_step)
 
 
-def numbers(engine: DeepSpeedEngine) -> dict[str, Any]:
+def scalar_state(engine: DeepSpeedEngine) -> dict[str, Any]:
     """Step counts, learning rates, schedule and loss scale; equal on all ranks, fit for JSON."""
     inner = inner_optimizer(engine.optimizer)
     scaler = _loss_scaler(engine.optimizer)
@@ -88,8 +88,8 @@ def numbers(engine: DeepSpeedEngine) -> dict[str, Any]:
     }
 
 
-def set_numbers(engine: DeepSpeedEngine, saved: dict[str, Any]) -> None:
-    """Put back what `numbers` gave; the optimizer's step count is set with its moments."""
+def load_scalar_state(engine: DeepSpeedEngine, saved: dict[str, Any]) -> None:
+    """Put back what `scalar_state` gave; the optimizer's step count is set with its moments."""
     for name, value in saved["engine"].items():
         setattr(engine, name, value)
     for group, fields in zip(inner_optimizer(engine.optimizer).param_groups, saved["groups"], strict=True):

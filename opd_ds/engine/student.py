@@ -16,7 +16,7 @@ from opd_ds.engine import state
 from opd_ds.engine.comm import Group
 from opd_ds.engine.ds_config import zero_stage
 from opd_ds.engine.fragments import Fragment, fragments
-from opd_ds.engine.gathered import PlainTwin, fits
+from opd_ds.engine.replica import UnshardedReplica, fits
 from opd_ds.engine.state import ShardReader
 
 
@@ -39,7 +39,7 @@ class StudentEngine:
     ) -> None:
         self._group = group
         self.zero_stage = zero_stage(ds_config)
-        self._twin = PlainTwin(module) if self.zero_stage == 3 and gather != "per_layer" else None
+        self._twin = UnshardedReplica(module) if self.zero_stage == 3 and gather != "per_layer" else None
         self._decided = gather != "auto"
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._engine, *_ = deepspeed.initialize(
@@ -62,7 +62,7 @@ class StudentEngine:
         if self._twin is None:
             yield self
             return
-        with self._twin.filled(self.module) as network:
+        with self._twin.materialized(self.module) as network:
             yield network
 
     def _decide(self) -> None:
@@ -160,17 +160,17 @@ class StudentEngine:
         }
         return [(name, buffer) for name, buffer in self.module.named_buffers() if name not in skipped]
 
-    def copy_out(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """This rank's part of masters and optimizer state, as entries of `opd_ds.engine.state`."""
-        return state.copy_out(self._engine, self.owned)
+        return state.state_dict(self._engine, self.owned)
 
-    def numbers(self) -> dict[str, Any]:
+    def scalar_state(self) -> dict[str, Any]:
         """Steps, learning rates, schedule and loss scale, equal on all ranks."""
-        return state.numbers(self._engine)
+        return state.scalar_state(self._engine)
 
     @torch.no_grad()
-    def copy_in(self, shards: ShardReader, numbers: dict[str, Any]) -> None:
+    def load_state_dict(self, shards: ShardReader, scalars: dict[str, Any]) -> None:
         """Go on from a checkpoint, whatever ranks and ZeRO stage wrote it. Collective."""
-        state.copy_in(self._engine, self.fragments, shards, numbers["optimizer_step"])
-        state.set_numbers(self._engine, numbers)
+        state.load_state_dict(self._engine, self.fragments, shards, scalars["optimizer_step"])
+        state.load_scalar_state(self._engine, scalars)
         self.publish_masters()

@@ -25,7 +25,7 @@ Scores = dict[tuple[str, str, str], list[float]]
 
 
 @dataclass(frozen=True)
-class Contestant:
+class EvalModel:
     """A model to compare.
 
     Attributes:
@@ -98,7 +98,7 @@ class Benchmark:
 
     # ---- drawing ----
 
-    def missing(self, model: Contestant) -> dict[str, list[Item]]:
+    def missing(self, model: EvalModel) -> dict[str, list[Item]]:
         """Unfinished pictures by prompt set, as rank 0 sees the folder. Collective."""
         found = None
         if self._group.world.is_main:
@@ -113,7 +113,7 @@ class Benchmark:
         found = self._group.gather(found)[0]
         return {name: [self.sets[name].items[place] for place in places] for name, places in found.items() if places}
 
-    def draw(self, model: Contestant, pause: Callable[[], None] | None = None) -> int:
+    def draw(self, model: EvalModel, pause: Callable[[], None] | None = None) -> int:
         """Draw what is missing; every rank makes equally many forwards, so `model` may be sharded. Collective.
 
         Args:
@@ -139,7 +139,7 @@ class Benchmark:
         self._group.barrier()
         return sum(map(len, missing.values()))
 
-    def first_pictures(self, model: Contestant, count: int) -> dict[str, list[Image.Image]]:
+    def first_pictures(self, model: EvalModel, count: int) -> dict[str, list[Image.Image]]:
         """The first picture of each of the first `count` prompts, by prompt set; they must be finished."""
         return {
             name: [
@@ -150,13 +150,13 @@ class Benchmark:
             for name, chosen in self.sets.items()
         }
 
-    def _recipe(self, model: Contestant, name: str, item: Item) -> dict[str, Any]:
+    def _recipe(self, model: EvalModel, name: str, item: Item) -> dict[str, Any]:
         named = {"model": model.identity, "guidance": model.guidance[name], "prompt": item.prompt, "index": item.index}
         return self.settings | named
 
     # ---- judging ----
 
-    def judge(self, models: list[Contestant]) -> Scores:
+    def judge(self, models: list[EvalModel]) -> Scores:
         """Score what has no score yet, each rank its share; everything that is known, on every rank. Collective."""
         jobs = {
             (model.name, name, label): list(self._jobs(model, name, label))
@@ -174,7 +174,7 @@ class Benchmark:
         known = self._group.gather(self._scores.read() if self._group.world.is_main else None)[0]
         return {where: [known.get(_key(job), math.nan) for job in part] for where, part in jobs.items()}
 
-    def _jobs(self, model: Contestant, name: str, label: str) -> Iterator[_Job]:
+    def _jobs(self, model: EvalModel, name: str, label: str) -> Iterator[_Job]:
         by = digest(self.identities[label])
         for item in self.sets[name].items:
             asked = {"drawn": self._recipe(model, name, item), "metadata": item.metadata}
@@ -192,7 +192,7 @@ class Benchmark:
                 )
 
 
-def picture_file(model: Contestant, name: str, item: Item) -> Path:
+def picture_file(model: EvalModel, name: str, item: Item) -> Path:
     """`<model>/<set>/NNNNN-K.png`, below the folder of images."""
     return Path(model.folder, name, f"{item.number:05d}-{item.sample}.png")
 

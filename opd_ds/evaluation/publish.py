@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from opd_ds.engine import Group
-from opd_ds.evaluation.benchmark import Benchmark, Contestant
+from opd_ds.evaluation.benchmark import Benchmark, EvalModel
 from opd_ds.evaluation.report import write_report
 from opd_ds.evaluation.results import Results, collect, write_results
 
 
 def publish(
     benchmark: Benchmark,
-    models: list[Contestant],
+    models: list[EvalModel],
     group: Group,
     metrics: list[dict[str, Any]],
     pause: Callable[[], None] | None = None,

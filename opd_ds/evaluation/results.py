@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opd_ds.errors import UserError
-from opd_ds.evaluation.benchmark import Benchmark, Contestant, Scores
+from opd_ds.evaluation.benchmark import Benchmark, EvalModel, Scores
 from opd_ds.evaluation.evaluator import Means
 from opd_ds.evaluation.statistics import bootstrap_interval, normalised_average
 
@@ -24,7 +24,7 @@ FORMAT = 1
 Results = dict[str, Any]
 
 
-def collect(benchmark: Benchmark, models: list[Contestant], scores: Scores) -> Results:
+def collect(benchmark: Benchmark, models: list[EvalModel], scores: Scores) -> Results:
     """All that results.json holds; see docs/evaluation.md for its keys. What does not exist is None."""
     sets: dict[str, dict[str, Any]] = {
         name: {

@@ -77,7 +77,7 @@ class SingleFile(Network):
     """A full checkpoint in one file, read whole when the first parameter is asked for: its layout may be another."""
 
     def __init__(self, path: Path, family: ModelFamily) -> None:
-        family.check_same_world(path)
+        family.check_compatible(path)
         self.path, self._family = path, family
         self.shapes = {key: tuple(value.shape) for key, value in family.empty_transformer().state_dict().items()}
 
@@ -150,7 +150,7 @@ def read_teacher(name: str, path: Path, family: type[ModelFamily], model: ModelF
         if lora.is_adapter(path):
             return Adapter(path, family.pipeline_class)
         assert model is not None
-        model.check_same_world(path)
+        model.check_compatible(path)
         return SingleFile(path, model) if path.is_file() else Network(path)
 
 

@@ -317,7 +317,7 @@ class ModelFamily(ABC):
             found = read_shapes(network_files(path))
         refuse_other_shapes(found, wanted)
 
-    def check_same_world(self, path: Path) -> None:
+    def check_compatible(self, path: Path) -> None:
         """Raise UserError when the checkpoint at `path` has another scheduler, architecture or latent space.
 
         A single file says nothing about itself, so it must have the very weights of the network.

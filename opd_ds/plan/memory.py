@@ -125,7 +125,7 @@ def _gathered(config: RunConfig, costs: Costs, devices: Devices, zero: Zero, tea
         return False
     element, on_cpu = bytes_of(config.precision), devices.kind.is_cpu
     counts = costs.student(zero.threshold)
-    parts = student_state(counts, config.precision, element, zero, config.weight_copies, on_cpu=on_cpu).device
+    parts = student_state(counts, config.precision, element, zero, config.weight_snapshots, on_cpu=on_cpu).device
     parts += _teachers(config, teachers, costs, element, on_cpu=on_cpu).device
     stays = sum(part.nbytes for part in parts if part.phases is None)
     return wanted == "once" or element * counts.parameters < WHOLE_SHARE * (devices.kind.memory - stays)
@@ -152,7 +152,7 @@ def run_memory(
         config.precision,
         element,
         zero,
-        config.weight_copies,
+        config.weight_snapshots,
         on_cpu=on_cpu,
         asked=asked,
         gathered=placed_as.gathered,
@@ -385,7 +385,7 @@ def _rewards(config: RunConfig) -> list[Part]:
 def _host(config: RunConfig, counts: Counts, zero: Zero, element: int) -> list[Part]:
     """Beside what is offloaded: the process, and what loading, checkpoints and the export need for a while."""
     owned = counts.trained / zero.world  # at stage 0 all hold everything and each writes its part
-    saved = FP32 * owned * (3 + config.weight_copies)
+    saved = FP32 * owned * (3 + config.weight_snapshots)
     background = config.run.checkpoint_in_background
     passing = frozenset({Phase.EVALUATE})
     loading = element * (counts.parameters + counts.buffers)

@@ -24,13 +24,13 @@ def encode_prompts(config: RunConfig, group: Group, output: Path | None = None) 
         UserError: prompts or model are not there, or the folder was written by other text encoders.
     """
     world = group.world
-    with group.agreed():
+    with group.raise_on_any_rank():
         model = resolve_path(config.model.path, "model.path")
         wanted = all_prompts(config, [found.prompts for sets in find_prompts(config) for found in sets.values()])
         cache = TextCache(output or config.text_cache)
         if world.is_main:
             cache.claim(encoders_identity(config, model))
-    with group.agreed():
+    with group.raise_on_any_rank():
         missing = cache.missing(wanted[world.rank :: world.size])
         encoders = config.model.model_copy(update={"text_encoders": "resident"})
         family = load_family(config.model_copy(update={"model": encoders}), model, group.device)

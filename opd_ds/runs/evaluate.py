@@ -47,7 +47,7 @@ def evaluate(config: RunConfig, choice: Choice, group: Group) -> Results:
         UserError: on every rank, before any network loads.
     """
     group.watch_hangs(config.run.hang_minutes, config.run.output_dir)
-    with group.agreed():
+    with group.raise_on_any_rank():
         chosen = _rewards(config, choice.rewards)
         for label, section in chosen.items():
             check(section.name, f"reward {label}", section.options)

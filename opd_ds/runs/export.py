@@ -75,7 +75,7 @@ def export_checkpoint(
     """
     refuse_occupied(folder)
     state = read_state(checkpoint)
-    if not set(config.deciding) <= state["run"].keys():
+    if not set(config.resume_invariants) <= state["run"].keys():
         raise UserError(f"{checkpoint}: is of another kind of run than the config; give the one in its run's folder")
     kind = state["run"]["student"]["kind"]
     _refuse_options(checkpoint, kind, averaged and "ema" not in state["copies"], merge, form, dtype)
@@ -155,7 +155,7 @@ def _card(
             ),
             *([("anchor", _anchor(config), run["anchor"]["teacher_sha256"])] if "anchor" in run else []),
         ],
-        settings={key: run[key] for key in ("seed", *config.deciding)},
+        settings={key: run[key] for key in ("seed", *config.resume_invariants)},
         code=loading_code(
             family.pipeline_class, hub or str(family.path), folder, stored, str(family.dtype).removeprefix("torch.")
         ),

@@ -17,7 +17,7 @@ from opd_ds.checkpoint.store import CHECKPOINTS_FOLDER, STATE_FILE, latest_check
 from opd_ds.runs.export import checkpointed_student
 from opd_ds.config.schema import RunConfig
 from opd_ds.errors import UserError, about
-from opd_ds.evaluation.benchmark import Contestant
+from opd_ds.evaluation.benchmark import EvalModel
 from opd_ds.evaluation.evaluator import student_guidance
 from opd_ds.checkpoint.export_student import EXPORT_FOLDER
 from opd_ds.utils.hashing import weights_sha256
@@ -45,7 +45,7 @@ class Requests:
 
 def contestants(
     config: RunConfig, family: ModelFamily, requests: Requests, sets: list[str], device: torch.device
-) -> list[Contestant]:
+) -> list[EvalModel]:
     """Find all requested models, in order, and hash them; networks load later, one at a time.
 
     Raises:
@@ -78,7 +78,7 @@ def contestants(
             by_set = dict.fromkeys(sets, config.teachers[source.removeprefix("teacher:")].guidance)
         if name in guidance:
             by_set = dict.fromkeys(sets, guidance[name])
-        model = Contestant(name, weights_sha256(path), by_set, partial(_loaded, load, device))
+        model = EvalModel(name, weights_sha256(path), by_set, partial(_loaded, load, device))
         if model.folder in folders:
             raise UserError(f"models {folders[model.folder]!r} and {name!r} would share a folder; rename one")
         folders[model.folder] = name
@@ -148,7 +148,7 @@ def _loader(family: ModelFamily, path: Path) -> Callable[[], nn.Module]:
     if lora.is_adapter(path):
         family.check_adapter(path)
         return partial(_with_adapter, family, path)
-    family.check_same_world(path)
+    family.check_compatible(path)
     return partial(family.load_transformer, path)
 
 

@@ -23,7 +23,7 @@ from opd_ds.config.schema import RunConfig
 from opd_ds.evaluation.evaluator import Means
 from opd_ds.cluster.world import World
 from opd_ds.training.trainer import RoundReport
-from opd_ds.runs.reward_eval import Look
+from opd_ds.runs.reward_eval import RewardRecord
 
 METRICS_FILE = "metrics.jsonl"
 LOOKS_FILE = "rewards.jsonl"
@@ -98,7 +98,7 @@ class Monitor:
         if self._active and rewards:
             self._writer.add_text("rewards", f"```yaml\n{yaml.safe_dump(rewards)}\n```")
 
-    def looks(self, looks: list[Look]) -> None:
+    def looks(self, looks: list[RewardRecord]) -> None:
         """Scores of the watch, each with the round whose pictures were judged, however late it arrives."""
         if not self._active or not looks:
             return

@@ -16,13 +16,13 @@ from opd_ds.config.schema import RunConfig
 from opd_ds.evaluation.evaluator import Shown, judge
 from opd_ds.evaluation.pictures import Item, to_image
 from opd_ds.rewards import Reward
-from opd_ds.training.trainer import Rolled
+from opd_ds.training.trainer import RolloutResult
 
 Source = Literal["held_out", "rollout"]
 
 
 @dataclass(frozen=True)
-class Look:
+class RewardRecord:
     """What one reward said of one task's pictures after a round; `mean` is over the `judged`, None when none was."""
 
     round: int
@@ -42,7 +42,7 @@ class _Pictures:
     images: Callable[[], list[Image.Image]]
 
 
-class Watch:
+class AsyncRewardEval:
     """Takes pictures of a round and gives scores later. A round never waits for it.
 
     At most one look is being judged and one waits: where rewards are slower than `watch.every` rounds, further looks
@@ -57,9 +57,9 @@ class Watch:
         self._settings, self._rewards, self._decode = config.watch, rewards, decode
         self._labels = {name: [reward.label for reward in judged.rewards] for name, judged in config.evaluated.items()}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="rewards")
-        self._pending: list[Future[list[Look]]] = []
+        self._pending: list[Future[list[RewardRecord]]] = []
 
-    def submit(self, done: int, rolled: dict[str, Rolled], held_out: dict[str, list[Shown]]) -> None:
+    def submit(self, done: int, rolled: dict[str, RolloutResult], held_out: dict[str, list[Shown]]) -> None:
         """Have round `done`'s own rollouts and its held-out pictures judged."""
         if sum(not future.done() for future in self._pending) > 1:
             logging.getLogger("opd_ds").warning(
@@ -71,20 +71,20 @@ class Watch:
         parts += [self._of_held_out(task, shown) for task, shown in held_out.items()]
         self._pending.append(self._worker.submit(self._judge, done, parts))
 
-    def finished(self) -> list[Look]:
+    def finished(self) -> list[RewardRecord]:
         """Scores that have arrived since the last call; does not wait."""
         ready = [future for future in self._pending if future.done()]
         self._pending = [future for future in self._pending if future not in ready]
         return [look for future in ready for look in future.result()]
 
-    def close(self, waiting: Callable[[], None]) -> list[Look]:
+    def close(self, waiting: Callable[[], None]) -> list[RewardRecord]:
         """The scores still under way; waits for them, and calls `waiting` now and then."""
         while wait(self._pending, timeout=10).not_done:
             waiting()
         self._worker.shutdown(wait=True)
         return self.finished()
 
-    def _of_rollouts(self, task: str, drawn: Rolled) -> _Pictures:
+    def _of_rollouts(self, task: str, drawn: RolloutResult) -> _Pictures:
         count = min(self._settings.rollouts, len(drawn.prompts))
         final = drawn.final[:count].clone()  # the round's other latents may go
         asked = [Item(i, 0, drawn.prompts[i], drawn.metadata[i], i) for i in range(count)]
@@ -94,7 +94,7 @@ class Watch:
     def _of_held_out(task: str, shown: list[Shown]) -> _Pictures:
         return _Pictures("held_out", task, [item for item, _ in shown], lambda: [image for _, image in shown])
 
-    def _judge(self, done: int, parts: list[_Pictures]) -> list[Look]:
+    def _judge(self, done: int, parts: list[_Pictures]) -> list[RewardRecord]:
         looks = []
         for part in parts:
             labels = self._labels[part.task]
@@ -111,5 +111,5 @@ class Watch:
                 scores = judge(self._rewards[label], label, images, part.asked)
                 good = scores[torch.isfinite(scores)]
                 mean = float(good.mean()) if len(good) else None
-                looks.append(Look(done, part.source, part.task, label, mean, len(good), len(scores) - len(good)))
+                looks.append(RewardRecord(done, part.source, part.task, label, mean, len(good), len(scores) - len(good)))
         return looks

@@ -28,7 +28,7 @@ from opd_ds.models import ModelFamily, build_family, compile_blocks, lora
 from opd_ds.data import PromptSet
 from opd_ds.rewards import Reward, build, check
 from opd_ds.config.rl import TeachConfig, WeightedReward
-from opd_ds.training.rl.trainer import Reinforcement
+from opd_ds.training.rl.trainer import RLTrainer
 from opd_ds.training.teachers import ANCHOR, TeacherPool, TeacherSpec, check_weights
 from opd_ds.data.text_cache import TextCache, encoders_identity
 from opd_ds.training.networks import load_family, student_module
@@ -73,7 +73,7 @@ def find_files(config: RunConfig, world: World) -> RunFiles:
     ds_path = resolve_ds_config(config.deepspeed, "deepspeed")
     ds_config = student_ds_config(read_ds_config(ds_path), config, world, str(ds_path))
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {})
-    if offload.get("device") == "nvme" and config.weight_copies:
+    if offload.get("device") == "nvme" and config.weight_snapshots:
         raise UserError(
             f"deepspeed = {config.deepspeed!r} keeps the master weights on NVMe, where no average or earlier policy "
             "can follow them; offload the optimizer to cpu (or keep none: student.ema.decay = 0 and, with "
@@ -151,12 +151,12 @@ def prepare(config: RunConfig, group: Group) -> Parts:
     Raises:
         UserError: on every rank, with the message of the first rank that failed.
     """
-    with group.agreed():
+    with group.raise_on_any_rank():
         files = find_files(config, group.world)
         family = load_family(config, files.model, group.device)
         _check_weights(config, files, family)
         identity = run_identity(config, files, family) if group.world.is_main else None
-    with group.agreed():
+    with group.raise_on_any_rank():
         module = student_module(config.student, config.run.seed, family, files.start)
         if config.model.compile_blocks:
             compile_blocks(module)
@@ -168,7 +168,7 @@ def prepare(config: RunConfig, group: Group) -> Parts:
     rewards = build_rewards(config.rewards, group.device)
     trainer: Trainer
     if isinstance(config, TeachConfig):
-        trainer = Reinforcement(config, group, family, student, ema, files.prompts, rewards)
+        trainer = RLTrainer(config, group, family, student, ema, files.prompts, rewards)
     else:
         assert isinstance(config, DistilConfig)
         trainer = Distillation(config, group, family, student, ema, files.prompts, teachers)
@@ -243,7 +243,7 @@ def run_identity(config: RunConfig, files: RunFiles, family: ModelFamily) -> dic
         for name in tasks:
             tasks[name]["turns"] = data["tasks"][name]["turns"]
         data["teach"].pop("reward_attempts")
-    kept = {key: data[key] for key in config.deciding}
+    kept = {key: data[key] for key in config.resume_invariants}
     if ANCHOR in files.teachers:
         kept["anchor"] = {"weight": data["anchor"]["weight"], **_teacher_identity(files.teachers[ANCHOR])}
     # What the DeepSpeed JSON may set beside the run config. Which of the Adams computes it is a matter of placement.

@@ -21,7 +21,7 @@ from opd_ds.checkpoint.store import (
 from opd_ds.config.schema import RunConfig
 from opd_ds.engine import Group, ShardReader, StudentEngine
 from opd_ds.errors import Interrupted, UserError
-from opd_ds.evaluation.benchmark import Benchmark, Contestant
+from opd_ds.evaluation.benchmark import Benchmark, EvalModel
 from opd_ds.evaluation.evaluator import Means, Shown, student_guidance
 from opd_ds.evaluation.publish import publish
 from opd_ds.evaluation.report import REPORT_FILE
@@ -29,12 +29,12 @@ from opd_ds.evaluation.results import means
 from opd_ds.evaluation.tables import comparison_grid, print_table, summary
 from opd_ds.checkpoint.export_student import EXPORT_FOLDER, STUDENT_ADAPTER, export_student
 from opd_ds.utils.hashing import weights_sha256
-from opd_ds.cluster.signals import StopRequest, deaf, listen
+from opd_ds.cluster.signals import StopRequest, ignore_signals, listen
 from opd_ds.models import lora
 from opd_ds.runs.monitor import METRICS_FILE, Monitor, read_metrics
 from opd_ds.runs.setup import Parts, prepare
 from opd_ds.training.trainer import RoundReport
-from opd_ds.runs.reward_eval import Watch
+from opd_ds.runs.reward_eval import AsyncRewardEval
 
 JOB_VARIABLE, RESTARTS_VARIABLE = "SLURM_JOB_ID", "SLURM_RESTART_COUNT"
 
@@ -73,7 +73,7 @@ def train(config: RunConfig, group: Group, resume: str = "never") -> None:
         session = _Session(parts, store, monitor, stop, group, saved=start)
         baselines = _baselines(config, parts, session, fresh=checkpoint is None)
         watch = (
-            Watch(config, parts.rewards, parts.family.decode) if config.watch.every and group.world.is_main else None
+            AsyncRewardEval(config, parts.rewards, parts.family.decode) if config.watch.every and group.world.is_main else None
         )
         for index in range(start, settings.rounds):
             session.stop_if_asked(index)
@@ -113,14 +113,14 @@ class _Session:
             "zero_stage": parts.student.zero_stage,
             "shapes": parts.student.shapes,
             "adapter": lora.config_fields(parts.student.module, STUDENT_ADAPTER),
-            "student": parts.student.numbers(),
-            "copies": {copy.kind: copy.numbers() for copy in parts.trainer.copies},
+            "student": parts.student.scalar_state(),
+            "copies": {copy.kind: copy.scalar_state() for copy in parts.trainer.snapshots},
             "run": parts.identity,
         }
         self.group.progress(f"the checkpoint of round {done}")
-        entries = parts.student.copy_out()
-        for copy in parts.trainer.copies:
-            entries |= copy.copy_out()
+        entries = parts.student.state_dict()
+        for copy in parts.trainer.snapshots:
+            entries |= copy.state_dict()
         self.store.save(done, state, entries)
         self.saved = done
 
@@ -133,7 +133,7 @@ class _Session:
             self.save(done)
         self.store.finish()
         state = f"state saved in {self.store.place(done)}; go on with --resume auto" if done else "nothing to save yet"
-        deaf()
+        ignore_signals()
         self.monitor.say(f"interrupted after round {done}; {state}")
         raise Interrupted(code)
 
@@ -147,13 +147,13 @@ def _find_checkpoint(store: CheckpointStore, resume: str, group: Group) -> Path 
         if requeued and (made := store.made_by(os.environ[JOB_VARIABLE])):
             return made  # a requeued job has the arguments of its first start, and is further than they say
         checkpoint = Path(resume)
-        with group.agreed():
+        with group.raise_on_any_rank():
             read_state(checkpoint)
         problems = store.problems(checkpoint)
         if problems:
             raise UserError(f"--resume {checkpoint}: damaged ({problems[0]}); give another checkpoint, or 'auto'")
         return checkpoint
-    with group.agreed():
+    with group.raise_on_any_rank():
         if (there := any_checkpoint(store.folder)) is not None:
             raise UserError(
                 f"run.output_dir already holds {there}; give --resume auto to go on, or another run.output_dir"
@@ -163,20 +163,20 @@ def _find_checkpoint(store: CheckpointStore, resume: str, group: Group) -> Path 
 
 def _restore(parts: Parts, checkpoint: Path, group: Group) -> int:
     """Load `checkpoint`, on any number of ranks and at any ZeRO stage; returns the rounds it had done."""
-    with group.agreed():
+    with group.raise_on_any_rank():
         state = read_state(checkpoint)
         refuse_other_run(state["run"], parts.identity, checkpoint)
         shards = ShardReader(checkpoint)
-    parts.student.copy_in(shards, state["student"])
-    for copy in parts.trainer.copies:
-        copy.copy_in(shards, state["copies"][copy.kind])
+    parts.student.load_state_dict(shards, state["student"])
+    for copy in parts.trainer.snapshots:
+        copy.load_state_dict(shards, state["copies"][copy.kind])
     return int(state["round"])
 
 
 # ---- evaluation ----
 
 
-def _baselines(config: RunConfig, parts: Parts, session: _Session, *, fresh: bool) -> list[Contestant]:
+def _baselines(config: RunConfig, parts: Parts, session: _Session, *, fresh: bool) -> list[EvalModel]:
     """Base (or start) and teachers, their pictures drawn."""
     benchmark, tasks, monitor = parts.benchmark, parts.identity["tasks"], session.monitor
     if not config.evaluation.baselines or not benchmark.sets:
@@ -185,9 +185,9 @@ def _baselines(config: RunConfig, parts: Parts, session: _Session, *, fresh: boo
     # Before the first round the student is the base, or what it starts from instead.
     started_from = parts.identity["student"]["start"]
     name, sha256 = ("start", started_from) if started_from else ("base", parts.identity["base"]["sha256"])
-    base = Contestant(name, sha256, guidance, parts.student.gathered)
+    base = EvalModel(name, sha256, guidance, parts.student.gathered)
     teachers = [
-        Contestant(
+        EvalModel(
             f"teacher:{task}",
             tasks[task]["teacher_sha256"],
             dict.fromkeys(benchmark.sets, parts.teachers.guidance(task)),
@@ -220,7 +220,7 @@ def _drawing_student(parts: Parts) -> Iterator[Any]:
         yield network
 
 
-def _show_student(config: RunConfig, parts: Parts, report: RoundReport, watch: Watch | None, monitor: Monitor) -> None:
+def _show_student(config: RunConfig, parts: Parts, report: RoundReport, watch: AsyncRewardEval | None, monitor: Monitor) -> None:
     """Scores, looks and image grids while the run goes on. Collective: `watch` lives on rank 0, the drawing on all."""
     done, evaluator = report.round, parts.evaluator
 
@@ -249,7 +249,7 @@ def _show_student(config: RunConfig, parts: Parts, report: RoundReport, watch: W
         watch.submit(done, report.rolled, held_out)
 
 
-def _finish(config: RunConfig, parts: Parts, baselines: list[Contestant], session: _Session) -> None:
+def _finish(config: RunConfig, parts: Parts, baselines: list[EvalModel], session: _Session) -> None:
     """Export, final scores, table, picture and report."""
     group, monitor = session.group, session.monitor
     folder, benchmark = config.run.output_dir, parts.benchmark
@@ -260,7 +260,7 @@ def _finish(config: RunConfig, parts: Parts, baselines: list[Contestant], sessio
     if benchmark.sets:
         identity = group.gather(weights_sha256(folder / EXPORT_FOLDER) if group.world.is_main else None)[0]
         guidance = student_guidance(config, list(benchmark.sets))
-        models = [*baselines, Contestant("student", identity, guidance, partial(_drawing_student, parts))]
+        models = [*baselines, EvalModel("student", identity, guidance, partial(_drawing_student, parts))]
         scores = _evaluate(config, benchmark, models, session)
     if group.world.is_main:
         data: dict[str, Any] = summary(scores, {name: judged.headline for name, judged in config.evaluated.items()})
@@ -276,7 +276,7 @@ def _finish(config: RunConfig, parts: Parts, baselines: list[Contestant], sessio
     monitor.say(f"model:        {folder / EXPORT_FOLDER}")
 
 
-def _evaluate(config: RunConfig, benchmark: Benchmark, models: list[Contestant], session: _Session) -> dict[str, Means]:
+def _evaluate(config: RunConfig, benchmark: Benchmark, models: list[EvalModel], session: _Session) -> dict[str, Means]:
     """The final evaluation, as `opd-ds eval` makes it; mean rewards by model."""
     group, monitor = session.group, session.monitor
     pause = partial(session.stop_if_asked, config.run.rounds)

@@ -26,13 +26,13 @@ def under_launcher(ranks: int) -> list[str]:
 def main(arguments: list[str]) -> None:
     """Every rank: train the configs in order."""
     from opd_ds.cluster.rendezvous import prepare_environment
-    from opd_ds.cluster.world import who_am_i
+    from opd_ds.cluster.world import detect_world
     from opd_ds.config.loading import load_config
     from opd_ds.engine import init_group
     from opd_ds.runs.train import train
     from opd_ds.utils.logging import quiet_libraries
 
-    world = who_am_i()
+    world = detect_world()
     prepare_environment(world)
     quiet_libraries()
     with init_group(world) as group:
@@ -57,9 +57,9 @@ def said(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    from opd_ds.cluster.failures import leave
+    from opd_ds.cluster.failures import report_and_exit
 
     try:
         main([argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")])
     except BaseException as error:
-        leave(error)
+        report_and_exit(error)

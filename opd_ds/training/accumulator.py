@@ -29,7 +29,7 @@ class RoundLosses:
 
 
 @dataclass(frozen=True)
-class Share:
+class LossTerm:
     """One task's rows of a micro-batch.
 
     Attributes:
@@ -75,7 +75,7 @@ class RoundAccumulator:
         self._left = micro_batches
         self._sums = {task: torch.zeros(len(self._rows), steps, device=group.device) for task in weights}
 
-    def add(self, *shares: Share) -> None:
+    def add(self, *shares: LossTerm) -> None:
         """One micro-batch: the rows of one task, or of several that were computed together."""
         self._left -= 1
         parts = [(share.loss * self._on_device(share.weights)).sum() * self._factor(share) for share in shares]
@@ -87,7 +87,7 @@ class RoundAccumulator:
             rows = [torch.where(weights > 0, values[name].detach() * weights, 0.0) for name in self._rows]
             self._sums[share.task].index_add_(1, self._on_device(share.steps), torch.stack(rows))
 
-    def _factor(self, share: Share) -> float:
+    def _factor(self, share: LossTerm) -> float:
         return self._weights[share.task] / share.pairs
 
     def _on_device(self, values: Tensor) -> Tensor:

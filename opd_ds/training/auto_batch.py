@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Fitting:
+class AutoMicroBatch:
     """Rows per forward of work without collectives.
 
     Args:

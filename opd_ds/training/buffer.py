@@ -46,8 +46,8 @@ class TrajectoryBuffer:
     chosen: Tensor
     weights: Tensor
     cond: Conditioning
-    kept: dict[str, Tensor] = field(default_factory=dict)
-    scored: dict[str, list[Tensor]] = field(default_factory=dict)
+    per_state: dict[str, Tensor] = field(default_factory=dict)
+    per_pair: dict[str, list[Tensor]] = field(default_factory=dict)
     per_sample: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -72,13 +72,13 @@ class TrajectoryBuffer:
         [b, C, ...], numbers per sample [b].
         """
         device = self.states.device
-        scored = {name: torch.cat(parts) for name, parts in self.scored.items()}
+        scored = {name: torch.cat(parts) for name, parts in self.per_pair.items()}
         start = 0
         for pairs in self.micro_batches(size):
             rows = slice(start, start + len(pairs.sample))
             sample, step = pairs.sample.to(device), pairs.step.to(device)
             known = {name: velocity[rows] for name, velocity in scored.items()}
-            known |= {name: values[sample, step] for name, values in self.kept.items()}
+            known |= {name: values[sample, step] for name, values in self.per_state.items()}
             known |= {name: values[sample] for name, values in self.per_sample.items()}
             yield pairs, known
             start = rows.stop

@@ -16,14 +16,14 @@ from opd_ds.diffusion.noise import SampleNoise, sample_seed
 from opd_ds.diffusion.rollout import chunks
 from opd_ds.engine import Group, ShardedEma, StudentEngine
 from opd_ds.models import Conditioning, ModelFamily
-from opd_ds.training.accumulator import RoundAccumulator, RoundLosses, Share
+from opd_ds.training.accumulator import LossTerm, RoundAccumulator, RoundLosses
 from opd_ds.training.buffer import TrajectoryBuffer, noised_states
 from opd_ds.training.teachers import ANCHOR, TeacherPool
-from opd_ds.training.trainer import Draw, Trainer
+from opd_ds.training.trainer import TaskBatch, Trainer
 
 
 @dataclass(frozen=True)
-class Joined:
+class RolloutGroup:
     """Tasks that are rolled out together, as they share one student guidance: a step is one forward for all of them.
 
     Attributes:
@@ -111,7 +111,9 @@ class Distillation(Trainer):
         self._loss = DistillationLoss(config, self._coefficients, self._sigmas, group.device)
         self.measures = (self._loss.measure, "anchor_kl") if config.anchor else (self._loss.measure,)
 
-    def _learn(self, index: int, draws: dict[str, Draw], conds: dict[str, Conditioning]) -> tuple[RoundLosses, float]:
+    def _learn(
+        self, index: int, draws: dict[str, TaskBatch], conds: dict[str, Conditioning]
+    ) -> tuple[RoundLosses, float]:
         if self._config.rollout.mode == "fused":
             return self._optimize(lambda: self._train_fused(draws, conds))
         with self._phase("rollout"):
@@ -126,7 +128,7 @@ class Distillation(Trainer):
             losses, grad_norm = self._optimize(lambda: self._train(buffers, pairs, self._loss))
         return losses, grad_norm
 
-    def _joined(self, draws: dict[str, Draw], conds: dict[str, Conditioning]) -> list[Joined]:
+    def _joined(self, draws: dict[str, TaskBatch], conds: dict[str, Conditioning]) -> list[RolloutGroup]:
         together: dict[float, list[str]] = {}
         for task in draws:
             together.setdefault(self._guidance(task), []).append(task)
@@ -135,10 +137,12 @@ class Distillation(Trainer):
             ends = list(accumulate(len(draws[task].part) for task in tasks))
             rows = {task: slice(end - len(draws[task].part), end) for task, end in zip(tasks, ends, strict=True)}
             cond = Conditioning.cat([conds[task] for task in tasks])
-            joined.append(Joined(guidance, rows, cond, SampleNoise.cat([draws[task].noise for task in tasks])))
+            joined.append(RolloutGroup(guidance, rows, cond, SampleNoise.cat([draws[task].noise for task in tasks])))
         return joined
 
-    def _drawn_by_student(self, draws: dict[str, Draw], conds: dict[str, Conditioning]) -> dict[str, TrajectoryBuffer]:
+    def _drawn_by_student(
+        self, draws: dict[str, TaskBatch], conds: dict[str, Conditioning]
+    ) -> dict[str, TrajectoryBuffer]:
         with_noise = self._config.objective.method == "ppo"
         buffers = {}
         with self._student.gathered() as student:
@@ -150,11 +154,11 @@ class Distillation(Trainer):
                     draw = draws[task]
                     buffers[task] = TrajectoryBuffer(own.states, draw.chosen, draw.part.weights, conds[task])
                     if own.velocity is not None and own.noise is not None:
-                        buffers[task].kept = {"velocity": own.velocity, "noise": own.noise}
+                        buffers[task].per_state = {"velocity": own.velocity, "noise": own.noise}
         return {task: buffers[task] for task in draws}
 
     def _drawn_by_teachers(
-        self, index: int, draws: dict[str, Draw], conds: dict[str, Conditioning]
+        self, index: int, draws: dict[str, TaskBatch], conds: dict[str, Conditioning]
     ) -> dict[str, TrajectoryBuffer]:
         """The teachers' pictures, noised afresh, with the velocity that flow matching asks for as the teacher's."""
         buffers = {}
@@ -169,7 +173,7 @@ class Distillation(Trainer):
             assert noised.velocity is not None
             self._final[task] = final
             buffers[task] = TrajectoryBuffer(noised.states, draw.chosen, draw.part.weights, conds[task])
-            buffers[task].kept = {"teacher": noised.velocity}
+            buffers[task].per_state = {"teacher": noised.velocity}
         return buffers
 
     def _ask_teachers(self, buffers: dict[str, TrajectoryBuffer]) -> None:
@@ -179,16 +183,16 @@ class Distillation(Trainer):
             for (task, buffer), then in zip(buffers.items(), following, strict=True):
                 with self._teachers.active(task) as teacher:
                     if then is not None:
-                        self._teachers.expect(then)
-                    self._score("teacher", teacher, buffer, self._teachers.guidance(task))
+                        self._teachers.prefetch(then)
+                    self._query_frozen("teacher", teacher, buffer, self._teachers.guidance(task))
         if self._config.anchor:
             with self._teachers.active(ANCHOR) as anchor:
                 for buffer in buffers.values():
-                    self._score("anchor", anchor, buffer, self._teachers.guidance(ANCHOR))
+                    self._query_frozen("anchor", anchor, buffer, self._teachers.guidance(ANCHOR))
 
     # ---- fused: the rollout's forward is the training forward ----
 
-    def _train_fused(self, draws: dict[str, Draw], conds: dict[str, Conditioning]) -> RoundAccumulator:
+    def _train_fused(self, draws: dict[str, TaskBatch], conds: dict[str, Conditioning]) -> RoundAccumulator:
         """Per step one student and one teacher pass, nothing stored."""
         settings = self._config.rollout
         # With random queries any step may be some sample's; the others then weigh 0, so that ranks stay in step.
@@ -204,7 +208,7 @@ class Distillation(Trainer):
         return accumulator
 
     def _fused_step(
-        self, joined: Joined, draws: dict[str, Draw], trained: set[int], accumulator: RoundAccumulator
+        self, joined: RolloutGroup, draws: dict[str, TaskBatch], trained: set[int], accumulator: RoundAccumulator
     ) -> Callable[[Tensor, Tensor, slice, int], Tensor]:
         steps = self._config.rollout.steps
         chosen = {
@@ -227,13 +231,13 @@ class Distillation(Trainer):
                     own = joined.of(task, rows)
                     of_task = {name: values[own] for name, values in measured.items()}
                     share = weights[rows, step][own]
-                    shares.append(Share(task, losses[own], of_task, at[own], share, draws[task].pairs))
+                    shares.append(LossTerm(task, losses[own], of_task, at[own], share, draws[task].pairs))
                 accumulator.add(*shares)
             return velocity.detach()
 
         return predict
 
-    def _routed(self, joined: Joined, state: Tensor, sigma: Tensor, cond: Conditioning, rows: slice) -> Tensor:
+    def _routed(self, joined: RolloutGroup, state: Tensor, sigma: Tensor, cond: Conditioning, rows: slice) -> Tensor:
         """Each task's teacher at its own rows."""
         asked = []
         for task in joined.rows:

@@ -88,13 +88,13 @@ class _Network:
         return sum(tensor.nbytes for tensor in self._tensors())
 
     @property
-    def travels(self) -> bool:
+    def needs_transfer(self) -> bool:
         """Whether the weights have to come to the device, all together, before it is asked."""
         return self._placement == "offload" and self._device.type != "cpu"
 
     def fetch(self) -> None:
         """Weights set out for the device, on a stream beside, while the device goes on computing."""
-        if not self.travels or self._coming is not None:
+        if not self.needs_transfer or self._coming is not None:
             return
         stream = _side_stream(self._device)
         with stream:
@@ -102,9 +102,9 @@ class _Network:
         self._coming = stream, copies
 
     @contextmanager
-    def present(self) -> Iterator[None]:
+    def on_device(self) -> Iterator[None]:
         """Inside, an offloaded network's weights are on the device. They never change, so nothing is copied back."""
-        if not self.travels:
+        if not self.needs_transfer:
             yield
             return
         self.fetch()
@@ -163,13 +163,13 @@ class TeacherPool:
         network, adapter = self._networks[task], self._adapters[task]
         if adapter is not None:
             lora.activate(network.module, adapter)
-        with network.present():
+        with network.on_device():
             yield network.forward
 
-    def expect(self, task: str) -> None:
+    def prefetch(self, task: str) -> None:
         """`task` is asked next: what has to travel sets out, where the device has room for it beside what is there."""
         network = self._networks[task]
-        if network.travels and free_memory(self._device) > 2 * network.nbytes:
+        if network.needs_transfer and free_memory(self._device) > 2 * network.nbytes:
             network.fetch()
 
     def guidance(self, task: str) -> float:
@@ -203,4 +203,4 @@ def check_weights(family: ModelFamily, key: str, value: str, path: Path, base: s
             return
         if not path.is_file() and not any((path / name).is_file() for name in _CONFIGS):
             raise UserError("neither a LoRA nor a checkpoint (no adapter_config.json, no transformer/config.json)")
-        family.check_same_world(path)
+        family.check_compatible(path)

@@ -18,16 +18,16 @@ from opd_ds.data import PromptSet, Shard, draw_prompts, shard
 from opd_ds.diffusion import kernel
 from opd_ds.diffusion.noise import SampleNoise, sample_seed
 from opd_ds.diffusion.rollout import Trajectory, rollout
-from opd_ds.engine import Group, ShardedCopy, ShardedEma, StudentEngine
+from opd_ds.engine import Group, ShardedEma, StudentEngine, WeightSnapshot
 from opd_ds.errors import NonFiniteError
 from opd_ds.models import Conditioning, ModelFamily
-from opd_ds.training.accumulator import Loss, RoundAccumulator, RoundLosses, Share
-from opd_ds.training.auto_batch import Fitting
+from opd_ds.training.accumulator import Loss, LossTerm, RoundAccumulator, RoundLosses
+from opd_ds.training.auto_batch import AutoMicroBatch
 from opd_ds.training.buffer import TrajectoryBuffer, choose_steps
 
 
 @dataclass(frozen=True)
-class Rolled:
+class RolloutResult:
     """Where one task's trajectories of a round ended on this rank: `final` [B, C, ...] float32, on the device."""
 
     prompts: list[str]
@@ -52,12 +52,12 @@ class RoundReport:
     samples: int
     seconds: dict[str, float]
     passes: dict[str, int]
-    rolled: dict[str, Rolled]
+    rolled: dict[str, RolloutResult]
     scores: dict[str, float]
 
 
 @dataclass(frozen=True)
-class Draw:
+class TaskBatch:
     """One task's samples of a round on this rank: prompts, noise, trained steps [B, K]."""
 
     part: Shard
@@ -95,7 +95,7 @@ class Trainer(ABC):
         self._task_weights = {name: task.weight for name, task in config.tasks.items()}
         found = config.scoring.micro_batch == "auto" and group.device.type != "cpu"
         size = None if found else config.scoring_micro_batch
-        self._scoring = Fitting("scoring.micro_batch = auto", size, shrinks=found)
+        self._scoring = AutoMicroBatch("scoring.micro_batch = auto", size, shrinks=found)
         self._seconds: dict[str, float] = {}
         self._passes: dict[str, int] = {}
         self._final: dict[str, Tensor] = {}
@@ -103,7 +103,7 @@ class Trainer(ABC):
         self._round, self._doing = 0, ""
 
     @property
-    def copies(self) -> list[ShardedCopy]:
+    def snapshots(self) -> list[WeightSnapshot]:
         """Further weights that belong to the run's state."""
         return [self._ema] if self._ema is not None else []
 
@@ -120,7 +120,7 @@ class Trainer(ABC):
             draws = {task: self._draw(index, task) for task in self._tasks(index)}
             conds = self._encode(draws)
         losses, grad_norm = self._learn(index, draws, conds)
-        rolled = {task: Rolled(draw.prompts, draw.metadata, self._final[task]) for task, draw in draws.items()}
+        rolled = {task: RolloutResult(draw.prompts, draw.metadata, self._final[task]) for task, draw in draws.items()}
         return RoundReport(
             round=index + 1,
             losses=losses,
@@ -134,7 +134,9 @@ class Trainer(ABC):
         )
 
     @abstractmethod
-    def _learn(self, index: int, draws: dict[str, Draw], conds: dict[str, Conditioning]) -> tuple[RoundLosses, float]:
+    def _learn(
+        self, index: int, draws: dict[str, TaskBatch], conds: dict[str, Conditioning]
+    ) -> tuple[RoundLosses, float]:
         """Rollout to optimizer step; the losses and gradient norm of the last step. Fills `_final`."""
 
     # ---- the stages, in order ----
@@ -147,7 +149,7 @@ class Trainer(ABC):
         """Rounds on `task` before round `index`: its prompts are walked through without repetition."""
         return index
 
-    def _draw(self, index: int, task: str) -> Draw:
+    def _draw(self, index: int, task: str) -> TaskBatch:
         samples, seed = self._settings.rollout.samples, self._settings.run.seed
         part = shard(samples, self._group.world.rank, self._group.world.size)
         known = self._prompts[task]
@@ -155,14 +157,14 @@ class Trainer(ABC):
         rows = [drawn[i // self.group_size] for i in part.indices]
         noise = SampleNoise([sample_seed(seed, index, task, i) for i in part.indices], self._family.latent_shape)
         chosen = self._choose(index, task, part.indices)
-        return Draw(part, [known.prompts[i] for i in rows], [known.metadata[i] for i in rows], noise, chosen)
+        return TaskBatch(part, [known.prompts[i] for i in rows], [known.metadata[i] for i in rows], noise, chosen)
 
     def _choose(self, index: int, task: str, samples: list[int]) -> Tensor:
         """The trained steps of `samples`: int64 [B, K]."""
         settings = self._settings.rollout
         return choose_steps(settings.trained_steps, settings.steps, self._settings.run.seed, index, task, samples)
 
-    def _encode(self, draws: dict[str, Draw]) -> dict[str, Conditioning]:
+    def _encode(self, draws: dict[str, TaskBatch]) -> dict[str, Conditioning]:
         """All tasks' prompts in one pass, each once, so that encoders which are offloaded travel once a round."""
         places: dict[str, int] = {}
         for draw in draws.values():
@@ -186,14 +188,14 @@ class Trainer(ABC):
         return self._rollout(predict, noise, keep=self._family.dtype, transitions=transitions)
 
     @torch.no_grad()
-    def _score(self, name: str, network: Any, buffer: TrajectoryBuffer, guidance: float) -> None:
+    def _query_frozen(self, name: str, network: Any, buffer: TrajectoryBuffer, guidance: float) -> None:
         """A frozen network's velocities at the chosen pairs, kept under `name`."""
         pairs = buffer.pairs
 
         def ask(rows: slice) -> Tensor:
             return self._velocity(network, *buffer.inputs(pairs[rows], self._sigmas), guidance)
 
-        buffer.scored[name] = [*buffer.scored.get(name, []), *self._scoring.run(len(pairs), ask)]
+        buffer.per_pair[name] = [*buffer.per_pair.get(name, []), *self._scoring.run(len(pairs), ask)]
 
     def _train(self, buffers: dict[str, TrajectoryBuffer], pairs: dict[str, float], loss: Loss) -> RoundAccumulator:
         """Forward and backward of all pairs of all tasks.
@@ -209,7 +211,7 @@ class Trainer(ABC):
                 velocity = self._velocity(self._student, states, sigma, cond, self._guidance(task))
                 losses, measured = loss(velocity, batch.step, known)
                 weights = buffer.weights[batch.sample]
-                accumulator.add(Share(task, losses, measured, batch.step, weights, pairs[task]))
+                accumulator.add(LossTerm(task, losses, measured, batch.step, weights, pairs[task]))
         return accumulator
 
     def _accumulator(self, tasks: list[str], micro_batches: int) -> RoundAccumulator:

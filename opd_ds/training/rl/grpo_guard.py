@@ -14,7 +14,7 @@ from opd_ds.config.rl import GuardSection
 from opd_ds.diffusion import Coefficients, clipped_surrogate, kl_weight, log_ratio, velocity_error
 
 
-class GuardLoss:
+class GrpoGuardLoss:
     """A `Loss` that knows `velocity` (the old policy's), `noise`, with a KL `start` [b, C, ...], and `advantage` [b].
 
     Args:

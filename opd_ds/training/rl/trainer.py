@@ -14,23 +14,23 @@ from opd_ds.data import PromptSet
 from opd_ds.diffusion import Coefficients, kernel
 from opd_ds.diffusion.noise import SampleNoise, sample_seed
 from opd_ds.diffusion.rollout import Trajectory, chunks
-from opd_ds.engine import OLD_POLICY, START, Group, ShardedCopy, ShardedEma, StudentEngine
+from opd_ds.engine import OLD_POLICY, START, Group, ShardedEma, StudentEngine, WeightSnapshot
 from opd_ds.errors import UserError
 from opd_ds.models import Conditioning, ModelFamily
 from opd_ds.rewards import Reward
 from opd_ds.training.accumulator import RoundLosses
 from opd_ds.training.buffer import TrajectoryBuffer, noised_states
 from opd_ds.training.rl.advantages import group_advantages, optimality
-from opd_ds.training.rl.grpo_guard import GuardLoss
+from opd_ds.training.rl.grpo_guard import GrpoGuardLoss
 from opd_ds.training.rl.nft import NftLoss
 from opd_ds.training.rl.reward_worker import Judge
-from opd_ds.training.trainer import Draw, Trainer
+from opd_ds.training.trainer import TaskBatch, Trainer
 
 
-class Reinforcement(Trainer):
+class RLTrainer(Trainer):
     """Rounds of DiffusionNFT or GRPO-Guard.
 
-    The old policy and the start, where they are needed, are copies of the trained weights (`ShardedCopy`) that take
+    The old policy and the start, where they are needed, are copies of the trained weights (`WeightSnapshot`) that take
     their place in the network for rollouts and scoring: one network, any ZeRO stage, LoRA or full.
     """
 
@@ -50,21 +50,23 @@ class Reinforcement(Trainer):
         self._judge = Judge(rewards, family.decode, config.teach.reward_attempts)
         self._turns = [name for name, task in config.tasks.items() for _ in range(task.turns)]
         self._stochastic = self._coefficients
-        self._start = ShardedCopy(student, START) if config.teach.kl else None
-        self._old: ShardedCopy | None = None
+        self._start = WeightSnapshot(student, START) if config.teach.kl else None
+        self._old: WeightSnapshot | None = None
         if isinstance(config.teach, NftSection):
-            self._old = ShardedCopy(student, OLD_POLICY)
-            self._loss: NftLoss | GuardLoss = NftLoss(config.teach, self._sigmas, group.device)
+            self._old = WeightSnapshot(student, OLD_POLICY)
+            self._loss: NftLoss | GrpoGuardLoss = NftLoss(config.teach, self._sigmas, group.device)
         else:
             self._refuse_steps_without_noise()
-            self._loss = GuardLoss(config.teach, self._coefficients, self._sigmas, group.device)
+            self._loss = GrpoGuardLoss(config.teach, self._coefficients, self._sigmas, group.device)
         self.measures = self._loss.measures
 
     @property
-    def copies(self) -> list[ShardedCopy]:
-        return [*super().copies, *(copy for copy in (self._old, self._start) if copy is not None)]
+    def snapshots(self) -> list[WeightSnapshot]:
+        return [*super().snapshots, *(copy for copy in (self._old, self._start) if copy is not None)]
 
-    def _learn(self, index: int, draws: dict[str, Draw], conds: dict[str, Conditioning]) -> tuple[RoundLosses, float]:
+    def _learn(
+        self, index: int, draws: dict[str, TaskBatch], conds: dict[str, Conditioning]
+    ) -> tuple[RoundLosses, float]:
         self._coefficients = self._table(index)
         buffers, pending = {}, {}
         with self._behaviour(), self._student.gathered() as policy:
@@ -104,7 +106,7 @@ class Reinforcement(Trainer):
         return nullcontext() if self._old is None else self._old.swapped_in()
 
     def _roll_out_and_judge(
-        self, policy: Any, task: str, draw: Draw, cond: Conditioning
+        self, policy: Any, task: str, draw: TaskBatch, cond: Conditioning
     ) -> tuple[Trajectory, list[Future[Tensor]]]:
         parts, pending = [], []
         asked = self._config.tasks[task].rewards
@@ -115,7 +117,9 @@ class Reinforcement(Trainer):
             pending.append(self._judge.submit(asked, part.final, draw.prompts[rows], draw.metadata[rows]))
         return Trajectory.cat(parts), pending
 
-    def _buffer(self, index: int, task: str, draw: Draw, cond: Conditioning, rolled: Trajectory) -> TrajectoryBuffer:
+    def _buffer(
+        self, index: int, task: str, draw: TaskBatch, cond: Conditioning, rolled: Trajectory
+    ) -> TrajectoryBuffer:
         """What is trained on: the transitions as they were drawn, or (NFT) the pictures, noised afresh."""
         if self._old is None:
             kept = {"velocity": rolled.velocity, "noise": rolled.noise}
@@ -130,9 +134,9 @@ class Reinforcement(Trainer):
 
     def _ask(self, name: str, network: Any, buffers: dict[str, TrajectoryBuffer]) -> None:
         for task, buffer in buffers.items():
-            self._score(name, network, buffer, self._guidance(task))
+            self._query_frozen(name, network, buffer, self._guidance(task))
 
-    def _weigh(self, task: str, draw: Draw, buffer: TrajectoryBuffer, pending: list[Future[Tensor]]) -> float:
+    def _weigh(self, task: str, draw: TaskBatch, buffer: TrajectoryBuffer, pending: list[Future[Tensor]]) -> float:
         """Rewards of all ranks to what each sample is worth; returns how many pairs count. Collective.
 
         Raises:

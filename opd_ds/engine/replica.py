@@ -18,12 +18,12 @@ _AT_ONCE = 50_000_000  # elements in one collective
 _SHARE_OF_FREE = 0.5
 
 
-class PlainTwin:
+class UnshardedReplica:
     """The modules of a network a second time, without weights and without DeepSpeed's hooks.
 
-    Its weights come from the sharded network when they are needed (`filled`). DeepSpeed's hooks could be taken off and
-    put on again instead, as others do; then it forgets, each time, in which order to prefetch for training (0.19.8,
-    parameter_offload.py, `_register_deepspeed_module`).
+    Its weights come from the sharded network when they are needed (`materialized`). DeepSpeed's hooks could be taken
+    off and put on again instead, as others do; then it forgets, each time, in which order to prefetch for training
+    (0.19.8, parameter_offload.py, `_register_deepspeed_module`).
 
     Args:
         module: before `deepspeed.initialize`, which makes hooks of it.
@@ -42,7 +42,7 @@ class PlainTwin:
         self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
 
     @contextmanager
-    def filled(self, module: nn.Module) -> Iterator[nn.Module]:
+    def materialized(self, module: nn.Module) -> Iterator[nn.Module]:
         """Inside, the twin has the weights of `module`, the very network under ZeRO-3. Collective.
 
         What is gathered is not copied: DeepSpeed lets go of a storage that the twin holds on to.

@@ -15,7 +15,7 @@ from opd_ds.engine.student import StudentEngine
 from opd_ds.errors import Interrupted
 
 
-class ShardedCopy:
+class WeightSnapshot:
     """A copy of `StudentEngine.fragments` as they are now. No gather, whatever the ZeRO stage.
 
     Args:
@@ -54,7 +54,7 @@ class ShardedCopy:
             shard.copy_(kept)
         self._engine.publish_masters()
 
-    def copy_out(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """This rank's part, as entries of `opd_ds.engine.state`."""
         owned = set(self._engine.owned)
         pairs = zip(self._engine.fragments, self._shards, strict=True)
@@ -62,17 +62,17 @@ class ShardedCopy:
             entry(self.kind, fragment): shard.to("cpu", copy=True) for fragment, shard in pairs if fragment in owned
         }
 
-    def numbers(self) -> dict[str, Any]:
+    def scalar_state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the weights, fit for JSON."""
         return {}
 
-    def copy_in(self, shards: ShardReader, numbers: dict[str, Any]) -> None:
+    def load_state_dict(self, shards: ShardReader, scalars: dict[str, Any]) -> None:
         """Go on from a checkpoint, whatever ranks and ZeRO stage wrote it."""
         for fragment, shard in zip(self._engine.fragments, self._shards, strict=True):
             shard.copy_(shards.read(self.kind, fragment.name, fragment.start, fragment.numel))
 
 
-class ShardedEma(ShardedCopy):
+class ShardedEma(WeightSnapshot):
     """Exponential moving average of the student."""
 
     def __init__(self, engine: StudentEngine, settings: EmaSection) -> None:
@@ -92,9 +92,9 @@ class ShardedEma(ShardedCopy):
             decay = min(decay, (1 + self._updates) / (10 + self._updates))
         self.follow(decay)
 
-    def numbers(self) -> dict[str, Any]:
+    def scalar_state(self) -> dict[str, Any]:
         return {"steps": self._steps, "updates": self._updates}
 
-    def copy_in(self, shards: ShardReader, numbers: dict[str, Any]) -> None:
-        self._steps, self._updates = numbers["steps"], numbers["updates"]
-        super().copy_in(shards, numbers)
+    def load_state_dict(self, shards: ShardReader, scalars: dict[str, Any]) -> None:
+        self._steps, self._updates = scalars["steps"], scalars["updates"]
+        super().load_state_dict(shards, scalars)
