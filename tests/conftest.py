@@ -24,7 +24,8 @@ import torch
 
 from opd_ds.cluster.rendezvous import prepare_environment
 from opd_ds.cluster.world import World
-from opd_ds.config.schema import DistilConfig, RunConfig
+from opd_ds.config.algorithms import DistilConfig
+from opd_ds.config.schema import RunConfig
 from opd_ds.engine import Group, init_group
 from opd_ds.runs.setup import Parts, prepare
 from opd_ds.utils.logging import quiet_libraries

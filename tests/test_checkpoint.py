@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from opd_ds.checkpoint.store import CheckpointStore, latest_checkpoint, read_state, refuse_damaged
-from opd_ds.config.schema import DistilConfig
+from opd_ds.config.algorithms import DistilConfig
 from opd_ds.engine import Group, ShardReader
 from opd_ds.errors import DamagedCheckpointError, UserError
 from opd_ds.runs.train import train

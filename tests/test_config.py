@@ -10,9 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 from opd_ds.cluster.world import World
+from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.loading import load_config, recipe_names
 from opd_ds.config.paths import package_root, resolve_ds_config, resolve_path
-from opd_ds.config.schema import DistilConfig
 from opd_ds.engine import frozen_ds_config, read_ds_config, student_ds_config
 from opd_ds.errors import UserError
 from tests.tiny import run_settings, write_config

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.loading import parse_config
-from opd_ds.config.schema import DistilConfig, RunConfig
+from opd_ds.config.schema import RunConfig
 from opd_ds.diffusion import kernel
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.runs.setup import Parts, prepare
-from opd_ds.training.distillation import DistillationLoss
+from opd_ds.training.objectives import ClosedFormLoss, DrawnTransitions, PolicyGradientLoss
 from tests.test_round import own_teacher
 from tests.tiny import TARGETS, run_settings
 
@@ -53,10 +54,11 @@ def test_the_policy_gradients_mean_is_the_closed_form(tiny_world: Path, tmp_path
 
     def gradient(method: str, count: int) -> tuple[Tensor, Tensor]:
         settings = run_settings(tiny_world, tmp_path, **SDE, objective__method=method)
-        loss = DistillationLoss(DistilConfig.model_validate(settings), table, sigmas, torch.device("cpu"))
+        kind = PolicyGradientLoss if method == "ppo" else ClosedFormLoss
+        loss = kind(DistilConfig.model_validate(settings), table, sigmas, torch.device("cpu"))
         velocity = student.expand(count, -1, -1, -1).clone().requires_grad_()
-        known = {"teacher": teacher.expand_as(velocity), "velocity": velocity.detach()}
-        known["noise"] = torch.randn(velocity.shape)
+        noise = torch.randn(velocity.shape)
+        known = DrawnTransitions(teacher.expand_as(velocity), None, velocity.detach(), noise)
         loss(velocity, torch.full((count,), 2), known)[0].sum().backward()
         assert velocity.grad is not None
         return velocity.grad.mean(0), velocity.grad.std(0)

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from opd_ds.cli.main import app
 from opd_ds.cluster.world import World
-from opd_ds.config.schema import DistilConfig, RunConfig
+from opd_ds.config.algorithms import DistilConfig
+from opd_ds.config.schema import RunConfig
 from opd_ds.doctor import disk, network, node, weights
 from opd_ds.doctor.examination import Outcome, Subject, examine
 from opd_ds.doctor.findings import Finding, Report, Seen, attempt, merge

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from opd_ds.config.schema import DistilConfig
+from opd_ds.config.algorithms import DistilConfig
 from opd_ds.engine import Group, consolidated_weights
 from opd_ds.runs.train import train
 from tests.test_multirank import assert_close, metrics

@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from opd_ds.cli.main import app
-from opd_ds.config.schema import DistilConfig
+from opd_ds.config.algorithms import DistilConfig
 from opd_ds.data import PromptSet
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.engine import Group

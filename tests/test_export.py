@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import opd_ds
 from opd_ds.checkpoint.model_card import model_card
 from opd_ds.cli.main import app
-from opd_ds.config.schema import DistilConfig
+from opd_ds.config.algorithms import DistilConfig
 from opd_ds.diffusion import kernel
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.diffusion.rollout import rollout

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from benchmarks.family_checks import trajectory
-from opd_ds.config.schema import DistilConfig
+from opd_ds.config.algorithms import DistilConfig
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.engine import Group
 from opd_ds.errors import UserError

@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 from benchmarks.full_size import FullSize, cases
 from benchmarks.plan_memory import bench
 from opd_ds.cli.main import app
+from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.loading import load_config
-from opd_ds.config.schema import DistilConfig, RunConfig
+from opd_ds.config.schema import RunConfig
 from opd_ds.errors import UserError
 from opd_ds.models import Conditioning
 from opd_ds.models.lora import PEFT_WEIGHTS
@@ -34,6 +35,7 @@ from opd_ds.plan.network import Counts, Model, count, find_model, known_configs,
 from opd_ds.plan.planner import AS_FAST, fit, make_plan, settings
 from opd_ds.plan.zero import Part, Phase, Zero, student_state
 from opd_ds.runs.setup import Parts
+from opd_ds.training.buffer import PerPair, PerState, TrajectoryBuffer
 from tests.tiny import ALL_SHARDED, run_settings, write_config
 
 Build = Callable[..., tuple[RunConfig, Parts]]
@@ -325,15 +327,18 @@ def test_the_buffers_bytes_are_those_of_the_real_buffer(
         changes |= {"rollout__kernel": "flow", "rollout__noise_level": 0.7}
     config, parts = build_run(**changes)
     seen: dict[str, float] = {"states": 0, "scored": 0}
-    train = parts.trainer._train
+    places: tuple[tuple[type, str, str], ...] = (
+        (TrajectoryBuffer, "states", "states"),
+        (PerState, "values", "states"),
+        (PerPair, "values", "scored"),
+    )
+    for kind, field, name in places:
 
-    def look(buffers: Any, *rest: Any) -> Any:
-        for buffer in buffers.values():
-            seen["states"] += sum(x.nbytes for x in (buffer.states, *buffer.kept.values()))
-            seen["scored"] += sum(x.nbytes for velocities in buffer.scored.values() for x in velocities)
-        return train(buffers, *rest)
+        def made(self: Any, *values: Any, _init: Any = kind.__init__, _field: str = field, _name: str = name) -> None:
+            _init(self, *values)
+            seen[_name] += getattr(self, _field).nbytes
 
-    monkeypatch.setattr(parts.trainer, "_train", look)
+        monkeypatch.setattr(kind, "__init__", made)
     parts.trainer.run_round(0)
     assert buffer_bytes(config, find_model(config), parse_devices("1xcpu", "--gpus")) == seen
 

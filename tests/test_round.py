@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from opd_ds.config.schema import DistilConfig, RunConfig
+from opd_ds.config.algorithms import DistilConfig
+from opd_ds.config.schema import RunConfig
 from opd_ds.engine import Group
 from opd_ds.errors import NonFiniteError, UserError
 from opd_ds.runs.setup import Parts, prepare

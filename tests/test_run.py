@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typer.testing import CliRunner
 
 from opd_ds.cli.main import app
+from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.loading import load_config, recipe_names
-from opd_ds.config.schema import DistilConfig
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.evaluation.tables import gain_kept

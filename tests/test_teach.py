@@ -16,14 +16,16 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from opd_ds.cli.main import app
+from opd_ds.config.algorithms import TeachConfig
 from opd_ds.config.loading import load_config, parse_config
-from opd_ds.config.rl import TeachConfig, WeightedReward
+from opd_ds.config.rl import WeightedReward
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
+from opd_ds.evaluation.reward_pool import RewardPool
 from opd_ds.rewards import Needs
 from opd_ds.runs.setup import Parts, prepare
 from opd_ds.runs.train import train
-from opd_ds.training.rl.reward_worker import Judge
+from opd_ds.training.rl.reward_worker import RewardScorer
 from tests.test_multirank import assert_close, metrics
 from tests.tiny import ALL_SHARDED, TRAIN_MANY, launch, run_settings, with_changes, write_config
 
@@ -221,15 +223,15 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tiny_world: Path, tmp_path:
 # ---- rewards ----
 
 
-def judge_of(reward: Redness, attempts: int = 3) -> Judge:
-    return Judge({"r": reward}, lambda latents: latents[:, :3], attempts, pause=0.0)  # type: ignore[dict-item]
+def judge_of(reward: Redness, attempts: int = 3) -> RewardScorer:
+    return RewardScorer(RewardPool({"r": reward}, lambda latents: latents[:, :3]), attempts, pause=0.0)  # type: ignore[dict-item]
 
 
-def scores_of(judge: Judge, prompts: list[str]) -> list[float]:
+def scores_of(judge: RewardScorer, prompts: list[str]) -> list[float]:
     latents = torch.rand(len(prompts), 4, 2, 2)
     asked = [WeightedReward.model_validate({"name": "redness", "label": "r"})]
     pending = [judge.submit(asked, latents, prompts, [{} for _ in prompts])]
-    return Judge.collect(pending, lambda: None)[:, 0].tolist()
+    return RewardScorer.collect(pending, lambda: None)[:, 0].tolist()
 
 
 def test_a_failed_reward_is_asked_again(caplog: pytest.LogCaptureFixture) -> None:

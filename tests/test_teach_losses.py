@@ -17,8 +17,8 @@ from opd_ds.diffusion import kernel, log_ratio
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.training.buffer import choose_steps, noised_states
 from opd_ds.training.rl.advantages import group_advantages, optimality
-from opd_ds.training.rl.grpo_guard import GrpoGuardLoss
-from opd_ds.training.rl.nft import NftLoss
+from opd_ds.training.rl.grpo_guard import GrpoGuardKnown, GrpoGuardLoss
+from opd_ds.training.rl.nft import NftKnown, NftLoss
 
 CPU = torch.device("cpu")
 SHAPE = (4, 8, 8)
@@ -41,7 +41,7 @@ def nft_gradient(good: float, beta: float, *, kl: float = 0.0) -> Tensor:
     velocity = known["old"].clone().requires_grad_()
     loss = NftLoss(NftSection(algorithm="nft", beta=beta, kl=kl), SIGMAS, CPU)
     known |= {"optimality": torch.full((6,), good), "start": known["old"]}
-    loss(velocity, torch.tensor([0, 1, 4, 6, 8, 9]), known)[0].sum().backward()
+    loss(velocity, torch.tensor([0, 1, 4, 6, 8, 9]), NftKnown(**known))[0].sum().backward()
     assert velocity.grad is not None
     return velocity.grad
 
@@ -79,19 +79,17 @@ def test_nft_loss_is_the_one_of_the_authors_code(seed: int, beta: float, step: i
     expected = expected + 0.3 * (known["velocity"] - known["start"]).square().mean((1, 2, 3))
     loss = NftLoss(NftSection(algorithm="nft", beta=beta, kl=0.3), SIGMAS, CPU)
     asked = {"old": known["old"], "flow": known["eps"] - known["x0"], "start": known["start"], "optimality": good}
-    found, _ = loss(known["velocity"], torch.full((3,), step), asked)
+    found, _ = loss(known["velocity"], torch.full((3,), step), NftKnown(**asked))
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-5)
 
 
 def test_noised_states_are_flow_matchings() -> None:
     final = draws(1, 2, "x0")["x0"]
     noised = noised_states(final, SampleNoise([1, 2], SHAPE), SIGMAS, torch.float32)
-    assert noised.states is not None
-    assert noised.velocity is not None
     assert noised.states.shape == (2, 10, *SHAPE)
     sigma = SIGMAS[:-1].float()[None, :, None, None, None]
-    torch.testing.assert_close(noised.states - sigma * noised.velocity, final[:, None].expand(-1, 10, -1, -1, -1))
-    assert not torch.equal(noised.velocity[:, 0], noised.velocity[:, 1])  # each step has noise of its own
+    torch.testing.assert_close(noised.states - sigma * noised.flow, final[:, None].expand(-1, 10, -1, -1, -1))
+    assert not torch.equal(noised.flow[:, 0], noised.flow[:, 1])  # each step has noise of its own
 
 
 # ---- GRPO-Guard ----
@@ -146,7 +144,7 @@ def test_guard_raises_what_was_good_and_lowers_what_was_bad() -> None:
     velocity = known["velocity"].clone().requires_grad_()
     advantage = torch.tensor([2.0, -1.0, 0.0, 0.5])
     steps = torch.tensor([1, 4, 6, 8])
-    loss, measured = guard()(velocity, steps, known | {"advantage": advantage})
+    loss, measured = guard()(velocity, steps, GrpoGuardKnown(**known, advantage=advantage))
     loss.sum().backward()
     b = kernel("flow", 0.7).coefficients(SIGMAS).b[steps].float()
     expected = -(advantage * b)[:, None, None, None] * known["noise"] / known["noise"][0].numel()
@@ -161,7 +159,9 @@ def test_guard_stops_at_the_clip() -> None:
     known = draws(6, 2, "velocity", "noise")
     b = kernel("flow", 0.7).coefficients(SIGMAS).b[5].float()
     moved = (known["velocity"] + 0.1 * known["noise"] / b).requires_grad_()  # D = 0.1 eps: ratio about e^0.1
-    loss, measured = guard(clip=0.05)(moved, torch.tensor([5, 5]), known | {"advantage": torch.tensor([1.0, -1.0])})
+    loss, measured = guard(clip=0.05)(
+        moved, torch.tensor([5, 5]), GrpoGuardKnown(**known, advantage=torch.tensor([1.0, -1.0]))
+    )
     loss.sum().backward()
     assert moved.grad is not None
     assert not moved.grad[0].any()
@@ -172,11 +172,12 @@ def test_guard_stops_at_the_clip() -> None:
 def test_guard_can_even_out_steps_and_keep_the_start() -> None:
     known = draws(7, 2, "velocity", "noise", "start") | {"advantage": torch.ones(2)}
     steps = torch.tensor([0, 8])
-    even, _ = guard(step_weighting="inverse_dt")(known["velocity"], steps, known)
-    plain, _ = guard()(known["velocity"], steps, known)
+    free = {name: value for name, value in known.items() if name != "start"}
+    even, _ = guard(step_weighting="inverse_dt")(known["velocity"], steps, GrpoGuardKnown(**free))
+    plain, _ = guard()(known["velocity"], steps, GrpoGuardKnown(**free))
     dt = (SIGMAS[:-1] - SIGMAS[1:]).float()
     torch.testing.assert_close(even / plain, (1 / dt / (1 / dt).mean())[steps])
-    held, measured = guard(kl=0.5)(known["velocity"], steps, known)
+    held, measured = guard(kl=0.5)(known["velocity"], steps, GrpoGuardKnown(**known))
     torch.testing.assert_close(held - plain, 0.5 * measured["start_kl"])
     assert (measured["start_kl"] > 0).all()
 

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 import opd_ds.runs.encode
 from opd_ds.cli.main import app
 from opd_ds.cluster.world import World
-from opd_ds.config.schema import DistilConfig, RunConfig
+from opd_ds.config.algorithms import DistilConfig
+from opd_ds.config.schema import RunConfig
 from opd_ds.data.text_cache import TextCache, trimmed
 from opd_ds.engine import Group
 from opd_ds.errors import UserError

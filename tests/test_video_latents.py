@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.rl import GuardSection, NftSection
-from opd_ds.config.schema import DistilConfig
 from opd_ds.diffusion import gaussian_kl, kernel, kernel_names
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.diffusion.rollout import Trajectory, rollout
 from opd_ds.models import Conditioning
 from opd_ds.training.buffer import TrajectoryBuffer, noised_states
-from opd_ds.training.distillation import DistillationLoss
-from opd_ds.training.rl.grpo_guard import GrpoGuardLoss
-from opd_ds.training.rl.nft import NftLoss
+from opd_ds.training.objectives import ClosedFormLoss, DrawnTransitions, PolicyGradientLoss, TeacherVelocities
+from opd_ds.training.rl.grpo_guard import GrpoGuardKnown, GrpoGuardLoss
+from opd_ds.training.rl.nft import NftKnown, NftLoss
 from tests.tiny import run_settings
 
 CPU = torch.device("cpu")
@@ -47,26 +47,31 @@ def known(*names: str) -> dict[str, Tensor]:
     }
 
 
-def distillation(tmp_path: Path, **changes: Any) -> DistillationLoss:
+def distillation(tmp_path: Path, kind: type[ClosedFormLoss], **changes: Any) -> ClosedFormLoss:
     settings = run_settings(tmp_path, tmp_path, rollout__kernel="flow", rollout__noise_level=0.7, **changes)
-    return DistillationLoss(DistilConfig.model_validate(settings), TABLE, SIGMAS, CPU)
+    return kind(DistilConfig.model_validate(settings), TABLE, SIGMAS, CPU)
 
 
-LOSSES: dict[str, Callable[[Path], tuple[Any, dict[str, Tensor]]]] = {
+# The loss, what it knows as a dataclass, and the names of that.
+LOSSES: dict[str, Callable[[Path], tuple[Any, type, dict[str, Tensor]]]] = {
     "closed form": lambda folder: (
-        distillation(folder, anchor={"path": "x", "weight": 0.5}),
+        distillation(folder, ClosedFormLoss, anchor={"path": "x", "weight": 0.5}),
+        TeacherVelocities,
         known("teacher", "anchor"),
     ),
     "PPO-style": lambda folder: (
-        distillation(folder, objective__method="ppo"),
+        distillation(folder, PolicyGradientLoss, objective__method="ppo"),
+        DrawnTransitions,
         known("teacher", "velocity", "noise"),
     ),
     "NFT": lambda folder: (
         NftLoss(NftSection(algorithm="nft", beta=0.3, kl=0.2), SIGMAS, CPU),
+        NftKnown,
         known("old", "flow", "start", "optimality"),
     ),
     "GRPO-Guard": lambda folder: (
         GrpoGuardLoss(GuardSection(algorithm="guard", kl=0.2), TABLE, SIGMAS, CPU),
+        GrpoGuardKnown,
         known("velocity", "noise", "start", "advantage"),
     ),
 }
@@ -75,13 +80,13 @@ LOSSES: dict[str, Callable[[Path], tuple[Any, dict[str, Tensor]]]] = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_of_a_video_is_that_of_the_same_numbers_as_a_picture(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    loss, of_video = LOSSES[name](tmp_path)
+    loss, kind, of_video = LOSSES[name](tmp_path)
     of_picture = {key: as_picture(value) if value.ndim > 1 else value for key, value in of_video.items()}
     # Near the policy that drew, where there is one: far from it ratios are clipped.
     behaviour = of_video.get("velocity", torch.zeros(SAMPLES, *VIDEO))
     velocity = (behaviour + 0.02 * torch.randn(SAMPLES, *VIDEO)).requires_grad_()
-    video, measured = loss(velocity, STEPS, of_video)
-    picture, expected = loss(as_picture(velocity), STEPS, of_picture)
+    video, measured = loss(velocity, STEPS, kind(**of_video))
+    picture, expected = loss(as_picture(velocity), STEPS, kind(**of_picture))
     assert video.shape == (SAMPLES,)
     assert len(set(video.tolist())) == SAMPLES
     torch.testing.assert_close(video, picture)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from opd_ds.config.schema import DistilConfig
+from opd_ds.config.algorithms import DistilConfig
 from opd_ds.engine import Group
+from opd_ds.evaluation.reward_pool import RewardPool
 from opd_ds.rewards import Needs
 from opd_ds.runs.reward_eval import AsyncRewardEval, RewardRecord
 from opd_ds.runs.train import train
@@ -60,7 +61,7 @@ def reward() -> Brightness:
 def watch(tiny_world: Path, tmp_path: Path, reward: Brightness) -> AsyncRewardEval:
     task = {"teacher": "x", "prompts": "y", "rewards": [{"name": "anything", "label": "light"}]}
     settings = run_settings(tiny_world, tmp_path, tasks={"one": task}, watch={"every": 1, "rollouts": 2})
-    return AsyncRewardEval(DistilConfig.model_validate(settings), {"light": reward}, decode)
+    return AsyncRewardEval(DistilConfig.model_validate(settings), RewardPool({"light": reward}, decode))
 
 
 def test_scores_come_later_with_the_round_they_belong_to(watch: AsyncRewardEval, reward: Brightness) -> None:

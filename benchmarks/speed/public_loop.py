@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from opd_ds.checkpoint.export_student import STUDENT_ADAPTER
+from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.paths import resolve_path
-from opd_ds.config.schema import DistilConfig
 from opd_ds.data import PromptSet, draw_prompts, shard
 from opd_ds.diffusion.noise import SampleNoise, sample_seed
 from opd_ds.engine import Group

@@ -11,9 +11,9 @@ import torch
 from peft import LoraConfig
 
 from benchmarks.full_size import DEFAULT_MODEL, FullSize
+from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.loading import parse_config
 from opd_ds.config.paths import resolve_path
-from opd_ds.config.schema import DistilConfig
 from opd_ds.miniature.networks import Sizes, make_pipeline
 from opd_ds.miniature.world import TASKS
 from opd_ds.models import lora

@@ -20,7 +20,7 @@ from opd_ds.cluster.rendezvous import prepare_environment
 from opd_ds.cluster.world import detect_world
 
 if TYPE_CHECKING:
-    from opd_ds.config.schema import DistilConfig
+    from opd_ds.config.algorithms import DistilConfig
     from opd_ds.engine import Group
 
 
@@ -61,8 +61,8 @@ def main(spec_file: str, out: str) -> None:
 def build(name: str, wanted: dict[str, Any], group: Group) -> Loop:
     """Load everything that the loop needs."""
     from benchmarks.speed.public_loop import PublicLoop
+    from opd_ds.config.algorithms import DistilConfig
     from opd_ds.config.loading import parse_config
-    from opd_ds.config.schema import DistilConfig
     from opd_ds.runs.setup import prepare
 
     config = parse_config(wanted["config"])

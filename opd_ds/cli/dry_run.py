@@ -7,7 +7,6 @@ import json
 import yaml
 
 from opd_ds.cluster.world import World
-from opd_ds.config.rl import TeachConfig
 from opd_ds.config.schema import RunConfig, TrainedSection
 from opd_ds.data import shard
 from opd_ds.models import family_class
@@ -32,13 +31,10 @@ def describe(config: RunConfig, world: World) -> str:
         f"{name} (teacher {files.teachers[name].path.name})" if name in files.teachers else f"{name} ({_rewards(task)})"
         for name, task in config.tasks.items()
     )
-    if isinstance(config, TeachConfig):
-        prompts = settings.samples // config.teach.group
-        group = [f"prompts a round        {prompts} per task, {config.teach.group} pictures of each"]
-    else:
-        group = []
+    prompts = settings.samples // config.group_size
+    group = [f"prompts a round        {prompts} per task, {config.group_size} images of each"]
     asked = -(-pairs // config.scoring_micro_batch) * config.frozen_velocities
-    at_once = 1 if isinstance(config, TeachConfig) and config.teach.schedule == "alternate" else len(config.tasks)
+    at_once = config.tasks_per_round
     if settings.mode == "fused":
         count = -(-len(part) * len(config.tasks) // settings.micro_batch)
         work = [
@@ -56,7 +52,7 @@ def describe(config: RunConfig, world: World) -> str:
         f"processes              {world.size}",
         f"tasks                  {len(config.tasks)}: {tasks}",
         f"samples a round        {settings.samples} per task, {settings.samples * at_once} in all",
-        *group,
+        *(group if config.group_size > 1 else []),
         f"samples per process    {len(part)} per task"
         + (f" ({filled} filling samples at weight 0, because {settings.samples} is not a multiple)" if filled else ""),
         f"trained steps          {trained} of {settings.steps}: {pairs} (state, step) pairs per task and process",

@@ -38,12 +38,11 @@ def _start(
     from opd_ds.cluster.signals import listen
     from opd_ds.cluster.world import detect_world
     from opd_ds.config.loading import load_config
-    from opd_ds.config.rl import TeachConfig
 
     listen()  # first of all: a signal that comes while libraries and models load must not be lost
     world = detect_world()
     settings = load_config(recipe, config, overrides)
-    if only_teach and not isinstance(settings, TeachConfig):
+    if only_teach and not settings.learns_from_rewards:
         raise UserError(f"{recipe or config}: has no section `teach`; distillations start with `opd-ds train`")
     if dry_run:
         from opd_ds.cli.dry_run import describe

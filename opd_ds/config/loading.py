@@ -9,12 +9,13 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from opd_ds.config.algorithms import ALGORITHMS, DistilConfig, TeachConfig
 from opd_ds.config.paths import package_root
-from opd_ds.config.rl import GuardSection, NftSection, TeachConfig
-from opd_ds.config.schema import DistilConfig, PromptsSection, RunConfig
+from opd_ds.config.schema import PromptsSection, RunConfig
 from opd_ds.errors import UserError, nearest
 
-_ALGORITHMS: dict[str, type[BaseModel]] = {"nft": NftSection, "guard": GuardSection}
+# Sections that are one of several algorithms: the key that chooses.
+_CHOSEN_BY = {"teach": "algorithm", "objective": "method"}
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -157,7 +158,9 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 def _explain(kind: type[BaseModel], problem: Any) -> str:
     # A union's error names the chosen branch, which is no key.
-    location = [str(part) for place, part in enumerate(problem["loc"]) if place != 1 or problem["loc"][0] != "teach"]
+    location = [
+        str(part) for place, part in enumerate(problem["loc"]) if place != 1 or problem["loc"][0] not in _CHOSEN_BY
+    ]
     key = ".".join(location)
     value = problem["input"]
     shown = "" if isinstance(value, dict | BaseModel) else f" = {value!r}"
@@ -168,8 +171,12 @@ def _explain(kind: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{key}: required and missing; add it to the config or give --set {key}=..."
     if problem["type"].startswith("union_tag"):
-        found = value.get("algorithm") if isinstance(value, dict) else value
-        return f"{key}.algorithm = {found!r}: allowed are {', '.join(_ALGORITHMS)}"
+        chosen = _CHOSEN_BY[key]
+        found = value.get(chosen) if isinstance(value, dict) else value
+        allowed = problem.get("ctx", {}).get("expected_tags", "").replace("'", "") or ", ".join(
+            name for name, section in ALGORITHMS.items() if chosen in section.model_fields
+        )
+        return f"{key}.{chosen} = {found!r}: allowed are {allowed}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key}{shown}: {message}" if key else message
 
@@ -192,7 +199,7 @@ def _fields_at(kind: type[BaseModel], location: list[str], where: tuple[Any, ...
         annotation = model.model_fields[part].annotation
         model, *others = _sections(annotation)
         for other in others:
-            if model.model_fields.get("algorithm") and _ALGORITHMS.get(str(where[1])) is other:
+            if ALGORITHMS.get(str(where[1])) is other:
                 model = other
         skip = "[str, " in str(annotation)
     return list(model.model_fields)

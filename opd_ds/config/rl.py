@@ -1,12 +1,12 @@
-"""The config of a run that learns from rewards."""
+"""Algorithms that learn from rewards, and the tasks that they learn."""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from opd_ds.config.schema import STOCHASTIC_KERNELS, RewardSection, RunConfig, Section, TrainedSection, TrainedSteps
+from opd_ds.config.schema import Algorithm, RewardSection, Section, TrainedSection
 
 
 class WeightedReward(RewardSection):
@@ -33,9 +33,12 @@ class OldPolicySection(Section):
     maximum: float = Field(0.5, ge=0, lt=1)
 
 
-class _FromRewards(Section):
-    """What both algorithms need."""
+class RewardAlgorithm(Algorithm):
+    """What algorithms that learn from rewards have in common; `algorithm` is its name."""
 
+    title: ClassVar[str] = "Reinforcement learning"
+
+    algorithm: str
     group: int = Field(24, ge=2, description="pictures of one prompt, compared with each other")
     advantage_std: Literal["batch", "group"] = Field("batch", description="whose deviation scales the advantages")
     advantage_clip: PositiveFloat = 5.0
@@ -47,8 +50,11 @@ class _FromRewards(Section):
     )
 
 
-class NftSection(_FromRewards):
-    """DiffusionNFT (arXiv 2509.16117)."""
+class NftSection(RewardAlgorithm):
+    """DiffusionNFT (arXiv 2509.16117). The flow at every noised state is kept."""
+
+    trainer: ClassVar[str] = "opd_ds.training.rl.nft:NftTrainer"
+    kept_per_state: ClassVar[int] = 1
 
     algorithm: Literal["nft"]
     beta: PositiveFloat = Field(1.0, description="how far the implicit policies stand from the old one")
@@ -58,9 +64,19 @@ class NftSection(_FromRewards):
     kl: float = Field(1e-4, ge=0, description="factor on the squared velocity distance to the start; 0: none is kept")
     old_policy: OldPolicySection = OldPolicySection()
 
+    @property
+    def student_snapshots(self) -> int:
+        """The old policy; the start where distance to it costs."""
+        return 1 + (self.kl > 0)
 
-class GuardSection(_FromRewards):
-    """GRPO-Guard (arXiv 2510.22319) on Flow-GRPO (arXiv 2505.05470)."""
+
+class GuardSection(RewardAlgorithm):
+    """GRPO-Guard (arXiv 2510.22319) on Flow-GRPO (arXiv 2505.05470). Velocities and drawn noise of every state are
+    kept.
+    """
+
+    trainer: ClassVar[str] = "opd_ds.training.rl.grpo_guard:GrpoGuardTrainer"
+    kept_per_state: ClassVar[int] = 2
 
     algorithm: Literal["guard"]
     clip: PositiveFloat = Field(1e-4, description="of the likelihood ratio, on both sides of 1")
@@ -73,57 +89,15 @@ class GuardSection(_FromRewards):
     )
     kl: float = Field(0.0, ge=0, description="factor on the exact KL per step to the start; 0: no start is kept")
 
-
-class TeachConfig(RunConfig):
-    """A specialist by reinforcement learning: `opd-ds teach`."""
-
-    resume_invariants: ClassVar[tuple[str, ...]] = (*RunConfig.resume_invariants, "teach")
-
-    teach: Annotated[NftSection | GuardSection, Field(discriminator="algorithm")]
-    tasks: dict[str, LearnedSection] = Field(min_length=1)
+    @property
+    def student_snapshots(self) -> int:
+        """The start where distance to it costs."""
+        return int(self.kl > 0)
 
     @property
-    def weight_snapshots(self) -> int:
-        return super().weight_snapshots + self.frozen_velocities
+    def needs_noise(self) -> bool:
+        return True
 
     @property
-    def frozen_velocities(self) -> int:
-        return (self.teach.algorithm == "nft") + (self.teach.kl > 0)
-
-    @property
-    def trained_steps(self) -> int:
-        window = self.teach.window if isinstance(self.teach, GuardSection) else None
-        return window or super().trained_steps
-
-    @model_validator(mode="after")
-    def _consistent(self) -> TeachConfig:
-        rollout, teach = self.rollout, self.teach
-        if rollout.samples % teach.group:
-            raise ValueError(
-                f"rollout.samples = {rollout.samples} is no multiple of teach.group = {teach.group}; it counts the "
-                "pictures of all prompts of a task and round"
-            )
-        if self.scoring.micro_batch == "auto":
-            raise ValueError(
-                "scoring.micro_batch = 'auto' may come out differently on each rank, but frozen policies are asked "
-                "through the student, whose forwards may be collective; give a number"
-            )
-        if rollout.mode == "fused":
-            raise ValueError("rollout.mode = 'fused': rewards come after a rollout; set it to 'buffered'")
-        if isinstance(teach, GuardSection):
-            self._check_guard(teach)
-        return self
-
-    def _check_guard(self, teach: GuardSection) -> None:
-        rollout = self.rollout
-        if rollout.noise_level == 0:
-            raise ValueError(
-                "teach.algorithm = 'guard' weighs drawn transitions by their likelihood, and rollout.noise_level = 0 "
-                f"draws none; set a kernel with noise ({', '.join(STOCHASTIC_KERNELS)}) and a noise_level above 0"
-            )
-        if teach.window is None:
-            return
-        if rollout.trained_steps != TrainedSteps(fraction=1.0):
-            raise ValueError("teach.window says which steps are trained; leave rollout.trained_steps out")
-        if teach.window > rollout.steps:
-            raise ValueError(f"teach.window = {teach.window}: a trajectory has only {rollout.steps} steps")
+    def trained_window(self) -> int | None:
+        return self.window

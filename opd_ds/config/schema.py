@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 STOCHASTIC_KERNELS = ("flow", "dance", "ddim", "cps")
+# The name under which the anchor is asked; no task can have it.
+ANCHOR = "(anchor)"
 
 
 class Section(BaseModel):
@@ -148,28 +150,6 @@ class RolloutSection(Section):
         return self
 
 
-class ObjectiveSection(Section):
-    method: Literal["closed_form", "ppo", "sft"] = Field(
-        "closed_form",
-        description="the exact KL per step on the student's states; its policy-gradient estimator, for comparison; or "
-        "flow matching on pictures that the teacher draws (off-policy)",
-    )
-    target: Literal["transition", "velocity", "x0"] = "transition"
-    weighting: Literal["kl", "uniform", "normalized"] = "kl"
-    clip: PositiveFloat = Field(1e-4, description="of the likelihood ratio; read with method = 'ppo' only")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> ObjectiveSection:
-        if self.method != "closed_form" and (self.target, self.weighting) != ("transition", "kl"):
-            raise ValueError(
-                f"method = {self.method!r} has an objective of its own; leave target and weighting out, or use "
-                "method = 'closed_form'"
-            )
-        if self.weighting == "kl" and self.target != "transition":
-            raise ValueError(f"weighting = 'kl' belongs to target = 'transition', not {self.target!r}; use 'uniform'")
-        return self
-
-
 class TrainSection(Section):
     micro_batch: PositiveInt = Field(8, description="(state, step) pairs per forward/backward and rank")
     inner_epochs: PositiveInt = Field(1, description="passes over the buffer, each one optimizer step")
@@ -302,6 +282,45 @@ class WatchSection(Section):
     rollouts: NonNegativeInt = Field(8, description="pictures per task of the round's own rollouts on rank 0")
 
 
+class Algorithm(Section):
+    """What a run learns by. A component: it owns its part of the config, says what the round asks and keeps, and names
+    the trainer that it builds. `opd_ds.config.algorithms` finds it by name.
+
+    Attributes:
+        trainer: "module:Class", imported when a run starts; the command answers without torch.
+        title: for model cards.
+        drawn_by: whose trajectories are trained on.
+        kept_per_state: latents that the buffer keeps of every state beside the state itself.
+        fused_trainer: likewise, where a rollout's forward is the training forward; empty where it cannot be.
+    """
+
+    trainer: ClassVar[str]
+    title: ClassVar[str]
+    drawn_by: ClassVar[Literal["student", "teacher"]] = "student"
+    kept_per_state: ClassVar[int] = 0
+    fused_trainer: ClassVar[str] = ""
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether a task's teacher is asked at every trained state."""
+        return self.drawn_by == "student"
+
+    @property
+    def student_snapshots(self) -> int:
+        """Earlier policies of the student that are kept, and asked at every trained state."""
+        return 0
+
+    @property
+    def trained_window(self) -> int | None:
+        """How many steps in a row are trained where the algorithm chooses them itself."""
+        return None
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether trained transitions are weighed by their likelihood, which only noise gives them."""
+        return False
+
+
 class RunConfig(Section):
     """What all runs have. Batch sizes named `samples` are global; those named `micro_batch` are per rank and change no
     result.
@@ -362,14 +381,67 @@ class RunConfig(Section):
         return self.model.text_cache or self.run.output_dir / "text_cache"
 
     @property
+    def algorithm(self) -> Algorithm:
+        """What the run learns by."""
+        raise NotImplementedError
+
+    @property
+    def trainer(self) -> str:
+        """ "module:Class" of what runs the rounds."""
+        return self.algorithm.fused_trainer if self.rollout.mode == "fused" else self.algorithm.trainer
+
+    @property
+    def learns_from_rewards(self) -> bool:
+        """Whether rewards decide gradients; otherwise they only monitor."""
+        return False
+
+    @property
     def weight_snapshots(self) -> int:
         """Further sets of the trained weights that a run keeps beside the masters."""
-        return int(self.student.ema.decay > 0)
+        return int(self.student.ema.decay > 0) + self.algorithm.student_snapshots
 
     @property
     def frozen_velocities(self) -> int:
         """How many frozen networks are asked at every trained state, each answer kept until training."""
-        return 0
+        return self.algorithm.student_snapshots
+
+    @property
+    def group_size(self) -> int:
+        """Images of one prompt in a round."""
+        return 1
+
+    def tasks_of(self, index: int) -> list[str]:
+        """The tasks of round `index`, counted from 0."""
+        return list(self.tasks)
+
+    def visits(self, index: int, task: str) -> int:
+        """Rounds on `task` before round `index`: its prompts are walked through without repetition."""
+        return index
+
+    @property
+    def tasks_per_round(self) -> int:
+        return len(self.tasks_of(0))
+
+    def student_guidance(self, task: str) -> float:
+        """The student's guidance scale on a task, in rollout, training and evaluation."""
+        own = self.tasks[task].guidance
+        return self.rollout.guidance if own is None else own
+
+    def rollout_guidance(self, task: str) -> float:
+        """The guidance scale of whoever draws what is trained on."""
+        return self.student_guidance(task)
+
+    def queried_guidances(self, task: str) -> list[float]:
+        """Guidance scales of the frozen networks that are asked at every trained state of a task."""
+        return [self.student_guidance(task)] * self.algorithm.student_snapshots
+
+    def resume_settings(self) -> dict[str, Any]:
+        """The settings, by section, that decide a run's numbers; speed settings are left out."""
+        data = self.model_dump(mode="json", include=set(self.resume_invariants))
+        for key in ("micro_batch", "mode", "gather"):
+            data["rollout"].pop(key)
+        data["student"].pop("gradient_checkpointing")
+        return data
 
     @property
     def evaluated(self) -> dict[str, EvaluatedSection]:
@@ -392,6 +464,8 @@ class RunConfig(Section):
     @property
     def trained_steps(self) -> int:
         """How many of each trajectory."""
+        if self.algorithm.trained_window is not None:
+            return self.algorithm.trained_window
         chosen = self.rollout.trained_steps
         if chosen.queries is not None:
             return chosen.queries
@@ -402,65 +476,19 @@ class RunConfig(Section):
         """By task; none where tasks are learned from rewards."""
         return {}
 
-
-class DistilConfig(RunConfig):
-    """Several teachers into one student: `opd-ds train`."""
-
-    resume_invariants: ClassVar[tuple[str, ...]] = (*RunConfig.resume_invariants, "objective")
-
-    objective: ObjectiveSection = ObjectiveSection()
-    anchor: AnchorSection | None = None
-    tasks: dict[str, TaskSection] = Field(min_length=1)
-
     @property
-    def teachers(self) -> dict[str, TeacherSection]:
-        return {name: task.teacher for name, task in self.tasks.items()}
+    def all_teachers(self) -> dict[str, TeacherSection]:
+        """By task, and the anchor under `ANCHOR`."""
+        return self.teachers
 
-    @property
-    def frozen_velocities(self) -> int:
-        return (self.objective.method != "sft") + (self.anchor is not None)
+    def teacher_key(self, name: str) -> str:
+        """The key of a teacher or of the anchor."""
+        return "anchor" if name == ANCHOR else f"tasks.{name}.teacher"
 
-    @property
-    def _asked(self) -> dict[str, TeacherSection]:
-        """Teachers and the anchor, by key."""
-        asked: dict[str, TeacherSection] = {f"tasks.{name}.teacher": one for name, one in self.teachers.items()}
-        return asked | ({"anchor": self.anchor} if self.anchor else {})
-
-    @model_validator(mode="after")
-    def _same_forwards(self) -> DistilConfig:
-        if self.scoring.micro_batch == "auto":
-            for key, teacher in self._asked.items():
-                if teacher.placement == "zero_inference":
-                    raise ValueError(
-                        "scoring.micro_batch = 'auto' may come out differently on each rank, but the forwards of "
-                        f"{key}.placement = 'zero_inference' are collective; give a number"
-                    )
-        return self
-
-    @model_validator(mode="after")
-    def _consistent(self) -> DistilConfig:
-        if self.objective.method == "ppo" and self.rollout.noise_level == 0:
+    def check_noise(self, key: str) -> None:
+        """Raise ValueError where the algorithm that `key` names needs noise and the rollout draws none."""
+        if self.algorithm.needs_noise and self.rollout.noise_level == 0:
             raise ValueError(
-                "objective.method = 'ppo' weighs drawn transitions by their likelihood, and rollout.noise_level = 0 "
+                f"{key} weighs drawn transitions by their likelihood, and rollout.noise_level = 0 "
                 f"draws none; set a kernel with noise ({', '.join(STOCHASTIC_KERNELS)}) and a noise_level above 0"
             )
-        if self.rollout.mode != "fused":
-            return self
-        for name, teacher in self._asked.items():
-            if teacher.placement != "resident":
-                raise ValueError(
-                    f"rollout.mode = 'fused' asks every teacher at every step, but {name}.placement = "
-                    f"{teacher.placement!r} is brought in once a round; set it to 'resident' or rollout.mode to "
-                    "'buffered'"
-                )
-        if self.train.inner_epochs > 1:
-            raise ValueError(
-                f"rollout.mode = 'fused' trains while it rolls out, so train.inner_epochs = {self.train.inner_epochs} "
-                "is not possible; set it to 1 or rollout.mode to 'buffered'"
-            )
-        if self.objective.method != "closed_form":
-            raise ValueError(
-                f"rollout.mode = 'fused' knows objective.method = 'closed_form' only, not {self.objective.method!r}; "
-                "set rollout.mode to 'buffered'"
-            )
-        return self

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from opd_ds.config.paths import PACKAGE_PREFIX, resolve_path
-from opd_ds.config.schema import DistilConfig, PromptsSection, RunConfig, StudentSection
+from opd_ds.config.schema import PromptsSection, RunConfig, StudentSection
 from opd_ds.data.readers import FILES, locate
 from opd_ds.doctor.findings import Seen, attempt, size_text
 from opd_ds.errors import UserError
@@ -26,10 +26,8 @@ def look_at_files(config: RunConfig) -> list[Seen]:
     values = {"model.path": config.model.path}
     if config.student.start is not None:
         values["student.start"] = config.student.start
-    if isinstance(config, DistilConfig) and config.anchor:
-        values["anchor.path"] = config.anchor.path
-    for name, teacher in config.teachers.items():
-        values[f"tasks.{name}.teacher.path"] = teacher.path
+    for name, teacher in config.all_teachers.items():
+        values[f"{config.teacher_key(name)}.path"] = teacher.path
     prompts = {f"tasks.{name}.prompts": task.prompts for name, task in config.tasks.items()}
     for name, judged in config.evaluated.items():
         if judged.eval_prompts is not None:

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import ceil, prod
 
-from opd_ds.config.rl import NftSection, TeachConfig
-from opd_ds.config.schema import DistilConfig, RunConfig, TeacherSection
+from opd_ds.config.schema import ANCHOR, RunConfig, TeacherSection
 from opd_ds.engine import frozen_ds_config, student_ds_config
 from opd_ds.models import family_class
 from opd_ds.plan.costs import Costs
@@ -15,7 +14,6 @@ from opd_ds.plan.devices import GIB, Devices
 from opd_ds.plan.network import Counts, Model, bytes_of
 from opd_ds.plan.passes import student_passes
 from opd_ds.plan.zero import FP32, Part, Phase, Placed, Zero, alive_when_reduced, frozen_weights, student_state
-from opd_ds.training.teachers import ANCHOR
 
 # Parameters of reward models that score on the run's device, in float32 unless their options say otherwise.
 _REWARDS = {
@@ -145,8 +143,8 @@ def run_memory(
     placed_as = placed_as or layout(config, costs, devices)
     zero = placed_as.zero
     counts = costs.student(zero.threshold)
-    asked = {Phase.EVALUATE} | (set() if teachers_draw(config) else {Phase.ROLLOUT})
-    asked |= {Phase.SCORE} if isinstance(config, TeachConfig) else set()
+    asked = {Phase.EVALUATE} | ({Phase.ROLLOUT} if config.algorithm.drawn_by == "student" else set())
+    asked |= {Phase.SCORE} if config.algorithm.student_snapshots else set()
     student = student_state(
         counts,
         config.precision,
@@ -167,7 +165,7 @@ def run_memory(
     encoders = _text_encoders(config, element * model.encoders, on_cpu=on_cpu)
     device += encoders.device
     host += encoders.host
-    if not rounds_only or isinstance(config, TeachConfig):
+    if not rounds_only or config.learns_from_rewards:
         device += _vae(config, costs, devices, element, evaluating=not rounds_only)
     device += _rewards(config)
     if not rounds_only:
@@ -186,11 +184,8 @@ def _find_teachers(config: RunConfig, costs: Costs, devices: Devices, notes: lis
     """As `TeacherPool` loads them. A teacher that is not on disk is a LoRA when its name says so, else a full
     checkpoint; what is assumed is added to `notes`.
     """
-    asked: dict[str, TeacherSection] = dict(config.teachers)
-    if isinstance(config, DistilConfig) and config.anchor:
-        asked[ANCHOR] = config.anchor
     shared: dict[tuple[str, ...], dict[str, TeacherSection]] = {}
-    for task, teacher in asked.items():
+    for task, teacher in config.all_teachers.items():
         if not costs.on_disk(teacher.path):
             named = costs.adapter(teacher.path) is not None
             kind = f"a LoRA of rank {config.student.lora.rank}" if named else "a full checkpoint"
@@ -235,7 +230,10 @@ def _teachers(config: RunConfig, teachers: Iterable[Teacher], costs: Costs, elem
 def _teacher(config: RunConfig, teacher: Teacher, costs: Costs, element: int, *, on_cpu: bool) -> Placed:
     counts = costs.base(teacher.zero.threshold if teacher.zero else 0)
     whole = element * (counts.parameters + counts.buffers + teacher.adapters)
-    asked = {Phase.ROLLOUT if teachers_draw(config) and task != ANCHOR else Phase.SCORE for task in teacher.tasks}
+    asked = {
+        Phase.ROLLOUT if config.algorithm.drawn_by == "teacher" and task != ANCHOR else Phase.SCORE
+        for task in teacher.tasks
+    }
     if teacher.zero is not None:
         held = Counts(0, counts.parameters + teacher.adapters, counts.buffers, 0, counts.small)
         return frozen_weights(held, element, teacher.zero, asked)
@@ -243,11 +241,6 @@ def _teacher(config: RunConfig, teacher: Teacher, costs: Costs, element: int, *,
         there = whole if teacher.placement == "offload" else element * (costs.streamed + counts.buffers)
         return Placed([Part(_WHILE_ASKED, there, frozenset(asked))], [Part("teachers (offloaded)", whole)])
     return Placed([Part("teachers", whole)], [])
-
-
-def teachers_draw(config: RunConfig) -> bool:
-    """Whether the trained pictures are the teachers' own, each task's apart."""
-    return isinstance(config, DistilConfig) and config.objective.method == "sft"
 
 
 # ---- what a round keeps and computes ----
@@ -258,28 +251,14 @@ def rows_per_rank(config: RunConfig, devices: Devices) -> int:
     return ceil(config.rollout.samples / devices.count)
 
 
-def tasks_at_once(config: RunConfig) -> int:
-    """Tasks in one round."""
-    alternate = isinstance(config, TeachConfig) and config.teach.schedule == "alternate"
-    return 1 if alternate else len(config.tasks)
-
-
-def kept_per_state(config: RunConfig) -> int:
-    """Further latents that the buffer keeps of every state: velocities and noise that were drawn with, or targets."""
-    if isinstance(config, TeachConfig):
-        return 1 if isinstance(config.teach, NftSection) else 2
-    assert isinstance(config, DistilConfig)
-    return {"closed_form": 0, "sft": 1, "ppo": 2}[config.objective.method]
-
-
 def buffer_bytes(config: RunConfig, model: Model, devices: Devices) -> Mapping[str, float]:
     """Bytes of a rank's `TrajectoryBuffer`s of one round: `states` and what is kept beside them, `scored`."""
     if config.rollout.mode == "fused":
         return {"states": 0, "scored": 0}
-    rows = rows_per_rank(config, devices) * tasks_at_once(config)
+    rows = rows_per_rank(config, devices) * config.tasks_per_round
     latent = bytes_of(config.precision) * prod(model.family.latent_shape)
     return {
-        "states": rows * config.rollout.steps * latent * (1 + kept_per_state(config)),
+        "states": rows * config.rollout.steps * latent * (1 + config.algorithm.kept_per_state),
         "scored": rows * config.trained_steps * latent * config.frozen_velocities,
     }
 
@@ -288,16 +267,16 @@ def buffer_parts(config: RunConfig, costs: Costs, devices: Devices) -> list[Part
     """The buffer and the encoded prompts, with the copies that are made of them on the way."""
     sizes = buffer_bytes(config, costs.model, devices)
     rows = rows_per_rank(config, devices)
-    every = rows * tasks_at_once(config)
+    every = rows * config.tasks_per_round
     training = frozenset({Phase.TRAIN, Phase.REDUCE})
     later = training | {Phase.ROLLOUT, Phase.SCORE, Phase.STEP}
-    single = (1 / tasks_at_once(config)) * sizes["scored"]
+    single = (1 / config.tasks_per_round) * sizes["scored"]
     return [
         # Stacked by step, then joined over micro-batches: both are there for a moment.
         Part("trajectory buffer", sizes["states"], later),
         Part("trajectory buffer: joining", sizes["states"], frozenset({Phase.ROLLOUT})),
         Part("trajectory buffer: scored", sizes["scored"], training | {Phase.SCORE, Phase.STEP}),
-        Part("trajectory buffer: joining", single, training),
+        Part("trajectory buffer: joining", single, frozenset({Phase.SCORE})),
         Part("encoded prompts", every * costs.prompt, later | {Phase.ENCODE}),
         Part("encoded prompts", every * costs.prompt, frozenset({Phase.ROLLOUT})),
     ]
@@ -310,10 +289,11 @@ def batches(config: RunConfig, devices: Devices) -> dict[str, int]:
     student = max(student_passes(config, task) for task in config.tasks)
     passes = frozen_passes(config)
     fused = config.rollout.mode == "fused"
-    alone = isinstance(config, TeachConfig) or teachers_draw(config)
-    rollout = min(config.rollout.micro_batch, rows * (1 if alone else tasks_at_once(config)))
+    by_teacher = config.algorithm.drawn_by == "teacher"
+    alone = config.learns_from_rewards or by_teacher
+    rollout = min(config.rollout.micro_batch, rows * (1 if alone else config.tasks_per_round))
     return {
-        "rollout": rollout * (passes if teachers_draw(config) else student),
+        "rollout": rollout * (passes if by_teacher else student),
         "score": (min(rollout, rows) if fused else min(config.scoring_micro_batch, pairs)) * passes,
         "train": (rollout if fused else min(config.train.micro_batch, pairs)) * student,
         "evaluate": config.evaluation.micro_batch * max(student, passes),
@@ -322,12 +302,9 @@ def batches(config: RunConfig, devices: Devices) -> dict[str, int]:
 
 def frozen_passes(config: RunConfig) -> int:
     """Passes of the most expensive frozen network's guided velocity."""
-    asked = [teacher.guidance for teacher in config.teachers.values()]
-    if isinstance(config, DistilConfig) and config.anchor:
-        asked.append(config.anchor.guidance)
-    if isinstance(config, TeachConfig):
-        return max(student_passes(config, task) for task in config.tasks)
-    return max(family_class(config.model.family).passes(guidance) for guidance in asked)
+    asked = [teacher.guidance for teacher in config.all_teachers.values()]
+    asked += [guidance for task in config.tasks for guidance in config.queried_guidances(task)]
+    return max(map(family_class(config.model.family).passes, asked), default=1)
 
 
 def _activations(
@@ -364,7 +341,7 @@ def _vae(config: RunConfig, costs: Costs, devices: Devices, element: int, *, eva
     if evaluating:
         decode = costs.decode(config.evaluation.micro_batch).peak
         parts.append(Part("VAE decode", decode, frozenset({Phase.DECODE})))
-    if isinstance(config, TeachConfig):
+    if config.learns_from_rewards:
         drawn = min(config.rollout.micro_batch, rows_per_rank(config, devices))
         parts.append(Part("VAE decode", costs.decode(drawn).peak, frozenset({Phase.ROLLOUT})))
     return parts

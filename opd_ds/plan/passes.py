@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from opd_ds.config.rl import NftSection, TeachConfig
-from opd_ds.config.schema import DistilConfig, RunConfig
+from opd_ds.config.schema import RunConfig
 from opd_ds.models import family_class
 
 
@@ -45,32 +44,20 @@ def round_passes(config: RunConfig, task: str) -> dict[str, Passes]:
     """
     rollout, student = config.rollout, student_passes(config, task)
     pairs = rollout.samples * config.trained_steps
-    drawn, asked, rolled = student, 0, rollout.samples * rollout.steps
-    if isinstance(config, TeachConfig):
-        asked += student if isinstance(config.teach, NftSection) else 0  # the old policy
-        asked += student if config.teach.kl else 0  # the start
-    elif isinstance(config, DistilConfig):
-        per_velocity = family_class(config.model.family).passes
-        teacher = per_velocity(config.tasks[task].teacher.guidance)
-        off_policy = config.objective.method == "sft"
-        asked += (0 if off_policy else teacher) + (per_velocity(config.anchor.guidance) if config.anchor else 0)
-        drawn = teacher if off_policy else student
-        if rollout.mode == "fused":  # a trained step's forward is the rollout's; random queries take all steps
-            pairs = rollout.samples * (rollout.steps if rollout.trained_steps.queries else config.trained_steps)
-            rolled -= pairs
+    per_velocity, rolled = family_class(config.model.family).passes, rollout.samples * rollout.steps
+    drawn = per_velocity(config.rollout_guidance(task))
+    asked = sum(map(per_velocity, config.queried_guidances(task)))
+    if rollout.mode == "fused":  # a trained step's forward is the rollout's; random queries take all steps
+        pairs = rollout.samples * (rollout.steps if rollout.trained_steps.queries else config.trained_steps)
+        rolled -= pairs
     trained = student * pairs * config.train.inner_epochs
     return {"rollout": Passes(drawn * rolled), "score": Passes(asked * pairs), "train": Passes(trained, trained)}
 
 
 def student_passes(config: RunConfig, task: str) -> int:
     """Passes of one guided velocity of the student."""
-    own = config.tasks[task].guidance
-    return family_class(config.model.family).passes(config.rollout.guidance if own is None else own)
+    return family_class(config.model.family).passes(config.student_guidance(task))
 
 
 def _rounds_by_task(config: RunConfig) -> dict[str, int]:
-    rounds = config.run.rounds
-    if not isinstance(config, TeachConfig) or config.teach.schedule == "together":
-        return dict.fromkeys(config.tasks, rounds)
-    turns = [name for name, task in config.tasks.items() for _ in range(task.turns)]
-    return dict(Counter(turns[index % len(turns)] for index in range(rounds)))
+    return dict(Counter(task for index in range(config.run.rounds) for task in config.tasks_of(index)))

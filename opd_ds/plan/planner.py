@@ -10,7 +10,7 @@ from opd_ds.config.schema import RunConfig
 from opd_ds.errors import UserError
 from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import GIB, Devices
-from opd_ds.plan.memory import Memory, allowance, layout, rows_per_rank, run_memory, tasks_at_once
+from opd_ds.plan.memory import Memory, allowance, layout, rows_per_rank, run_memory
 from opd_ds.plan.timing import Seconds, round_seconds
 
 AS_FAST = 1.03  # the estimate is no finer than that
@@ -100,7 +100,7 @@ def settings(config: RunConfig, devices: Devices) -> Iterator[Setting]:
     """
     rows = rows_per_rank(config, devices)
     fused = config.rollout.mode == "fused"
-    rollouts = _up_to(rows * tasks_at_once(config))
+    rollouts = _up_to(rows * config.tasks_per_round)
     trains = (config.train.micro_batch,) if fused else _up_to(rows * config.trained_steps)
     placements: tuple[str | None, ...] = (("resident",) if fused else _PLACEMENTS) if config.teachers else (None,)
     for deepspeed in _STAGES[0 if config.precision == "fp32" else 1 :]:

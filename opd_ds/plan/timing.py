@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from opd_ds.config.rl import TeachConfig
 from opd_ds.config.schema import RunConfig
 from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import Devices
-from opd_ds.plan.memory import Layout, batches, layout, rows_per_rank, tasks_at_once, teachers_draw
+from opd_ds.plan.memory import Layout, batches, layout, rows_per_rank
 from opd_ds.plan.metering import Cost
 from opd_ds.plan.network import Counts, Model, bytes_of
 from opd_ds.plan.passes import Passes, round_passes
@@ -56,7 +55,7 @@ def round_seconds(config: RunConfig, costs: Costs, devices: Devices, placed_as: 
     trained = passes["train"].backward
     coming = _teacher_gather(config, costs, placed_as, devices, element)
     travel = _teacher_transfer(costs, placed_as, devices, element)
-    drawing = teachers_draw(config)
+    drawing = config.algorithm.drawn_by == "teacher"
     if drawing:
         rollout = asked("rollout", coming) + travel
     else:
@@ -75,7 +74,7 @@ def round_seconds(config: RunConfig, costs: Costs, devices: Devices, placed_as: 
 def passes_of_a_round(config: RunConfig, devices: Devices) -> dict[str, Passes]:
     """Of one rank and of all the tasks of a round, by phase; samples that fill up a rank's share are passed too."""
     filled = rows_per_rank(config, devices) / config.rollout.samples
-    at_once = tasks_at_once(config) / len(config.tasks)
+    at_once = config.tasks_per_round / len(config.tasks)
     total: dict[str, Passes] = {}
     for task in config.tasks:
         for phase, passes in round_passes(config, task).items():
@@ -133,7 +132,7 @@ def _teacher_gather(config: RunConfig, costs: Costs, placed_as: Layout, devices:
     """Of the weights of ZeRO-Inference and streamed teachers, per forward, as a mean over teachers; of the student's
     own where frozen policies are swapped into it.
     """
-    if isinstance(config, TeachConfig):
+    if not config.teachers:
         if placed_as.gathered:  # with the rollout
             return 0.0
         return _gather_seconds(costs.base(placed_as.zero.threshold), element, placed_as.zero, devices)
@@ -157,7 +156,7 @@ def _encode_seconds(config: RunConfig, model: Model, element: int, devices: Devi
     """Text encoders over a rank's prompts, and their way to the device and back."""
     if config.model.text_encoders == "cached":
         return 0.0
-    prompts = rows_per_rank(config, devices) * tasks_at_once(config)
+    prompts = rows_per_rank(config, devices) * config.tasks_per_round
     work = 2 * model.encoders * model.tokens * prompts
     seconds = work / (ACHIEVED * devices.kind.flops * PRECISION_FACTOR[config.precision])
     if config.model.text_encoders == "offload" and not devices.kind.is_cpu:

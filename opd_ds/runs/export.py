@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import nn
 
 from opd_ds.checkpoint.store import read_state, refuse_damaged
-from opd_ds.config.schema import DistilConfig, RunConfig
+from opd_ds.config.schema import ANCHOR, RunConfig
 from opd_ds.engine import consolidated_weights
 from opd_ds.errors import UserError, nearest
 from opd_ds.evaluation.results import RESULTS_FILE, as_markdown, read_results
@@ -21,7 +21,6 @@ from opd_ds.runs.monitor import SCORES_FILE, read_metrics
 from opd_ds.runs.setup import EVALUATION_FOLDER
 from opd_ds.training.networks import DTYPES, load_family
 from opd_ds.checkpoint.model_card import CARD, base_name, hub_id, loading_code, model_card, refuse_occupied
-from opd_ds.config.rl import TeachConfig
 
 FORMS = ("diffusers", "peft")
 
@@ -129,17 +128,14 @@ def _card(
     """What the weights are and where they come from, for whoever finds the folder."""
     run = state["run"]
     kind = run["student"]["kind"]
-    if isinstance(config, TeachConfig):
-        how, method = f"taught {', '.join(run['tasks'])}", f"Reinforcement learning ({config.teach.algorithm})"
-    else:
-        how = f"distilled from {len(run['tasks'])} teachers"
-        method = "On-policy distillation (arXiv 2605.15055)"
+    taught = f"taught {', '.join(run['tasks'])}"
+    how = taught if config.learns_from_rewards else f"distilled from {len(run['tasks'])} teachers"
     alone = kind == "lora" and not merge
     hub = hub_id(config.model.path, None)
     stored: Literal["full", "lora", "peft"] = "full" if not alone else "peft" if form == "peft" else "lora"
     return model_card(
         f"{base_name(config.model.path)}, {how}",
-        f"{method} by opd_ds: {'merged' if merge else kind} weights after {state['round']} rounds"
+        f"{config.algorithm.title} by opd_ds: {'merged' if merge else kind} weights after {state['round']} rounds"
         + (", averaged (EMA)." if averaged else ", not averaged.")
         + f" Trained on {config.rollout.steps} steps of its own sampling, guidance {config.rollout.guidance:g}.",
         base=config.model.path,
@@ -153,7 +149,7 @@ def _card(
                 (f"teacher of {name}", teacher.path, run["tasks"][name]["teacher_sha256"])
                 for name, teacher in config.teachers.items()
             ),
-            *([("anchor", _anchor(config), run["anchor"]["teacher_sha256"])] if "anchor" in run else []),
+            *([("anchor", config.all_teachers[ANCHOR].path, run["anchor"]["teacher_sha256"])] if "anchor" in run else []),
         ],
         settings={key: run[key] for key in ("seed", *config.resume_invariants)},
         code=loading_code(
@@ -183,7 +179,3 @@ def _results(config: RunConfig, state: dict[str, Any], run: Path, *, averaged: b
     means = {key: value for key, value in rows[-1].items() if key != "round"} if rows else {}
     lines = [f"| {key} | {value:.3f} |" for key, value in means.items()]
     return "\n".join(["Mean reward on held-out prompts.", "", "| | student |", "|---|---:|", *lines]) if lines else ""
-
-
-def _anchor(config: RunConfig) -> str:
-    return config.anchor.path if isinstance(config, DistilConfig) and config.anchor else ""

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from opd_ds.config.schema import RunConfig
 from opd_ds.evaluation.evaluator import Shown, judge
-from opd_ds.evaluation.pictures import Item, to_image
-from opd_ds.rewards import Reward
+from opd_ds.evaluation.pictures import Item
+from opd_ds.evaluation.reward_pool import RewardPool
 from opd_ds.training.trainer import RolloutResult
 
 Source = Literal["held_out", "rollout"]
@@ -49,14 +48,12 @@ class AsyncRewardEval:
     are left out, with a line in the log, so that pictures do not pile up in memory.
 
     Args:
-        rewards: by label.
-        decode: latents [B, C, ...] to pictures [B, 3, H, W] in [0, 1]; called in the worker.
+        pool: whose thread scores.
     """
 
-    def __init__(self, config: RunConfig, rewards: dict[str, Reward], decode: Callable[[Tensor], Tensor]) -> None:
-        self._settings, self._rewards, self._decode = config.watch, rewards, decode
+    def __init__(self, config: RunConfig, pool: RewardPool) -> None:
+        self._settings, self._pool = config.watch, pool
         self._labels = {name: [reward.label for reward in judged.rewards] for name, judged in config.evaluated.items()}
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="rewards")
         self._pending: list[Future[list[RewardRecord]]] = []
 
     def submit(self, done: int, rolled: dict[str, RolloutResult], held_out: dict[str, list[Shown]]) -> None:
@@ -69,7 +66,7 @@ class AsyncRewardEval:
             return
         parts = [self._of_rollouts(task, drawn) for task, drawn in rolled.items()]
         parts += [self._of_held_out(task, shown) for task, shown in held_out.items()]
-        self._pending.append(self._worker.submit(self._judge, done, parts))
+        self._pending.append(self._pool.submit(self._judge, done, parts))
 
     def finished(self) -> list[RewardRecord]:
         """Scores that have arrived since the last call; does not wait."""
@@ -81,14 +78,13 @@ class AsyncRewardEval:
         """The scores still under way; waits for them, and calls `waiting` now and then."""
         while wait(self._pending, timeout=10).not_done:
             waiting()
-        self._worker.shutdown(wait=True)
         return self.finished()
 
     def _of_rollouts(self, task: str, drawn: RolloutResult) -> _Pictures:
         count = min(self._settings.rollouts, len(drawn.prompts))
         final = drawn.final[:count].clone()  # the round's other latents may go
         asked = [Item(i, 0, drawn.prompts[i], drawn.metadata[i], i) for i in range(count)]
-        return _Pictures("rollout", task, asked, lambda: [to_image(p) for p in self._decode(final).cpu()])
+        return _Pictures("rollout", task, asked, lambda: self._pool.images(final))
 
     @staticmethod
     def _of_held_out(task: str, shown: list[Shown]) -> _Pictures:
@@ -108,7 +104,7 @@ class AsyncRewardEval:
                 )
                 continue
             for label in labels:
-                scores = judge(self._rewards[label], label, images, part.asked)
+                scores = judge(self._pool.rewards[label], label, images, part.asked)
                 good = scores[torch.isfinite(scores)]
                 mean = float(good.mean()) if len(good) else None
                 looks.append(RewardRecord(done, part.source, part.task, label, mean, len(good), len(scores) - len(good)))

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from opd_ds.config.schema import DistilConfig, RewardSection, RunConfig, StudentSection, TeacherSection
-from opd_ds.training.distillation import Distillation
+from opd_ds.config.schema import ANCHOR, AnchorSection, RewardSection, RunConfig, TeacherSection
 from opd_ds.engine import Group, ShardedEma, StudentEngine, frozen_ds_config, read_ds_config, student_ds_config
 from opd_ds.errors import UserError, about
 from opd_ds.evaluation.benchmark import Benchmark, EvaluationSet
 from opd_ds.evaluation.evaluator import Evaluator
 from opd_ds.evaluation.pictures import Painter
+from opd_ds.evaluation.reward_pool import RewardPool
 from opd_ds.checkpoint.export_student import STUDENT_ADAPTER
 from opd_ds.utils.hashing import weights_sha256
 from opd_ds.cluster.world import World
@@ -27,12 +28,11 @@ from opd_ds.config.paths import resolve_ds_config, resolve_path
 from opd_ds.models import ModelFamily, build_family, compile_blocks, lora
 from opd_ds.data import PromptSet
 from opd_ds.rewards import Reward, build, check
-from opd_ds.config.rl import TeachConfig, WeightedReward
-from opd_ds.training.rl.trainer import RLTrainer
-from opd_ds.training.teachers import ANCHOR, TeacherPool, TeacherSpec, check_weights
+from opd_ds.config.rl import LearnedSection, WeightedReward
+from opd_ds.training.teachers import TeacherPool, TeacherSpec, check_weights
 from opd_ds.data.text_cache import TextCache, encoders_identity
 from opd_ds.training.networks import load_family, student_module
-from opd_ds.training.trainer import Trainer
+from opd_ds.training.trainer import Components, Trainer
 
 EVALUATION_FOLDER = "eval"
 
@@ -60,7 +60,7 @@ class Parts:
     trainer: Trainer
     evaluator: Evaluator
     benchmark: Benchmark
-    rewards: dict[str, Reward]
+    rewards: RewardPool
     identity: dict[str, Any]
 
 
@@ -91,11 +91,9 @@ def find_files(config: RunConfig, world: World) -> RunFiles:
         check_text_cache(config, model, all_prompts(config, texts))
     start = resolve_path(config.student.start, "student.start") if config.student.start else None
     teachers = {
-        name: _find_teacher(config, f"tasks.{name}.teacher", teacher, world)
-        for name, teacher in config.teachers.items()
+        name: _find_teacher(config, config.teacher_key(name), teacher, world)
+        for name, teacher in config.all_teachers.items()
     }
-    if isinstance(config, DistilConfig) and config.anchor:
-        teachers[ANCHOR] = _find_teacher(config, "anchor", config.anchor, world)
     return RunFiles(model, start, teachers, prompts, eval_prompts, ds_config)
 
 
@@ -166,17 +164,13 @@ def prepare(config: RunConfig, group: Group) -> Parts:
     ema = ShardedEma(student, config.student.ema) if config.student.ema.decay > 0 else None
     teachers = TeacherPool(family, files.teachers, group.device, compiled=config.model.compile_blocks)
     rewards = build_rewards(config.rewards, group.device)
-    trainer: Trainer
-    if isinstance(config, TeachConfig):
-        trainer = RLTrainer(config, group, family, student, ema, files.prompts, rewards)
-    else:
-        assert isinstance(config, DistilConfig)
-        trainer = Distillation(config, group, family, student, ema, files.prompts, teachers)
+    pool = RewardPool(rewards, family.decode, group.device)
+    trainer = build_trainer(Components(config, group, family, student, ema, files.prompts, teachers, pool))
     painter = Painter(config, family, group)
     evaluator = Evaluator(config, group, painter, files.eval_prompts, rewards)
     identity = group.gather(identity)[0]
-    if isinstance(config, TeachConfig):
-        for name, task in config.tasks.items():
+    for name, task in config.tasks.items():
+        if isinstance(task, LearnedSection):
             identity["tasks"][name]["rewards"] = [_reward_identity(r, rewards[r.label]) for r in task.rewards]
     sets = {
         name: EvaluationSet.of(prompts, own, own, config.evaluation.samples_per_prompt)
@@ -185,7 +179,14 @@ def prepare(config: RunConfig, group: Group) -> Parts:
     }
     folder = config.run.output_dir / EVALUATION_FOLDER
     benchmark = Benchmark(folder, group, painter, identity["base"]["sha256"], sets, rewards)
-    return Parts(family, student, ema, teachers, trainer, evaluator, benchmark, rewards, identity)
+    return Parts(family, student, ema, teachers, trainer, evaluator, benchmark, pool, identity)
+
+
+def build_trainer(parts: Components) -> Trainer:
+    """What runs the rounds, as the config's algorithm names it."""
+    module, name = parts.config.trainer.split(":")
+    trainer: Trainer = getattr(import_module(module), name)(parts)
+    return trainer
 
 
 def build_rewards(chosen: dict[str, RewardSection], device: torch.device) -> dict[str, Reward]:
@@ -199,10 +200,9 @@ def _check_weights(config: RunConfig, files: RunFiles, family: ModelFamily) -> N
         if judged.guidance is not None:
             family.check_guidance(f"{config.place(name)}.guidance", judged.guidance)
     for name, spec in files.teachers.items():
-        key = "anchor.path" if name == ANCHOR else f"tasks.{name}.teacher.path"
-        settings = spec.settings
-        family.check_guidance(f"{key.removesuffix('path')}guidance", settings.guidance)
-        check_weights(family, key, settings.path, spec.path, config.model.path, trust_base=settings.trust_base)
+        key, settings = config.teacher_key(name), spec.settings
+        family.check_guidance(f"{key}.guidance", settings.guidance)
+        check_weights(family, f"{key}.path", settings.path, spec.path, config.model.path, trust_base=settings.trust_base)
     if files.start is None:
         return
     value, chosen = str(config.student.start), config.student
@@ -227,25 +227,21 @@ def _check_weights(config: RunConfig, files: RunFiles, family: ModelFamily) -> N
 
 def run_identity(config: RunConfig, files: RunFiles, family: ModelFamily) -> dict[str, Any]:
     """What decides a run's numbers: settings, and hashes of all weights and prompts. Speed settings are left out."""
-    data = config.model_dump(mode="json")
-    for section, keys in {"rollout": ("micro_batch", "mode", "gather"), "student": ("gradient_checkpointing",)}.items():
-        for key in keys:
-            data[section].pop(key)
+    kept = config.resume_settings()
     if files.start is not None:
-        data["student"]["start"] = weights_sha256(files.start)
+        kept["student"]["start"] = weights_sha256(files.start)
     tasks: dict[str, dict[str, Any]] = {
         name: {"prompts_sha256": files.prompts[name].sha256, "weight": task.weight, "guidance": task.guidance}
         for name, task in config.tasks.items()
     }
     for name in config.teachers:
         tasks[name] |= _teacher_identity(files.teachers[name])
-    if isinstance(config, TeachConfig):
-        for name in tasks:
-            tasks[name]["turns"] = data["tasks"][name]["turns"]
-        data["teach"].pop("reward_attempts")
-    kept = {key: data[key] for key in config.resume_invariants}
-    if ANCHOR in files.teachers:
-        kept["anchor"] = {"weight": data["anchor"]["weight"], **_teacher_identity(files.teachers[ANCHOR])}
+    for name, task in config.tasks.items():
+        if isinstance(task, LearnedSection):
+            tasks[name]["turns"] = task.turns
+    anchor = config.all_teachers.get(ANCHOR)
+    if isinstance(anchor, AnchorSection):
+        kept["anchor"] = {"weight": anchor.weight, **_teacher_identity(files.teachers[ANCHOR])}
     # What the DeepSpeed JSON may set beside the run config. Which of the Adams computes it is a matter of placement.
     ds_config = copy.deepcopy(files.student_ds_config)
     ds_config["optimizer"]["params"].pop("torch_adam", None)

@@ -73,7 +73,7 @@ def train(config: RunConfig, group: Group, resume: str = "never") -> None:
         session = _Session(parts, store, monitor, stop, group, saved=start)
         baselines = _baselines(config, parts, session, fresh=checkpoint is None)
         watch = (
-            AsyncRewardEval(config, parts.rewards, parts.family.decode) if config.watch.every and group.world.is_main else None
+            AsyncRewardEval(config, parts.rewards) if config.watch.every and group.world.is_main else None
         )
         for index in range(start, settings.rounds):
             session.stop_if_asked(index)

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from opd_ds.engine import Group, StudentEngine
 
-# (velocity [b, C, ...], steps int64 [b], what the buffer knows of these pairs, by name) -> loss [b], measures [b]
-Loss = Callable[[Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+# What a loss knows of a micro-batch of pairs beside the student's velocities: a dataclass of the loss's own.
+Known_contra = TypeVar("Known_contra", contravariant=True)
+
+
+class Loss(Protocol[Known_contra]):
+    """The loss of an algorithm.
+
+    Attributes:
+        measures: names of what it measures beside itself.
+    """
+
+    @property
+    def measures(self) -> Sequence[str]: ...
+
+    def __call__(self, velocity: Tensor, steps: Tensor, known: Known_contra) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's velocities [b, C, ...] at steps int64 [b] to the loss of each pair float32 [b], and by name
+        what is measured of it [b].
+        """
+        ...
 
 
 @dataclass(frozen=True)

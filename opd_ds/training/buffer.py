@@ -2,64 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from opd_ds.config.schema import TrainedSteps
 from opd_ds.diffusion.noise import SampleNoise, sample_seed
-from opd_ds.diffusion.rollout import Trajectory, chunks
+from opd_ds.diffusion.rollout import chunks
 from opd_ds.models import Conditioning
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """A micro-batch of (state, step) pairs: rows `sample` and `step`, both int64 [b], of one task's buffer."""
+    """(state, step) pairs of one task's buffer: rows `sample` and `step`, both int64 [b]; `rows` says which of all the
+    buffer's pairs they are.
+    """
 
     sample: Tensor
     step: Tensor
+    rows: slice
 
     def __len__(self) -> int:
         return len(self.sample)
 
-    def __getitem__(self, rows: slice) -> Pairs:
-        return Pairs(self.sample[rows], self.step[rows])
+
+@dataclass(frozen=True)
+class PerState:
+    """What is known of every state of every trajectory: [B, T, C, ...]."""
+
+    values: Tensor
+
+    def at(self, pairs: Pairs) -> Tensor:
+        device = self.values.device
+        return self.values[pairs.sample.to(device), pairs.step.to(device)]
 
 
-@dataclass
+@dataclass(frozen=True)
+class PerPair:
+    """What is known of every chosen pair, in the order of `TrajectoryBuffer.pairs`: [P, C, ...]."""
+
+    values: Tensor
+
+    def at(self, pairs: Pairs) -> Tensor:
+        return self.values[pairs.rows]
+
+
+@dataclass(frozen=True)
+class PerSample:
+    """What is known of every trajectory: [B]."""
+
+    values: Tensor
+
+    def at(self, pairs: Pairs) -> Tensor:
+        return self.values[pairs.sample.to(self.values.device)]
+
+
+@dataclass(frozen=True)
 class TrajectoryBuffer:
     """One task's trajectories on this rank.
 
     Attributes:
         states: [B, T, C, ...], the dtype the network sees.
         chosen: [B, K] int64, the trained steps of each trajectory.
-        weights: [B] float32, 1 for a sample, 0 for one that only fills up the rank's share or does not count.
+        weights: [B] float32, 1 for a sample, 0 for one that only pads the rank's part or does not count.
         cond: the B encoded prompts.
-        kept: by name [B, T, C, ...], what else is known of every state.
-        scored: by name, velocities at the chosen pairs, one tensor per forward of scoring, as networks gave them.
-        per_sample: by name [B], what is known of every sample.
     """
 
     states: Tensor
     chosen: Tensor
     weights: Tensor
     cond: Conditioning
-    per_state: dict[str, Tensor] = field(default_factory=dict)
-    per_pair: dict[str, list[Tensor]] = field(default_factory=dict)
-    per_sample: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
-    def pairs(self) -> Pairs:
-        """All of them, sample by sample; the order of scoring and of training."""
+    def micro_batches(self, size: int | None = None) -> list[Pairs]:
+        """All chosen pairs, sample by sample, in micro-batches of `size` or all at once: the order of queries and of
+        training.
+        """
         count, picks = self.chosen.shape
-        return Pairs(torch.arange(count).repeat_interleave(picks), self.chosen.flatten())
-
-    def micro_batches(self, size: int) -> list[Pairs]:
-        """All pairs in micro-batches of `size`."""
-        pairs = self.pairs
-        return [pairs[rows] for rows in chunks(len(pairs), size)]
+        sample, step = torch.arange(count).repeat_interleave(picks), self.chosen.flatten()
+        return [Pairs(sample[rows], step[rows], rows) for rows in chunks(len(sample), size or len(sample))]
 
     def inputs(self, pairs: Pairs, sigmas: Tensor) -> tuple[Tensor, Tensor, Conditioning]:
         """States [b, C, ...], their sigma [b] float32 and their prompts."""
@@ -67,36 +88,27 @@ class TrajectoryBuffer:
         sample, step = pairs.sample.to(device), pairs.step.to(device)
         return self.states[sample, step], sigmas.to(device, torch.float32)[step], self.cond[sample]
 
-    def training_batches(self, size: int) -> Iterator[tuple[Pairs, dict[str, Tensor]]]:
-        """Training micro-batches of `size` with everything that is known of them, by name: velocities and the like
-        [b, C, ...], numbers per sample [b].
-        """
-        device = self.states.device
-        scored = {name: torch.cat(parts) for name, parts in self.per_pair.items()}
-        start = 0
-        for pairs in self.micro_batches(size):
-            rows = slice(start, start + len(pairs.sample))
-            sample, step = pairs.sample.to(device), pairs.step.to(device)
-            known = {name: velocity[rows] for name, velocity in scored.items()}
-            known |= {name: values[sample, step] for name, values in self.per_state.items()}
-            known |= {name: values[sample] for name, values in self.per_sample.items()}
-            yield pairs, known
-            start = rows.stop
 
-
-def noised_states(final: Tensor, noise: SampleNoise, sigmas: Tensor, dtype: torch.dtype) -> Trajectory:
-    """Clean latents [B, C, ...], noised afresh to each of `sigmas` [T+1] but the last.
-
-    Returns:
-        states x = (1 - sigma) x0 + sigma eps, and under `velocity` what flow matching asks for there: eps - x0; both
-        [B, T, C, ...] in `dtype`.
+@dataclass(frozen=True)
+class NoisedStates:
+    """Clean latents at every noise level: `states`, and `flow` = eps - x0, what flow matching asks for there; both
+    [B, T, C, ...].
     """
-    states, velocity = [], []
+
+    states: Tensor
+    flow: Tensor
+
+
+def noised_states(final: Tensor, noise: SampleNoise, sigmas: Tensor, dtype: torch.dtype) -> NoisedStates:
+    """Clean latents [B, C, ...], noised afresh to each of `sigmas` [T+1] but the last: x = (1 - sigma) x0 + sigma eps,
+    in `dtype`.
+    """
+    states, flow = [], []
     for sigma in sigmas.tolist()[:-1]:
         eps = noise.draw(slice(None)).to(final.device)
         states.append(((1 - sigma) * final + sigma * eps).to(dtype))
-        velocity.append((eps - final).to(dtype))
-    return Trajectory(final, torch.stack(states, 1), torch.stack(velocity, 1))
+        flow.append((eps - final).to(dtype))
+    return NoisedStates(torch.stack(states, 1), torch.stack(flow, 1))
 
 
 def choose_steps(

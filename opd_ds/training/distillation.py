@@ -6,20 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
-import torch
-from torch import Tensor
-
-from opd_ds.config.schema import DistilConfig
-from opd_ds.data import PromptSet
-from opd_ds.diffusion import Coefficients, kl_weight, ppo_style_loss, step_weights, velocity_error
-from opd_ds.diffusion.noise import SampleNoise, sample_seed
-from opd_ds.diffusion.rollout import chunks
-from opd_ds.engine import Group, ShardedEma, StudentEngine
-from opd_ds.models import Conditioning, ModelFamily
-from opd_ds.training.accumulator import LossTerm, RoundAccumulator, RoundLosses
-from opd_ds.training.buffer import TrajectoryBuffer, noised_states
-from opd_ds.training.teachers import ANCHOR, TeacherPool
-from opd_ds.training.trainer import TaskBatch, Trainer
+from opd_ds.config.algorithms import DistilConfig
+from opd_ds.config.schema import ANCHOR
+from opd_ds.diffusion.noise import SampleNoise
+from opd_ds.diffusion.rollout import Trajectory
+from opd_ds.models import Conditioning
+from opd_ds.training.buffer import Pairs, PerPair, TrajectoryBuffer
+from opd_ds.training.meter import RoundMeter
+from opd_ds.training.objectives import ClosedFormLoss, TeacherVelocities
+from opd_ds.training.trainer import BufferedTrainer, Components, Experience, TaskBatch, TrainingData
 
 
 @dataclass(frozen=True)
@@ -46,207 +41,85 @@ class RolloutGroup:
         return slice(first - rows.start, max(min(own.stop, rows.stop), first) - rows.start)
 
 
-class DistillationLoss:
-    """The run's objective at one micro-batch of pairs; a `Loss`.
-
-    The part that is compared with the teacher, plus `anchor_weight` times the same with the anchor. Measured as `kl`:
-    the exact KL to the teacher (without noise: mean matching), whatever is minimised; as `flow_error`, for `sft`, the
-    same weight times the distance to what flow matching asks for.
-    """
-
-    def __init__(self, config: DistilConfig, coefficients: Coefficients, sigmas: Tensor, device: torch.device) -> None:
-        chosen = config.objective
-        self._method, self._clip = chosen.method, chosen.clip
-        self.measure = "flow_error" if chosen.method == "sft" else "kl"
-        self._anchor_weight = config.anchor.weight if config.anchor else 0.0
-        weights = step_weights(coefficients, sigmas, chosen.target, chosen.weighting)
-        if chosen.method == "sft":  # flow matching is the plain squared error
-            weights = torch.full_like(weights, 0.5)
-        tables = (weights, kl_weight(coefficients), coefficients.b, coefficients.std)
-        self._weights, self._kl, self._b, self._std = (table.to(device, torch.float32) for table in tables)
-
-    def __call__(self, velocity: Tensor, steps: Tensor, known: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        steps = steps.to(velocity.device)
-        error = velocity_error(velocity, known["teacher"])
-        loss = self._policy_gradient(velocity, steps, known) if self._method == "ppo" else self._weights[steps] * error
-        measured = {self.measure: self._kl[steps] * error}
-        if self._anchor_weight:
-            anchor = velocity_error(velocity, known["anchor"])
-            loss = loss + self._anchor_weight * self._weights[steps] * anchor
-            measured["anchor_kl"] = self._kl[steps] * anchor
-        return loss, measured
-
-    def _policy_gradient(self, velocity: Tensor, steps: Tensor, known: dict[str, Tensor]) -> Tensor:
-        """Per latent dimension, as the closed form is; a step without noise has no likelihood: there it is that one."""
-        std = self._std[steps]
-        noisy = std > 0
-        drawn = ppo_style_loss(
-            velocity,
-            known["velocity"],
-            known["teacher"],
-            known["noise"],
-            self._b[steps],
-            torch.where(noisy, std, 1.0),
-            self._clip,
-        )
-        exact = self._weights[steps] * velocity_error(velocity, known["teacher"])
-        return torch.where(noisy, drawn / velocity[0].numel(), exact)
+def rollout_groups(config: DistilConfig, batches: dict[str, TaskBatch]) -> list[RolloutGroup]:
+    """The round's tasks by student guidance."""
+    together: dict[float, list[str]] = {}
+    for task in batches:
+        together.setdefault(config.student_guidance(task), []).append(task)
+    groups = []
+    for guidance, tasks in together.items():
+        ends = list(accumulate(len(batches[task].part) for task in tasks))
+        rows = {task: slice(end - len(batches[task].part), end) for task, end in zip(tasks, ends, strict=True)}
+        cond = Conditioning.cat([batches[task].cond for task in tasks])
+        groups.append(RolloutGroup(guidance, rows, cond, SampleNoise.cat([batches[task].noise for task in tasks])))
+    return groups
 
 
-class Distillation(Trainer):
-    """Rounds of several teachers into one student."""
+class Distillation(BufferedTrainer):
+    """Rounds of several teachers into one student, by the closed form."""
 
-    def __init__(
-        self,
-        config: DistilConfig,
-        group: Group,
-        family: ModelFamily,
-        student: StudentEngine,
-        ema: ShardedEma | None,
-        prompts: dict[str, PromptSet],
-        teachers: TeacherPool,
-    ) -> None:
-        super().__init__(config, group, family, student, ema, prompts)
-        self._config, self._teachers = config, teachers
-        self._loss = DistillationLoss(config, self._coefficients, self._sigmas, group.device)
-        self.measures = (self._loss.measure, "anchor_kl") if config.anchor else (self._loss.measure,)
+    loss: ClosedFormLoss
+    loss_class: type[ClosedFormLoss] = ClosedFormLoss
+    keeps_transitions = False
 
-    def _learn(
-        self, index: int, draws: dict[str, TaskBatch], conds: dict[str, Conditioning]
-    ) -> tuple[RoundLosses, float]:
-        if self._config.rollout.mode == "fused":
-            return self._optimize(lambda: self._train_fused(draws, conds))
-        with self._phase("rollout"):
-            if self._config.objective.method == "sft":
-                buffers = self._drawn_by_teachers(index, draws, conds)
-            else:
-                buffers = self._drawn_by_student(draws, conds)
-        with self._phase("score"):
-            self._ask_teachers(buffers)
-        pairs: dict[str, float] = {task: draw.pairs for task, draw in draws.items()}
-        for _ in range(self._config.train.inner_epochs):
-            losses, grad_norm = self._optimize(lambda: self._train(buffers, pairs, self._loss))
-        return losses, grad_norm
+    def __init__(self, parts: Components) -> None:
+        super().__init__(parts)
+        self._config: DistilConfig = parts.config
+        self._teachers = parts.teachers
+        self.loss = self.loss_class(self._config, self._coefficients, self._sigmas, parts.group.device)
 
-    def _joined(self, draws: dict[str, TaskBatch], conds: dict[str, Conditioning]) -> list[RolloutGroup]:
-        together: dict[float, list[str]] = {}
-        for task in draws:
-            together.setdefault(self._guidance(task), []).append(task)
-        joined = []
-        for guidance, tasks in together.items():
-            ends = list(accumulate(len(draws[task].part) for task in tasks))
-            rows = {task: slice(end - len(draws[task].part), end) for task, end in zip(tasks, ends, strict=True)}
-            cond = Conditioning.cat([conds[task] for task in tasks])
-            joined.append(RolloutGroup(guidance, rows, cond, SampleNoise.cat([draws[task].noise for task in tasks])))
-        return joined
-
-    def _drawn_by_student(
-        self, draws: dict[str, TaskBatch], conds: dict[str, Conditioning]
-    ) -> dict[str, TrajectoryBuffer]:
-        with_noise = self._config.objective.method == "ppo"
-        buffers = {}
-        with self._student.gathered() as student:
-            for joined in self._joined(draws, conds):
-                rolled = self._roll_out(student, joined.cond, joined.noise, joined.guidance, transitions=with_noise)
-                for task, own in zip(joined.rows, rolled.split(joined.sizes), strict=True):
-                    assert own.states is not None
-                    self._final[task] = own.final
-                    draw = draws[task]
-                    buffers[task] = TrajectoryBuffer(own.states, draw.chosen, draw.part.weights, conds[task])
-                    if own.velocity is not None and own.noise is not None:
-                        buffers[task].per_state = {"velocity": own.velocity, "noise": own.noise}
-        return {task: buffers[task] for task in draws}
-
-    def _drawn_by_teachers(
-        self, index: int, draws: dict[str, TaskBatch], conds: dict[str, Conditioning]
-    ) -> dict[str, TrajectoryBuffer]:
-        """The teachers' pictures, noised afresh, with the velocity that flow matching asks for as the teacher's."""
-        buffers = {}
-        for task, draw in draws.items():
-            with self._teachers.active(task) as teacher:
-                final = self._roll_out(teacher, conds[task], draw.noise, self._teachers.guidance(task)).final
-            seeds = [sample_seed(self._config.run.seed, index, f"{task}/noised", i) for i in draw.part.indices]
-            noised = noised_states(
-                final, SampleNoise(seeds, self._family.latent_shape), self._sigmas, self._family.dtype
+    def _collect(self, index: int, batches: dict[str, TaskBatch], meter: RoundMeter) -> Experience[TeacherVelocities]:
+        with meter.phase("rollout"):
+            trajectories = self._roll_out_tasks(batches, meter)
+            buffers = {task: _buffer(trajectories[task], batch) for task, batch in batches.items()}
+        with meter.phase("score"):
+            teachers = self._query_teachers(buffers, meter)
+            anchors = self._query_anchor(buffers, meter)
+        data = {
+            task: TrainingData(
+                buffers[task], self._known(trajectories[task], teachers[task], anchors.get(task)), batches[task].pairs
             )
-            assert noised.states is not None
-            assert noised.velocity is not None
-            self._final[task] = final
-            buffers[task] = TrajectoryBuffer(noised.states, draw.chosen, draw.part.weights, conds[task])
-            buffers[task].per_state = {"teacher": noised.velocity}
-        return buffers
-
-    def _ask_teachers(self, buffers: dict[str, TrajectoryBuffer]) -> None:
-        """One pass per teacher over all steps and samples of the round; the anchor over all tasks."""
-        if self._config.objective.method != "sft":
-            following = [*list(buffers)[1:], ANCHOR if self._config.anchor else None]
-            for (task, buffer), then in zip(buffers.items(), following, strict=True):
-                with self._teachers.active(task) as teacher:
-                    if then is not None:
-                        self._teachers.prefetch(then)
-                    self._query_frozen("teacher", teacher, buffer, self._teachers.guidance(task))
-        if self._config.anchor:
-            with self._teachers.active(ANCHOR) as anchor:
-                for buffer in buffers.values():
-                    self._query_frozen("anchor", anchor, buffer, self._teachers.guidance(ANCHOR))
-
-    # ---- fused: the rollout's forward is the training forward ----
-
-    def _train_fused(self, draws: dict[str, TaskBatch], conds: dict[str, Conditioning]) -> RoundAccumulator:
-        """Per step one student and one teacher pass, nothing stored."""
-        settings = self._config.rollout
-        # With random queries any step may be some sample's; the others then weigh 0, so that ranks stay in step.
-        first = next(iter(draws.values()))
-        trained = range(settings.steps) if settings.trained_steps.queries else first.chosen[0].tolist()
-        together = self._joined(draws, conds)
-        parts = sum(len(chunks(len(joined.cond), settings.micro_batch)) for joined in together) * len(trained)
-        accumulator = self._accumulator(list(draws), parts)
-        for joined in together:
-            rolled = self._rollout(self._fused_step(joined, draws, set(trained), accumulator), joined.noise)
-            for task, own in zip(joined.rows, rolled.split(joined.sizes), strict=True):
-                self._final[task] = own.final
-        return accumulator
-
-    def _fused_step(
-        self, joined: RolloutGroup, draws: dict[str, TaskBatch], trained: set[int], accumulator: RoundAccumulator
-    ) -> Callable[[Tensor, Tensor, slice, int], Tensor]:
-        steps = self._config.rollout.steps
-        chosen = {
-            task: torch.zeros(len(draws[task].part), steps).scatter_(1, draws[task].chosen, 1.0) for task in joined.rows
+            for task in batches
         }
-        weights = torch.cat([chosen[task] * draws[task].part.weights[:, None] for task in joined.rows])
+        return Experience(data, {task: trajectory.final for task, trajectory in trajectories.items()})
 
-        def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
-            state, cond = x.to(self._family.dtype), joined.cond[rows]
-            with torch.set_grad_enabled(step in trained):
-                velocity = self._velocity(self._student, state, sigma, cond, joined.guidance)
-            if step in trained:
-                known = {"teacher": self._routed(joined, state, sigma, cond, rows)}
-                if self._config.anchor:
-                    known["anchor"] = self._asked(ANCHOR, state, sigma, cond)
-                at = torch.full((len(x),), step)
-                losses, measured = self._loss(velocity, at, known)
-                shares = []
-                for task in joined.rows:
-                    own = joined.of(task, rows)
-                    of_task = {name: values[own] for name, values in measured.items()}
-                    share = weights[rows, step][own]
-                    shares.append(LossTerm(task, losses[own], of_task, at[own], share, draws[task].pairs))
-                accumulator.add(*shares)
-            return velocity.detach()
+    def _roll_out_tasks(self, batches: dict[str, TaskBatch], meter: RoundMeter) -> dict[str, Trajectory]:
+        """The student's own trajectories, by task."""
+        found: dict[str, Trajectory] = {}
+        with self._student.gathered() as student:
+            for group in rollout_groups(self._config, batches):
+                rolled = self._roll_out(
+                    student, group.cond, group.noise, group.guidance, meter, transitions=self.keeps_transitions
+                )
+                found |= zip(group.rows, rolled.split(group.sizes), strict=True)
+        return {task: found[task] for task in batches}
 
-        return predict
+    def _query_teachers(self, buffers: dict[str, TrajectoryBuffer], meter: RoundMeter) -> dict[str, PerPair]:
+        """One pass per teacher over all steps and samples of the round."""
+        found = {}
+        following = [*list(buffers)[1:], ANCHOR if self._config.anchor else None]
+        for (task, buffer), then in zip(buffers.items(), following, strict=True):
+            with self._teachers.active(task) as teacher:
+                if then is not None:
+                    self._teachers.prefetch(then)
+                found[task] = self._query_frozen(teacher, buffer, self._teachers.guidance(task), meter)
+        return found
 
-    def _routed(self, joined: RolloutGroup, state: Tensor, sigma: Tensor, cond: Conditioning, rows: slice) -> Tensor:
-        """Each task's teacher at its own rows."""
-        asked = []
-        for task in joined.rows:
-            own = joined.of(task, rows)
-            if own.start < own.stop:
-                asked.append(self._asked(task, state[own], sigma[own], cond[own]))
-        return torch.cat(asked)
+    def _query_anchor(self, buffers: dict[str, TrajectoryBuffer], meter: RoundMeter) -> dict[str, PerPair]:
+        """The anchor over all tasks; nothing where there is none."""
+        if self._config.anchor is None:
+            return {}
+        guidance = self._teachers.guidance(ANCHOR)
+        with self._teachers.active(ANCHOR) as anchor:
+            return {task: self._query_frozen(anchor, buffer, guidance, meter) for task, buffer in buffers.items()}
 
-    @torch.no_grad()
-    def _asked(self, teacher: str, state: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        with self._teachers.active(teacher) as network:
-            return self._velocity(network, state, sigma, cond, self._teachers.guidance(teacher))
+    def _known(
+        self, trajectory: Trajectory, teacher: PerPair, anchor: PerPair | None
+    ) -> Callable[[Pairs], TeacherVelocities]:
+        """What the loss knows of one task's pairs."""
+        return lambda pairs: TeacherVelocities(teacher.at(pairs), anchor.at(pairs) if anchor else None)
+
+
+def _buffer(trajectory: Trajectory, batch: TaskBatch) -> TrajectoryBuffer:
+    assert trajectory.states is not None
+    return TrajectoryBuffer(trajectory.states, batch.chosen, batch.part.weights, batch.cond)

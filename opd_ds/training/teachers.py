@@ -20,8 +20,6 @@ from opd_ds.errors import UserError, about
 from opd_ds.models import ModelFamily, compile_blocks, lora
 
 _CONFIGS = ("transformer/config.json", "config.json")
-# The name under which the anchor is asked; no task can have it.
-ANCHOR = "(anchor)"
 
 
 @dataclass(frozen=True)

@@ -3,32 +3,104 @@
 from __future__ import annotations
 
 import math
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from opd_ds.config.schema import RunConfig
 from opd_ds.data import PromptSet, Shard, draw_prompts, shard
-from opd_ds.diffusion import kernel
+from opd_ds.diffusion import Coefficients, kernel
 from opd_ds.diffusion.noise import SampleNoise, sample_seed
-from opd_ds.diffusion.rollout import Trajectory, rollout
+from opd_ds.diffusion.rollout import Predictor, Trajectory, rollout
 from opd_ds.engine import Group, ShardedEma, StudentEngine, WeightSnapshot
 from opd_ds.errors import NonFiniteError
+from opd_ds.evaluation.reward_pool import RewardPool
 from opd_ds.models import Conditioning, ModelFamily
 from opd_ds.training.accumulator import Loss, LossTerm, RoundAccumulator, RoundLosses
 from opd_ds.training.auto_batch import AutoMicroBatch
-from opd_ds.training.buffer import TrajectoryBuffer, choose_steps
+from opd_ds.training.buffer import Pairs, PerPair, TrajectoryBuffer, choose_steps
+from opd_ds.training.meter import RoundMeter
+from opd_ds.training.teachers import TeacherPool
+
+Known = TypeVar("Known")
+
+
+@dataclass(frozen=True)
+class Components:
+    """What a trainer is built from."""
+
+    config: Any  # the run config of the algorithm's kind, `DistilConfig` or `TeachConfig`
+    group: Group
+    family: ModelFamily
+    student: StudentEngine
+    ema: ShardedEma | None
+    prompts: dict[str, PromptSet]
+    teachers: TeacherPool
+    rewards: RewardPool
+
+
+@dataclass(frozen=True)
+class TaskBatch:
+    """One task's samples of a round on this rank: prompts, noise, trained steps int64 [B, K]."""
+
+    part: Shard
+    prompts: list[str]
+    metadata: list[dict[str, Any]]
+    cond: Conditioning
+    noise: SampleNoise
+    chosen: Tensor
+
+    @property
+    def pairs(self) -> int:
+        """(sample, step) pairs over all ranks."""
+        return self.part.total * self.chosen.shape[1]
+
+
+@dataclass(frozen=True)
+class TrainingData(Generic[Known]):
+    """One task's pairs, ready for training.
+
+    Attributes:
+        known: what the loss knows of a micro-batch.
+        pairs: how many count in the mean, over all ranks.
+    """
+
+    buffer: TrajectoryBuffer
+    known: Callable[[Pairs], Known]
+    pairs: float
+
+
+@dataclass(frozen=True)
+class Experience(Generic[Known]):
+    """What a round has seen before it trains, by task.
+
+    Attributes:
+        final: clean latents float32 [B, C, ...] of the rollouts, on the device.
+        scores: what rewards said of them, where they are learned from.
+    """
+
+    data: dict[str, TrainingData[Known]]
+    final: dict[str, Tensor]
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a round did: losses and gradient norm of its last step, and what it drew."""
+
+    losses: RoundLosses
+    grad_norm: float
+    final: dict[str, Tensor]
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RolloutResult:
-    """Where one task's trajectories of a round ended on this rank: `final` [B, C, ...] float32, on the device."""
+    """Where one task's trajectories of a round ended on this rank: `final` float32 [B, C, ...], on the device."""
 
     prompts: list[str]
     metadata: list[dict[str, Any]]
@@ -41,7 +113,7 @@ class RoundReport:
 
     Attributes:
         passes: of the network over one latent, all ranks together: `forward` (a guided velocity is two) and `backward`;
-            samples that fill up a rank's share are passed as well.
+            samples that pad a rank's part are passed as well.
         scores: what rewards said of the rollouts, where they are learned from.
     """
 
@@ -56,51 +128,21 @@ class RoundReport:
     scores: dict[str, float]
 
 
-@dataclass(frozen=True)
-class TaskBatch:
-    """One task's samples of a round on this rank: prompts, noise, trained steps [B, K]."""
-
-    part: Shard
-    prompts: list[str]
-    metadata: list[dict[str, Any]]
-    noise: SampleNoise
-    chosen: Tensor
-
-    @property
-    def pairs(self) -> int:
-        """(sample, step) pairs over all ranks."""
-        return self.part.total * self.chosen.shape[1]
-
-
 class Trainer(ABC):
     """Runs rounds. All randomness is named by (seed, round, task, sample index), so there is no such state to save."""
 
-    measures: Sequence[str]  # what the losses measure beside themselves
-    group_size = 1  # pictures of one prompt
+    loss: Loss[Any]
 
-    def __init__(
-        self,
-        config: RunConfig,
-        group: Group,
-        family: ModelFamily,
-        student: StudentEngine,
-        ema: ShardedEma | None,
-        prompts: dict[str, PromptSet],
-    ) -> None:
-        self._settings, self._group, self._family = config, group, family
-        self._student, self._ema, self._prompts = student, ema, prompts
-        self._sigmas = family.sigmas(config.rollout.steps)
+    def __init__(self, parts: Components) -> None:
+        config: RunConfig = parts.config
+        self._settings, self._group, self._family = config, parts.group, parts.family
+        self._student, self._ema, self._prompts = parts.student, parts.ema, parts.prompts
+        self._sigmas = parts.family.sigmas(config.rollout.steps)
         self._coefficients = kernel(config.rollout.kernel, config.rollout.noise_level).coefficients(self._sigmas)
-        self._uncond = family.encode([config.model.negative_prompt])
-        self._task_weights = {name: task.weight for name, task in config.tasks.items()}
-        found = config.scoring.micro_batch == "auto" and group.device.type != "cpu"
+        self._uncond = parts.family.encode([config.model.negative_prompt])
+        found = config.scoring.micro_batch == "auto" and parts.group.device.type != "cpu"
         size = None if found else config.scoring_micro_batch
         self._scoring = AutoMicroBatch("scoring.micro_batch = auto", size, shrinks=found)
-        self._seconds: dict[str, float] = {}
-        self._passes: dict[str, int] = {}
-        self._final: dict[str, Tensor] = {}
-        self._scores: dict[str, float] = {}
-        self._round, self._doing = 0, ""
 
     @property
     def snapshots(self) -> list[WeightSnapshot]:
@@ -113,150 +155,167 @@ class Trainer(ABC):
         Raises:
             NonFiniteError: the loss is not finite (raised before the step), or the gradient norm is not.
         """
-        self._seconds, self._scores = {}, {}
-        self._passes = {"forward": 0, "backward": 0}
-        self._round = index + 1
-        with self._phase("encode"):
-            draws = {task: self._draw(index, task) for task in self._tasks(index)}
-            conds = self._encode(draws)
-        losses, grad_norm = self._learn(index, draws, conds)
-        rolled = {task: RolloutResult(draw.prompts, draw.metadata, self._final[task]) for task, draw in draws.items()}
+        meter = RoundMeter(self._group, index + 1)
+        with meter.phase("encode"):
+            batches = self._draw(index)
+        learned = self._learn(index, batches, meter)
+        rolled = {
+            task: RolloutResult(batch.prompts, batch.metadata, learned.final[task]) for task, batch in batches.items()
+        }
         return RoundReport(
             round=index + 1,
-            losses=losses,
-            grad_norm=grad_norm,
+            losses=learned.losses,
+            grad_norm=learned.grad_norm,
             learning_rate=self._student.learning_rate,
-            samples=self._settings.rollout.samples * len(draws),
-            seconds=dict(self._seconds),
-            passes={kind: count * self._group.world.size for kind, count in self._passes.items()},
+            samples=self._settings.rollout.samples * len(batches),
+            seconds=meter.seconds,
+            passes=meter.passes(),
             rolled=rolled,
-            scores=dict(self._scores),
+            scores=learned.scores,
         )
 
     @abstractmethod
-    def _learn(
-        self, index: int, draws: dict[str, TaskBatch], conds: dict[str, Conditioning]
-    ) -> tuple[RoundLosses, float]:
-        """Rollout to optimizer step; the losses and gradient norm of the last step. Fills `_final`."""
+    def _learn(self, index: int, batches: dict[str, TaskBatch], meter: RoundMeter) -> Learned:
+        """Rollout to optimizer step."""
 
     # ---- the stages, in order ----
 
-    def _tasks(self, index: int) -> list[str]:
-        """The tasks of round `index`."""
-        return list(self._settings.tasks)
-
-    def _visit(self, index: int, task: str) -> int:
-        """Rounds on `task` before round `index`: its prompts are walked through without repetition."""
-        return index
-
-    def _draw(self, index: int, task: str) -> TaskBatch:
-        samples, seed = self._settings.rollout.samples, self._settings.run.seed
-        part = shard(samples, self._group.world.rank, self._group.world.size)
-        known = self._prompts[task]
-        drawn = draw_prompts(len(known), samples // self.group_size, seed, self._visit(index, task), task)
-        rows = [drawn[i // self.group_size] for i in part.indices]
-        noise = SampleNoise([sample_seed(seed, index, task, i) for i in part.indices], self._family.latent_shape)
-        chosen = self._choose(index, task, part.indices)
-        return TaskBatch(part, [known.prompts[i] for i in rows], [known.metadata[i] for i in rows], noise, chosen)
+    def _draw(self, index: int) -> dict[str, TaskBatch]:
+        """The round's prompts, encoded, with their noise and their trained steps, by task."""
+        settings, world = self._settings, self._group.world
+        samples, seed = settings.rollout.samples, settings.run.seed
+        part = shard(samples, world.rank, world.size)
+        rows = {
+            task: draw_prompts(
+                len(self._prompts[task]), samples // settings.group_size, seed, settings.visits(index, task), task
+            )
+            for task in settings.tasks_of(index)
+        }
+        drawn = {task: [rows[task][i // settings.group_size] for i in part.indices] for task in rows}
+        prompts = {task: [self._prompts[task].prompts[row] for row in drawn[task]] for task in drawn}
+        conds = self._encode(prompts)
+        return {
+            task: TaskBatch(
+                part,
+                prompts[task],
+                [self._prompts[task].metadata[row] for row in drawn[task]],
+                conds[task],
+                SampleNoise([sample_seed(seed, index, task, i) for i in part.indices], self._family.latent_shape),
+                self._choose(index, task, part.indices),
+            )
+            for task in drawn
+        }
 
     def _choose(self, index: int, task: str, samples: list[int]) -> Tensor:
         """The trained steps of `samples`: int64 [B, K]."""
         settings = self._settings.rollout
         return choose_steps(settings.trained_steps, settings.steps, self._settings.run.seed, index, task, samples)
 
-    def _encode(self, draws: dict[str, TaskBatch]) -> dict[str, Conditioning]:
+    def _encode(self, prompts: dict[str, list[str]]) -> dict[str, Conditioning]:
         """All tasks' prompts in one pass, each once, so that encoders which are offloaded travel once a round."""
         places: dict[str, int] = {}
-        for draw in draws.values():
-            for prompt in draw.prompts:
+        for own in prompts.values():
+            for prompt in own:
                 places.setdefault(prompt, len(places))
         everything = self._family.encode(list(places))
         return {
-            task: everything[torch.tensor([places[prompt] for prompt in draw.prompts], device=self._group.device)]
-            for task, draw in draws.items()
+            task: everything[torch.tensor([places[prompt] for prompt in own], device=self._group.device)]
+            for task, own in prompts.items()
         }
 
     @torch.no_grad()
     def _roll_out(
-        self, network: Any, cond: Conditioning, noise: SampleNoise, guidance: float, *, transitions: bool = False
+        self,
+        network: Any,
+        cond: Conditioning,
+        noise: SampleNoise,
+        guidance: float,
+        meter: RoundMeter,
+        *,
+        coefficients: Coefficients | None = None,
+        transitions: bool = False,
     ) -> Trajectory:
-        """A network's trajectories, states kept."""
+        """A network's trajectories, states kept; `coefficients`: of another sampler than the run's."""
 
         def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
-            return self._velocity(network, x, sigma, cond[rows], guidance)
+            return self._velocity(network, x, sigma, cond[rows], guidance, meter)
 
-        return self._rollout(predict, noise, keep=self._family.dtype, transitions=transitions)
+        table = self._coefficients if coefficients is None else coefficients
+        return self._rollout(predict, noise, table, keep=self._family.dtype, transitions=transitions)
 
     @torch.no_grad()
-    def _query_frozen(self, name: str, network: Any, buffer: TrajectoryBuffer, guidance: float) -> None:
-        """A frozen network's velocities at the chosen pairs, kept under `name`."""
-        pairs = buffer.pairs
+    def _query_frozen(self, network: Any, buffer: TrajectoryBuffer, guidance: float, meter: RoundMeter) -> PerPair:
+        """A frozen network's velocities at the chosen pairs."""
+        (pairs,) = buffer.micro_batches()
 
-        def ask(rows: slice) -> Tensor:
-            return self._velocity(network, *buffer.inputs(pairs[rows], self._sigmas), guidance)
+        def query(rows: slice) -> Tensor:
+            part = Pairs(pairs.sample[rows], pairs.step[rows], rows)
+            return self._velocity(network, *buffer.inputs(part, self._sigmas), guidance, meter)
 
-        buffer.per_pair[name] = [*buffer.per_pair.get(name, []), *self._scoring.run(len(pairs), ask)]
+        return PerPair(torch.cat(self._scoring.run(len(pairs), query)))
 
-    def _train(self, buffers: dict[str, TrajectoryBuffer], pairs: dict[str, float], loss: Loss) -> RoundAccumulator:
-        """Forward and backward of all pairs of all tasks.
-
-        Args:
-            pairs: by task, how many pairs count, over all ranks.
-        """
+    def _train(self, data: Mapping[str, TrainingData[Any]], meter: RoundMeter) -> RoundLosses:
+        """Forward and backward of all pairs of all tasks."""
         size = self._settings.train.micro_batch
-        accumulator = self._accumulator(list(buffers), sum(len(b.micro_batches(size)) for b in buffers.values()))
-        for task, buffer in buffers.items():
-            for batch, known in buffer.training_batches(size):
-                states, sigma, cond = buffer.inputs(batch, self._sigmas)
-                velocity = self._velocity(self._student, states, sigma, cond, self._guidance(task))
-                losses, measured = loss(velocity, batch.step, known)
-                weights = buffer.weights[batch.sample]
-                accumulator.add(LossTerm(task, losses, measured, batch.step, weights, pairs[task]))
-        return accumulator
+        with meter.phase("train"):
+            accumulator = self._accumulator(
+                list(data), sum(len(one.buffer.micro_batches(size)) for one in data.values())
+            )
+            for task, one in data.items():
+                for pairs in one.buffer.micro_batches(size):
+                    states, sigma, cond = one.buffer.inputs(pairs, self._sigmas)
+                    guidance = self._settings.student_guidance(task)
+                    velocity = self._velocity(self._student, states, sigma, cond, guidance, meter)
+                    losses, measured = self.loss(velocity, pairs.step, one.known(pairs))
+                    weights = one.buffer.weights[pairs.sample]
+                    accumulator.add(LossTerm(task, losses, measured, pairs.step, weights, one.pairs))
+            return accumulator.measure()
 
     def _accumulator(self, tasks: list[str], micro_batches: int) -> RoundAccumulator:
-        weights = {task: self._task_weights[task] for task in tasks}
+        weights = {task: self._settings.tasks[task].weight for task in tasks}
         steps = self._settings.rollout.steps
-        return RoundAccumulator(self._student, self._group, weights, self.measures, steps, micro_batches)
+        return RoundAccumulator(self._student, self._group, weights, self.loss.measures, steps, micro_batches)
 
-    def _optimize(self, train: Callable[[], RoundAccumulator]) -> tuple[RoundLosses, float]:
-        """Accumulate, check, one optimizer step, EMA."""
-        with self._phase("train"):
-            losses = train().measure()
+    def _step(self, losses: RoundLosses, meter: RoundMeter) -> float:
+        """One optimizer step on what was accumulated, unless that is not finite; EMA. Returns the gradient norm."""
         if not math.isfinite(losses.loss):
             bad = [task for task, means in losses.means.items() if not all(map(math.isfinite, means.values()))]
             where = f" (tasks {', '.join(bad)})" if bad else ""
-            raise NonFiniteError(f"round {self._round}: the loss is {losses.loss}{where}")
-        with self._phase("step"):
+            raise NonFiniteError(f"round {meter.round_number}: the loss is {losses.loss}{where}")
+        with meter.phase("step"):
             grad_norm = self._student.step()
             if not math.isfinite(grad_norm) and self._settings.precision != "fp16":  # fp16: the scaler skips the step
-                raise NonFiniteError(f"round {self._round}: the gradient norm is {grad_norm} at loss {losses.loss:g}")
+                raise NonFiniteError(
+                    f"round {meter.round_number}: the gradient norm is {grad_norm} at loss {losses.loss:g}"
+                )
             if self._ema is not None:
                 self._ema.update()
-        return losses, grad_norm
+        return grad_norm
 
     # ---- shared by the stages ----
 
-    def _guidance(self, task: str) -> float:
-        own = self._settings.tasks[task].guidance
-        return self._settings.rollout.guidance if own is None else own
-
-    def _velocity(self, network: Any, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float) -> Tensor:
-        self._group.progress(self._doing)
+    def _velocity(
+        self, network: Any, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float, meter: RoundMeter
+    ) -> Tensor:
+        meter.heartbeat()
         velocity = self._family.guided_velocity(network, x, sigma, cond, self._uncond, guidance)
-        passes = len(x) * self._family.passes(guidance)
-        self._passes["forward"] += passes
-        self._passes["backward"] += passes if velocity.requires_grad else 0
+        meter.count(len(x) * self._family.passes(guidance), backward=velocity.requires_grad)
         return velocity
 
     def _rollout(
-        self, predict: Any, noise: SampleNoise, *, keep: torch.dtype | None = None, transitions: bool = False
+        self,
+        predict: Predictor,
+        noise: SampleNoise,
+        coefficients: Coefficients,
+        *,
+        keep: torch.dtype | None = None,
+        transitions: bool = False,
     ) -> Trajectory:
         size, device = self._settings.rollout.micro_batch, self._group.device
         return rollout(
             predict,
             noise,
-            self._coefficients,
+            coefficients,
             self._sigmas,
             micro_batch=size,
             device=device,
@@ -264,10 +323,21 @@ class Trainer(ABC):
             transitions=transitions,
         )
 
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        self._doing = f"round {self._round}, {name}"
-        self._group.progress(self._doing)
-        started = time.perf_counter()
-        yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+
+class BufferedTrainer(Trainer):
+    """A round that first sees, then trains on what it has seen."""
+
+    def _learn(self, index: int, batches: dict[str, TaskBatch], meter: RoundMeter) -> Learned:
+        seen = self._collect(index, batches, meter)
+        for _ in range(self._settings.train.inner_epochs):
+            losses = self._train(seen.data, meter)
+            grad_norm = self._step(losses, meter)
+        self._after_steps(index)
+        return Learned(losses, grad_norm, seen.final, seen.scores)
+
+    @abstractmethod
+    def _collect(self, index: int, batches: dict[str, TaskBatch], meter: RoundMeter) -> Experience[Any]:
+        """Rollouts, and what frozen networks and rewards say of them."""
+
+    def _after_steps(self, index: int) -> None:
+        """What follows the trained weights, once a round."""

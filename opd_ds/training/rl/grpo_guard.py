@@ -7,15 +7,44 @@ reach the upper clip while bad ones reach the lower. GRPO-Guard takes mean(D eps
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from opd_ds.config.rl import GuardSection
-from opd_ds.diffusion import Coefficients, clipped_surrogate, kl_weight, log_ratio, velocity_error
+from opd_ds.diffusion import Coefficients, clipped_surrogate, kernel, kl_weight, log_ratio, velocity_error
+from opd_ds.diffusion.noise import sample_seed
+from opd_ds.diffusion.rollout import Trajectory
+from opd_ds.errors import UserError
+from opd_ds.training.buffer import Pairs, PerPair, PerState, TrajectoryBuffer
+from opd_ds.training.rl.trainer import RLTrainer
+from opd_ds.training.trainer import Components, TaskBatch
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """Of every state: the velocity that drew the next one, and the noise."""
+
+    velocity: PerState
+    noise: PerState
+
+
+@dataclass(frozen=True)
+class GrpoGuardKnown:
+    """Of a micro-batch of pairs: `velocity` (the old policy's), `noise` and, with a KL, `start` [b, C, ...]; and
+    `advantage` [b].
+    """
+
+    velocity: Tensor
+    noise: Tensor
+    advantage: Tensor
+    start: Tensor | None = None
 
 
 class GrpoGuardLoss:
-    """A `Loss` that knows `velocity` (the old policy's), `noise`, with a KL `start` [b, C, ...], and `advantage` [b].
+    """A `Loss`.
 
     Args:
         coefficients, sigmas: of the stochastic kernel on the sampler's grid.
@@ -36,14 +65,96 @@ class GrpoGuardLoss:
             for table in (weights, coefficients.b, coefficients.std, kl_weight(coefficients))
         )
 
-    def __call__(self, velocity: Tensor, steps: Tensor, known: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        steps, advantage, clip = steps.to(velocity.device), known["advantage"], self._settings.clip
-        along, plain = log_ratio(velocity, known["velocity"], known["noise"], self._b[steps], self._std[steps])
+    def __call__(self, velocity: Tensor, steps: Tensor, known: GrpoGuardKnown) -> tuple[Tensor, dict[str, Tensor]]:
+        steps, advantage, clip = steps.to(velocity.device), known.advantage, self._settings.clip
+        along, plain = log_ratio(velocity, known.velocity, known.noise, self._b[steps], self._std[steps])
         ratio = (along if self._settings.ratio == "normalized" else plain).exp()
         policy = self._weights[steps] * clipped_surrogate(ratio, advantage, clip)
         beyond = torch.where(advantage > 0, ratio > 1 + clip, ratio < 1 - clip).float()
         loss, kl = policy, torch.zeros_like(policy)
-        if self._settings.kl:
-            kl = self._kl[steps] * velocity_error(velocity, known["start"])
+        if known.start is not None:
+            kl = self._kl[steps] * velocity_error(velocity, known.start)
             loss = policy + self._settings.kl * kl
         return loss, {"policy": policy, "ratio": ratio, "clipped": beyond, "start_kl": kl}
+
+
+class GrpoGuardTrainer(RLTrainer[Transitions, GrpoGuardKnown]):
+    """The transitions are trained on as they were drawn."""
+
+    keeps_transitions = True
+
+    def __init__(self, parts: Components) -> None:
+        super().__init__(parts)
+        assert isinstance(self._config.teach, GuardSection)
+        self._guard = self._config.teach
+        self._refuse_steps_without_noise()
+        self.loss = GrpoGuardLoss(self._guard, self._coefficients, self._sigmas, parts.group.device)
+
+    def _keep(
+        self, index: int, task: str, trajectory: Trajectory, batch: TaskBatch
+    ) -> tuple[TrajectoryBuffer, Transitions]:
+        assert trajectory.states is not None
+        assert trajectory.velocity is not None
+        assert trajectory.noise is not None
+        buffer = TrajectoryBuffer(trajectory.states, batch.chosen, batch.part.weights, batch.cond)
+        return buffer, Transitions(PerState(trajectory.velocity), PerState(trajectory.noise))
+
+    def _known(
+        self, kept: Transitions, advantages: Tensor, old: PerPair | None, start: PerPair | None
+    ) -> Callable[[Pairs], GrpoGuardKnown]:
+        clip = self._guard.advantage_clip
+        advantage = self._per_sample(advantages.clamp(-clip, clip))
+        return lambda pairs: GrpoGuardKnown(
+            kept.velocity.at(pairs),
+            kept.noise.at(pairs),
+            advantage.at(pairs),
+            start.at(pairs) if start is not None else None,
+        )
+
+    # ---- the steps that draw noise ----
+
+    def _window(self, index: int) -> range | None:
+        """The round's stochastic steps; None: all of them."""
+        length = self._guard.window
+        if length is None:
+            return None
+        noisy = (self._coefficients.std > 0).tolist()
+        starts = [first for first in range(len(noisy) - length + 1) if all(noisy[first : first + length])]
+        generator = torch.Generator().manual_seed(sample_seed(self._config.run.seed, index, "window", 0))
+        first = starts[int(torch.randint(len(starts), (), generator=generator))]
+        return range(first, first + length)
+
+    def _table(self, index: int) -> Coefficients:
+        window = self._window(index)
+        if window is None:
+            return self._coefficients
+        inside = torch.zeros(self._config.rollout.steps, dtype=torch.bool)
+        inside[window.start : window.stop] = True
+        return self._coefficients.where(inside, kernel("euler").coefficients(self._sigmas))
+
+    def _choose(self, index: int, task: str, samples: list[int]) -> Tensor:
+        window = self._window(index)
+        if window is None:
+            return super()._choose(index, task, samples)
+        return torch.arange(window.start, window.stop).expand(len(samples), -1)
+
+    def _refuse_steps_without_noise(self) -> None:
+        """A step that draws nothing has no likelihood to learn from."""
+        settings = self._config.rollout
+        still = {step for step, std in enumerate(self._coefficients.std.tolist()) if std == 0}
+        if self._config.trained_steps > settings.steps - len(still):
+            raise UserError(
+                f"rollout.kernel = {settings.kernel!r} draws noise on {settings.steps - len(still)} of its "
+                f"{settings.steps} steps, fewer than are to be trained ({self._config.trained_steps})"
+            )
+        if self._guard.window is not None:
+            return
+        if settings.trained_steps.queries is not None:
+            trained = set(range(settings.steps))
+        else:
+            trained = set(self._choose(0, "", [0])[0].tolist())
+        if still & trained:
+            raise UserError(
+                f"rollout.kernel = {settings.kernel!r} draws no noise on step {min(still & trained)}, which "
+                "rollout.trained_steps trains; give the others, as in trained_steps: {fraction: 0.99}"
+            )

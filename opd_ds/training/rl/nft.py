@@ -12,15 +12,37 @@ v = v_old the gradient is proportional to 2r - 1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from opd_ds.config.rl import NftSection
 from opd_ds.diffusion import velocity_error
+from opd_ds.diffusion.noise import SampleNoise, sample_seed
+from opd_ds.diffusion.rollout import Trajectory
+from opd_ds.engine import OLD_POLICY, WeightSnapshot
+from opd_ds.training.buffer import Pairs, PerPair, PerState, TrajectoryBuffer, noised_states
+from opd_ds.training.rl.advantages import optimality
+from opd_ds.training.rl.trainer import RLTrainer
+from opd_ds.training.trainer import Components, TaskBatch
+
+
+@dataclass(frozen=True)
+class NftKnown:
+    """Of a micro-batch of pairs: the velocities `flow` (eps - x0), `old` and, with a KL, `start` [b, C, ...]; and
+    `optimality` [b].
+    """
+
+    flow: Tensor
+    old: Tensor
+    optimality: Tensor
+    start: Tensor | None = None
 
 
 class NftLoss:
-    """A `Loss` that knows velocities `flow` (eps - x0), `old` and, with a KL, `start` [b, C, ...]; `optimality` [b].
+    """A `Loss`.
 
     Args:
         sigmas: [T+1], the sampler's grid.
@@ -35,15 +57,15 @@ class NftLoss:
         self._beta, self._kl = settings.beta, settings.kl
         self._sigma = sigmas[:-1].to(device, torch.float32)
 
-    def __call__(self, velocity: Tensor, steps: Tensor, known: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, velocity: Tensor, steps: Tensor, known: NftKnown) -> tuple[Tensor, dict[str, Tensor]]:
         sigma = self._sigma[steps.to(velocity.device)]
-        new, old, flow = (v.float() for v in (velocity, known["old"], known["flow"]))
+        new, old, flow = (v.float() for v in (velocity, known.old, known.flow))
         plus = self._beta * new + (1 - self._beta) * old
         minus = (1 + self._beta) * old - self._beta * new
-        good = known["optimality"]
+        good = known.optimality
         policy = good * self._error(plus - flow, sigma) + (1 - good) * self._error(minus - flow, sigma)
         policy = self.SCALE * policy / self._beta
-        distance = velocity_error(velocity, known["start"]) if self._kl else torch.zeros_like(policy)
+        distance = torch.zeros_like(policy) if known.start is None else velocity_error(velocity, known.start)
         return policy + self._kl * distance, {"policy": policy, "start_distance": distance}
 
     def _error(self, difference: Tensor, sigma: Tensor) -> Tensor:
@@ -51,3 +73,41 @@ class NftLoss:
         off = sigma.view(-1, *[1] * (difference.ndim - 1)) * difference
         size = off.detach().abs().double().flatten(1).mean(1).clamp_min(self.SMALLEST)
         return off.square().flatten(1).mean(1) / size.float()
+
+
+class NftTrainer(RLTrainer[PerState, NftKnown]):
+    """Images of the old policy are noised afresh and trained on; the old policy then follows the trained one."""
+
+    def __init__(self, parts: Components) -> None:
+        super().__init__(parts)
+        assert isinstance(self._config.teach, NftSection)
+        self._nft = self._config.teach
+        self._old_policy = WeightSnapshot(parts.student, OLD_POLICY)
+        self.loss = NftLoss(self._nft, self._sigmas, parts.group.device)
+
+    @property
+    def _old(self) -> WeightSnapshot:
+        return self._old_policy
+
+    def _keep(
+        self, index: int, task: str, trajectory: Trajectory, batch: TaskBatch
+    ) -> tuple[TrajectoryBuffer, PerState]:
+        """The images, noised afresh, and the flow at each state."""
+        seeds = [sample_seed(self._config.run.seed, index, f"{task}/noised", i) for i in batch.part.indices]
+        noise = SampleNoise(seeds, self._family.latent_shape)
+        noised = noised_states(trajectory.final, noise, self._sigmas, self._family.dtype)
+        return TrajectoryBuffer(noised.states, batch.chosen, batch.part.weights, batch.cond), PerState(noised.flow)
+
+    def _known(
+        self, kept: PerState, advantages: Tensor, old: PerPair | None, start: PerPair | None
+    ) -> Callable[[Pairs], NftKnown]:
+        assert old is not None
+        good = self._per_sample(optimality(advantages, self._nft.advantage_clip, self._nft.optimality))
+        return lambda pairs: NftKnown(
+            kept.at(pairs), old.at(pairs), good.at(pairs), start.at(pairs) if start is not None else None
+        )
+
+    def _after_steps(self, index: int) -> None:
+        """The old policy moves towards the trained one."""
+        settings, steps = self._nft.old_policy, (index + 1) * self._config.train.inner_epochs
+        self._old_policy.follow(min(settings.rate * max(0, steps - settings.start), settings.maximum))

@@ -1,11 +1,11 @@
-"""Rewards that are learned from: a worker judges the pictures of one micro-batch while the next one is rolled out."""
+"""Rewards that are learned from: the images of one micro-batch are scored while the next one is rolled out."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import Any
 
 import torch
@@ -13,35 +13,30 @@ from PIL import Image
 from torch import Tensor
 
 from opd_ds.config.rl import WeightedReward
-from opd_ds.evaluation.pictures import to_image
-from opd_ds.rewards import Reward
+from opd_ds.evaluation.reward_pool import RewardPool
 
 _WAIT_SECONDS = 10.0
 
 
-class Judge:
-    """Decodes and judges in a thread of its own.
+class RewardScorer:
+    """Decodes and scores in the reward thread.
 
-    A call that fails is repeated, after a pause that doubles. Pictures that have no score then, by any one of the
-    task's rewards, have none: NaN, never 0.
+    A call that fails is repeated, after a pause that doubles. Images that have no score then, by any one of the task's
+    rewards, have none: NaN, never 0.
 
     Args:
-        rewards: by label.
-        decode: latents [B, C, ...] to pictures [B, 3, H, W] in [0, 1].
         attempts: calls in all.
+        pause: seconds before the second of them.
     """
 
-    def __init__(
-        self, rewards: dict[str, Reward], decode: Callable[[Tensor], Tensor], attempts: int, pause: float = 1.0
-    ) -> None:
-        self._rewards, self._decode, self._attempts, self._pause = rewards, decode, attempts, pause
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="rewards")
+    def __init__(self, pool: RewardPool, attempts: int, pause: float = 1.0) -> None:
+        self._pool, self._attempts, self._pause = pool, attempts, pause
 
     def submit(
         self, asked: Sequence[WeightedReward], latents: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
     ) -> Future[Tensor]:
         """Scores float64 [B, rewards], as the rewards give them."""
-        return self._worker.submit(self._judge, asked, latents, prompts, metadata)
+        return self._pool.submit(self._score_all, asked, latents, prompts, metadata)
 
     @staticmethod
     def collect(pending: list[Future[Tensor]], waiting: Callable[[], None]) -> Tensor:
@@ -53,10 +48,10 @@ class Judge:
                 waiting()
         return torch.cat([part.result() for part in pending])
 
-    def _judge(
+    def _score_all(
         self, asked: Sequence[WeightedReward], latents: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
     ) -> Tensor:
-        images = [to_image(picture) for picture in self._decode(latents).cpu()]
+        images = self._pool.images(latents)
         return torch.stack([self._score(reward.label, images, prompts, metadata) for reward in asked], dim=1)
 
     def _score(
@@ -71,14 +66,14 @@ class Judge:
             if attempt:
                 time.sleep(self._pause * 2 ** (attempt - 1))
             try:
-                found = self._rewards[label].score(
+                found = self._pool.rewards[label].score(
                     [images[i] for i in left], [prompts[i] for i in left], [metadata[i] for i in left]
                 )
                 if found.shape != (len(left),):
-                    raise ValueError(f"{len(left)} pictures got scores of shape {tuple(found.shape)}")
+                    raise ValueError(f"{len(left)} images got scores of shape {tuple(found.shape)}")
             except Exception:  # whatever a reward raises, a server that is away included: another attempt, then a gap
                 logging.getLogger("opd_ds").exception(
-                    "reward %s failed on %d pictures, attempt %d of %d", label, len(left), attempt + 1, self._attempts
+                    "reward %s failed on %d images, attempt %d of %d", label, len(left), attempt + 1, self._attempts
                 )
                 continue
             scores[left] = found.double()

@@ -1,237 +1,192 @@
-"""A round of reinforcement learning: rollouts, rewards beside them, advantages, accumulated loss, step, old policy."""
+"""A round of reinforcement learning: rollouts, rewards beside them, advantages, accumulated loss, step."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from opd_ds.config.rl import GuardSection, NftSection, TeachConfig
-from opd_ds.data import PromptSet
-from opd_ds.diffusion import Coefficients, kernel
-from opd_ds.diffusion.noise import SampleNoise, sample_seed
+from opd_ds.config.algorithms import TeachConfig
+from opd_ds.diffusion import Coefficients
 from opd_ds.diffusion.rollout import Trajectory, chunks
-from opd_ds.engine import OLD_POLICY, START, Group, ShardedEma, StudentEngine, WeightSnapshot
+from opd_ds.engine import START, WeightSnapshot
 from opd_ds.errors import UserError
-from opd_ds.models import Conditioning, ModelFamily
-from opd_ds.rewards import Reward
-from opd_ds.training.accumulator import RoundLosses
-from opd_ds.training.buffer import TrajectoryBuffer, noised_states
-from opd_ds.training.rl.advantages import group_advantages, optimality
-from opd_ds.training.rl.grpo_guard import GrpoGuardLoss
-from opd_ds.training.rl.nft import NftLoss
-from opd_ds.training.rl.reward_worker import Judge
-from opd_ds.training.trainer import TaskBatch, Trainer
+from opd_ds.training.buffer import Pairs, PerPair, PerSample, TrajectoryBuffer
+from opd_ds.training.meter import RoundMeter
+from opd_ds.training.rl.advantages import group_advantages
+from opd_ds.training.rl.reward_worker import RewardScorer
+from opd_ds.training.trainer import BufferedTrainer, Components, Experience, TaskBatch, TrainingData
+
+Kept = TypeVar("Kept")  # what an algorithm keeps of every state
+Known = TypeVar("Known")  # what its loss knows of a micro-batch
 
 
-class RLTrainer(Trainer):
-    """Rounds of DiffusionNFT or GRPO-Guard.
+@dataclass(frozen=True)
+class Rollouts:
+    """One task's trajectories of a round on this rank, and their scores, which are under way."""
 
-    The old policy and the start, where they are needed, are copies of the trained weights (`WeightSnapshot`) that take
-    their place in the network for rollouts and scoring: one network, any ZeRO stage, LoRA or full.
+    trajectory: Trajectory
+    scores: list[Future[Tensor]]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the rewards of all ranks say of one task's samples.
+
+    Attributes:
+        advantages: float64 [B], of this rank's samples, unclipped.
+        weights: float32 [B], 0 where a sample does not count.
+        count: of the samples that have a score, over all ranks.
+        summary: for the metrics, by name.
     """
 
-    def __init__(
-        self,
-        config: TeachConfig,
-        group: Group,
-        family: ModelFamily,
-        student: StudentEngine,
-        ema: ShardedEma | None,
-        prompts: dict[str, PromptSet],
-        rewards: dict[str, Reward],
-    ) -> None:
-        super().__init__(config, group, family, student, ema, prompts)
-        self._config, self._teach = config, config.teach
-        self.group_size = config.teach.group
-        self._judge = Judge(rewards, family.decode, config.teach.reward_attempts)
-        self._turns = [name for name, task in config.tasks.items() for _ in range(task.turns)]
-        self._stochastic = self._coefficients
-        self._start = WeightSnapshot(student, START) if config.teach.kl else None
-        self._old: WeightSnapshot | None = None
-        if isinstance(config.teach, NftSection):
-            self._old = WeightSnapshot(student, OLD_POLICY)
-            self._loss: NftLoss | GrpoGuardLoss = NftLoss(config.teach, self._sigmas, group.device)
-        else:
-            self._refuse_steps_without_noise()
-            self._loss = GrpoGuardLoss(config.teach, self._coefficients, self._sigmas, group.device)
-        self.measures = self._loss.measures
+    advantages: Tensor
+    weights: Tensor
+    count: int
+    summary: dict[str, float]
+
+
+class RLTrainer(BufferedTrainer, Generic[Kept, Known]):
+    """What algorithms that learn from rewards have in common.
+
+    The start, and the old policy where there is one, are copies of the trained weights (`WeightSnapshot`) that take
+    their place in the network for rollouts and queries: one network, any ZeRO stage, LoRA or full.
+    """
+
+    keeps_transitions = False
+
+    def __init__(self, parts: Components) -> None:
+        super().__init__(parts)
+        self._config: TeachConfig = parts.config
+        self._scorer = RewardScorer(parts.rewards, self._config.teach.reward_attempts)
+        self._start = WeightSnapshot(parts.student, START) if self._config.teach.kl else None
 
     @property
     def snapshots(self) -> list[WeightSnapshot]:
         return [*super().snapshots, *(copy for copy in (self._old, self._start) if copy is not None)]
 
-    def _learn(
-        self, index: int, draws: dict[str, TaskBatch], conds: dict[str, Conditioning]
-    ) -> tuple[RoundLosses, float]:
-        self._coefficients = self._table(index)
-        buffers, pending = {}, {}
+    def _collect(self, index: int, batches: dict[str, TaskBatch], meter: RoundMeter) -> Experience[Known]:
+        olds: dict[str, PerPair] = {}
         with self._behaviour(), self._student.gathered() as policy:
-            with self._phase("rollout"):
-                for task, draw in draws.items():
-                    rolled, pending[task] = self._roll_out_and_judge(policy, task, draw, conds[task])
-                    self._final[task] = rolled.final
-                    buffers[task] = self._buffer(index, task, draw, conds[task], rolled)
+            with meter.phase("rollout"):
+                rollouts = {
+                    task: self._roll_out_and_score(index, policy, task, batches[task], meter) for task in batches
+                }
+                kept = {task: self._keep(index, task, rollouts[task].trajectory, batches[task]) for task in batches}
+                buffers = {task: buffer for task, (buffer, _) in kept.items()}
             if self._old is not None:
-                with self._phase("score"):
-                    self._ask("old", policy, buffers)
-        if self._start is not None:
-            with self._phase("score"), self._start.swapped_in(), self._student.gathered() as start:
-                self._ask("start", start, buffers)
-        with self._phase("rewards"):
-            pairs = {task: self._weigh(task, draws[task], buffers[task], pending[task]) for task in draws}
-        for _ in range(self._config.train.inner_epochs):
-            losses, grad_norm = self._optimize(lambda: self._train(buffers, pairs, self._loss))
-        self._follow(index)
-        return losses, grad_norm
+                with meter.phase("score"):
+                    olds = self._query(policy, buffers, meter)
+        starts = self._query_start(buffers, meter)
+        with meter.phase("rewards"):
+            scored = {task: self._scored(task, batches[task], rollouts[task].scores, meter) for task in batches}
+        data = {
+            task: TrainingData(
+                TrajectoryBuffer(buffer.states, buffer.chosen, scored[task].weights, buffer.cond),
+                self._known(kept[task][1], scored[task].advantages, olds.get(task), starts.get(task)),
+                float(scored[task].count) * buffer.chosen.shape[1],
+            )
+            for task, buffer in buffers.items()
+        }
+        scores = {name: value for one in scored.values() for name, value in one.summary.items()}
+        return Experience(data, {task: rolled.trajectory.final for task, rolled in rollouts.items()}, scores)
+
+    # ---- what algorithms differ in ----
+
+    @property
+    def _old(self) -> WeightSnapshot | None:
+        """The policy that draws, where it is not the trained one."""
+        return None
+
+    def _table(self, index: int) -> Coefficients:
+        """The sampler's table in round `index`."""
+        return self._coefficients
+
+    @abstractmethod
+    def _keep(self, index: int, task: str, trajectory: Trajectory, batch: TaskBatch) -> tuple[TrajectoryBuffer, Kept]:
+        """The states that are trained on, and what else is kept of each."""
+
+    @abstractmethod
+    def _known(
+        self, kept: Kept, advantages: Tensor, old: PerPair | None, start: PerPair | None
+    ) -> Callable[[Pairs], Known]:
+        """What the loss knows of one task's pairs. `advantages`: float64 [B], of this rank's samples."""
 
     # ---- the stages, in order ----
-
-    def _tasks(self, index: int) -> list[str]:
-        if self._teach.schedule == "together":
-            return super()._tasks(index)
-        return [self._turns[index % len(self._turns)]]
-
-    def _visit(self, index: int, task: str) -> int:
-        if self._teach.schedule == "together":
-            return index
-        cycles, place = divmod(index, len(self._turns))
-        return cycles * self._turns.count(task) + self._turns[:place].count(task)
 
     def _behaviour(self) -> AbstractContextManager[None]:
         """Inside, the network is the policy that draws."""
         return nullcontext() if self._old is None else self._old.swapped_in()
 
-    def _roll_out_and_judge(
-        self, policy: Any, task: str, draw: TaskBatch, cond: Conditioning
-    ) -> tuple[Trajectory, list[Future[Tensor]]]:
+    def _roll_out_and_score(self, index: int, policy: Any, task: str, batch: TaskBatch, meter: RoundMeter) -> Rollouts:
         parts, pending = [], []
-        asked = self._config.tasks[task].rewards
-        for rows in chunks(len(draw.part), self._config.rollout.micro_batch):
-            noise, guidance = draw.noise[rows], self._guidance(task)
-            part = self._roll_out(policy, cond[rows], noise, guidance, transitions=self._old is None)
-            parts.append(part if self._old is None else Trajectory(part.final))
-            pending.append(self._judge.submit(asked, part.final, draw.prompts[rows], draw.metadata[rows]))
-        return Trajectory.cat(parts), pending
+        rewards, guidance = self._config.tasks[task].rewards, self._config.student_guidance(task)
+        table = self._table(index)
+        for rows in chunks(len(batch.part), self._config.rollout.micro_batch):
+            part = self._roll_out(
+                policy,
+                batch.cond[rows],
+                batch.noise[rows],
+                guidance,
+                meter,
+                coefficients=table,
+                transitions=self.keeps_transitions,
+            )
+            parts.append(part if self.keeps_transitions else Trajectory(part.final))
+            pending.append(self._scorer.submit(rewards, part.final, batch.prompts[rows], batch.metadata[rows]))
+        return Rollouts(Trajectory.cat(parts), pending)
 
-    def _buffer(
-        self, index: int, task: str, draw: TaskBatch, cond: Conditioning, rolled: Trajectory
-    ) -> TrajectoryBuffer:
-        """What is trained on: the transitions as they were drawn, or (NFT) the pictures, noised afresh."""
-        if self._old is None:
-            kept = {"velocity": rolled.velocity, "noise": rolled.noise}
-        else:
-            seeds = [sample_seed(self._config.run.seed, index, f"{task}/noised", i) for i in draw.part.indices]
-            noise = SampleNoise(seeds, self._family.latent_shape)
-            rolled = noised_states(rolled.final, noise, self._sigmas, self._family.dtype)
-            kept = {"flow": rolled.velocity}
-        assert rolled.states is not None
-        known = {name: values for name, values in kept.items() if values is not None}
-        return TrajectoryBuffer(rolled.states, draw.chosen, draw.part.weights, cond, known)
+    def _query(self, network: Any, buffers: dict[str, TrajectoryBuffer], meter: RoundMeter) -> dict[str, PerPair]:
+        return {
+            task: self._query_frozen(network, buffer, self._config.student_guidance(task), meter)
+            for task, buffer in buffers.items()
+        }
 
-    def _ask(self, name: str, network: Any, buffers: dict[str, TrajectoryBuffer]) -> None:
-        for task, buffer in buffers.items():
-            self._query_frozen(name, network, buffer, self._guidance(task))
+    def _query_start(self, buffers: dict[str, TrajectoryBuffer], meter: RoundMeter) -> dict[str, PerPair]:
+        """The start's velocities; nothing where distance to it costs nothing."""
+        if self._start is None:
+            return {}
+        with meter.phase("score"), self._start.swapped_in(), self._student.gathered() as start:
+            return self._query(start, buffers, meter)
 
-    def _weigh(self, task: str, draw: TaskBatch, buffer: TrajectoryBuffer, pending: list[Future[Tensor]]) -> float:
-        """Rewards of all ranks to what each sample is worth; returns how many pairs count. Collective.
+    def _scored(self, task: str, batch: TaskBatch, pending: list[Future[Tensor]], meter: RoundMeter) -> Scored:
+        """Rewards of all ranks to what each sample is worth. Collective.
 
         Raises:
-            UserError: not one picture of the round could be judged.
+            UserError: not one image of the round could be scored.
         """
-        asked = self._config.tasks[task].rewards
-        mine = Judge.collect(pending, lambda: self._group.progress(f"{self._doing}, waiting for the rewards of {task}"))
-        scores = torch.full((draw.part.total, len(asked)), torch.nan, dtype=torch.float64)
-        # A sample that only fills up a rank's share is another rank's too, and counts there.
-        own = draw.part.weights > 0
-        indices = torch.tensor(draw.part.indices)
+        rewards = self._config.tasks[task].rewards
+        mine = RewardScorer.collect(pending, lambda: meter.heartbeat(f", waiting for the rewards of {task}"))
+        scores = torch.full((batch.part.total, len(rewards)), torch.nan, dtype=torch.float64)
+        # A sample that only pads a rank's part is another rank's too, and counts there.
+        own = batch.part.weights > 0
+        indices = torch.tensor(batch.part.indices)
         for places, values in self._group.gather((indices[own], mine[own])):
             scores[places] = values
-        rewards = scores @ torch.tensor([reward.weight for reward in asked], dtype=torch.float64)
-        judged = torch.isfinite(rewards)
-        if not judged.any():
+        total = scores @ torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)
+        finite = torch.isfinite(total)
+        if not finite.any():
             raise UserError(
-                f"round {self._round}: the rewards of task {task} judged none of its {len(rewards)} pictures in "
-                f"{self._teach.reward_attempts} attempts (see the log above); the last checkpoint is intact, go on "
-                "with --resume auto when they work again"
+                f"round {meter.round_number}: the rewards of task {task} scored none of its {len(total)} images in "
+                f"{self._config.teach.reward_attempts} attempts (see the log above); the last checkpoint is intact, go "
+                "on with --resume auto when they work again"
             )
-        self._report(task, scores, rewards)
-        advantages = group_advantages(rewards, self._teach.group, self._teach.advantage_std)
-        clip = self._teach.advantage_clip
-        if isinstance(self._teach, NftSection):
-            worth = {"optimality": optimality(advantages, clip, self._teach.optimality)}
-        else:
-            worth = {"advantage": advantages.clamp(-clip, clip)}
-        buffer.per_sample = {
-            name: values[indices].to(self._group.device, torch.float32) for name, values in worth.items()
-        }
-        buffer.weights = draw.part.weights * judged[indices]
-        return float(judged.sum()) * draw.chosen.shape[1]
-
-    def _report(self, task: str, scores: Tensor, rewards: Tensor) -> None:
-        good = rewards[torch.isfinite(rewards)]
-        self._scores |= {
+        good = total[finite]
+        summary = {
             f"{task}/mean": float(good.mean()),
             f"{task}/std": float(good.std(correction=0)),
-            f"{task}/left_out": float(len(rewards) - len(good)),
+            f"{task}/left_out": float(len(total) - len(good)),
         }
-        for reward, column in zip(self._config.tasks[task].rewards, scores.T, strict=True):
-            self._scores[f"{task}/{reward.label}"] = float(column.nanmean())
+        for reward, column in zip(rewards, scores.T, strict=True):
+            summary[f"{task}/{reward.label}"] = float(column.nanmean())
+        advantages = group_advantages(total, self._config.teach.group, self._config.teach.advantage_std)
+        return Scored(advantages[indices], batch.part.weights * finite[indices], int(finite.sum()), summary)
 
-    def _follow(self, index: int) -> None:
-        """The old policy moves towards the trained one."""
-        if self._old is None or not isinstance(self._teach, NftSection):
-            return
-        settings, steps = self._teach.old_policy, (index + 1) * self._config.train.inner_epochs
-        self._old.follow(min(settings.rate * max(0, steps - settings.start), settings.maximum))
-
-    # ---- the steps that draw noise ----
-
-    def _window(self, index: int) -> range | None:
-        """The round's stochastic steps; None: all of them."""
-        length = None if isinstance(self._teach, NftSection) else self._teach.window
-        if length is None:
-            return None
-        noisy = (self._stochastic.std > 0).tolist()
-        starts = [first for first in range(len(noisy) - length + 1) if all(noisy[first : first + length])]
-        generator = torch.Generator().manual_seed(sample_seed(self._config.run.seed, index, "window", 0))
-        first = starts[int(torch.randint(len(starts), (), generator=generator))]
-        return range(first, first + length)
-
-    def _table(self, index: int) -> Coefficients:
-        window = self._window(index)
-        if window is None:
-            return self._stochastic
-        inside = torch.zeros(self._config.rollout.steps, dtype=torch.bool)
-        inside[window.start : window.stop] = True
-        return self._stochastic.where(inside, kernel("euler").coefficients(self._sigmas))
-
-    def _choose(self, index: int, task: str, samples: list[int]) -> Tensor:
-        window = self._window(index)
-        if window is None:
-            return super()._choose(index, task, samples)
-        return torch.arange(window.start, window.stop).expand(len(samples), -1)
-
-    def _refuse_steps_without_noise(self) -> None:
-        """A step that draws nothing has no likelihood to learn from."""
-        settings = self._config.rollout
-        still = {step for step, std in enumerate(self._stochastic.std.tolist()) if std == 0}
-        if self._config.trained_steps > settings.steps - len(still):
-            raise UserError(
-                f"rollout.kernel = {settings.kernel!r} draws noise on {settings.steps - len(still)} of its "
-                f"{settings.steps} steps, fewer than are to be trained ({self._config.trained_steps})"
-            )
-        if isinstance(self._teach, GuardSection) and self._teach.window is not None:
-            return
-        if settings.trained_steps.queries is not None:
-            trained = set(range(settings.steps))
-        else:
-            trained = set(self._choose(0, "", [0])[0].tolist())
-        if still & trained:
-            raise UserError(
-                f"rollout.kernel = {settings.kernel!r} draws no noise on step {min(still & trained)}, which "
-                "rollout.trained_steps trains; give the others, as in trained_steps: {fraction: 0.99}"
-            )
+    def _per_sample(self, values: Tensor) -> PerSample:
+        return PerSample(values.to(self._group.device, torch.float32))

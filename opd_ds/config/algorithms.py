@@ -1,0 +1,180 @@
+"""All algorithms by name, and the two kinds of run that they make: distillation, and learning from rewards."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Union
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from opd_ds.config.objectives import ClosedForm, FlowMatching, Objective, PolicyGradient
+from opd_ds.config.rl import GuardSection, LearnedSection, NftSection, RewardAlgorithm
+from opd_ds.config.schema import ANCHOR, Algorithm, AnchorSection, RunConfig, TaskSection, TeacherSection, TrainedSteps
+
+# A further algorithm is one line here: its section says the rest, its trainer included.
+ALGORITHMS: dict[str, type[Algorithm]] = {
+    "closed_form": ClosedForm,
+    "ppo": PolicyGradient,
+    "sft": FlowMatching,
+    "nft": NftSection,
+    "guard": GuardSection,
+}
+
+
+def algorithm_names(kind: type[Algorithm]) -> list[str]:
+    """The names of one kind's algorithms."""
+    return [name for name, section in ALGORITHMS.items() if issubclass(section, kind)]
+
+
+def _chosen_by(key: str, kind: type[Algorithm], default: str | None = None) -> Any:
+    """The annotation of a section that is one of `kind`'s algorithms, chosen by the value of `key`."""
+
+    def name_of(value: Any) -> Any:
+        return value.get(key, default) if isinstance(value, dict) else getattr(value, key, None)
+
+    tagged = [Annotated[ALGORITHMS[name], Tag(name)] for name in algorithm_names(kind)]
+    return Annotated[Union[tuple(tagged)], Discriminator(name_of)]  # noqa: UP007  # made at run time
+
+
+if TYPE_CHECKING:
+    AnyObjective = Objective
+    AnyRewardAlgorithm = RewardAlgorithm
+else:
+    AnyObjective = _chosen_by("method", Objective, "closed_form")
+    AnyRewardAlgorithm = _chosen_by("algorithm", RewardAlgorithm)
+
+
+class DistilConfig(RunConfig):
+    """Several teachers into one student: `opd-ds train`."""
+
+    resume_invariants: ClassVar[tuple[str, ...]] = (*RunConfig.resume_invariants, "objective")
+
+    objective: AnyObjective = ClosedForm()
+    anchor: AnchorSection | None = None
+    tasks: dict[str, TaskSection] = Field(min_length=1)
+
+    @property
+    def algorithm(self) -> Algorithm:
+        return self.objective
+
+    @property
+    def teachers(self) -> dict[str, TeacherSection]:
+        return {name: task.teacher for name, task in self.tasks.items()}
+
+    @property
+    def all_teachers(self) -> dict[str, TeacherSection]:
+        return self.teachers | ({ANCHOR: self.anchor} if self.anchor else {})
+
+    @property
+    def frozen_velocities(self) -> int:
+        return super().frozen_velocities + self.objective.asks_teacher + (self.anchor is not None)
+
+    def rollout_guidance(self, task: str) -> float:
+        own = self.objective.drawn_by == "student"
+        return self.student_guidance(task) if own else self.tasks[task].teacher.guidance
+
+    def queried_guidances(self, task: str) -> list[float]:
+        asked = super().queried_guidances(task)
+        asked += [self.tasks[task].teacher.guidance] if self.objective.asks_teacher else []
+        return asked + ([self.anchor.guidance] if self.anchor else [])
+
+    @model_validator(mode="after")
+    def _same_forwards(self) -> DistilConfig:
+        if self.scoring.micro_batch == "auto":
+            for name, teacher in self.all_teachers.items():
+                if teacher.placement == "zero_inference":
+                    raise ValueError(
+                        "scoring.micro_batch = 'auto' may come out differently on each rank, but the forwards of "
+                        f"{self.teacher_key(name)}.placement = 'zero_inference' are collective; give a number"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DistilConfig:
+        self.check_noise(f"objective.method = {self.objective.method!r}")
+        if self.rollout.mode != "fused":
+            return self
+        for name, teacher in self.all_teachers.items():
+            if teacher.placement != "resident":
+                raise ValueError(
+                    f"rollout.mode = 'fused' asks every teacher at every step, but {self.teacher_key(name)}.placement "
+                    f"= {teacher.placement!r} is brought in once a round; set it to 'resident' or rollout.mode to "
+                    "'buffered'"
+                )
+        if self.train.inner_epochs > 1:
+            raise ValueError(
+                f"rollout.mode = 'fused' trains while it rolls out, so train.inner_epochs = {self.train.inner_epochs} "
+                "is not possible; set it to 1 or rollout.mode to 'buffered'"
+            )
+        if not self.objective.fused_trainer:
+            fusing = [name for name in algorithm_names(Objective) if ALGORITHMS[name].fused_trainer]
+            raise ValueError(
+                f"rollout.mode = 'fused' knows objective.method = {' or '.join(map(repr, fusing))} only, not "
+                f"{self.objective.method!r}; set rollout.mode to 'buffered'"
+            )
+        return self
+
+
+class TeachConfig(RunConfig):
+    """A specialist by reinforcement learning: `opd-ds teach`."""
+
+    resume_invariants: ClassVar[tuple[str, ...]] = (*RunConfig.resume_invariants, "teach")
+
+    teach: AnyRewardAlgorithm
+    tasks: dict[str, LearnedSection] = Field(min_length=1)
+
+    @property
+    def algorithm(self) -> Algorithm:
+        return self.teach
+
+    @property
+    def learns_from_rewards(self) -> bool:
+        return True
+
+    @property
+    def group_size(self) -> int:
+        return self.teach.group
+
+    @property
+    def _turns(self) -> list[str]:
+        return [name for name, task in self.tasks.items() for _ in range(task.turns)]
+
+    def tasks_of(self, index: int) -> list[str]:
+        if self.teach.schedule == "together":
+            return super().tasks_of(index)
+        return [self._turns[index % len(self._turns)]]
+
+    def visits(self, index: int, task: str) -> int:
+        if self.teach.schedule == "together":
+            return index
+        cycles, place = divmod(index, len(self._turns))
+        return cycles * Counter(self._turns)[task] + self._turns[:place].count(task)
+
+    def resume_settings(self) -> dict[str, Any]:
+        data = super().resume_settings()
+        data["teach"].pop("reward_attempts")
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TeachConfig:
+        rollout, teach = self.rollout, self.teach
+        if rollout.samples % teach.group:
+            raise ValueError(
+                f"rollout.samples = {rollout.samples} is no multiple of teach.group = {teach.group}; it counts the "
+                "images of all prompts of a task and round"
+            )
+        if self.scoring.micro_batch == "auto":
+            raise ValueError(
+                "scoring.micro_batch = 'auto' may come out differently on each rank, but frozen policies are asked "
+                "through the student, whose forwards may be collective; give a number"
+            )
+        if rollout.mode == "fused":
+            raise ValueError("rollout.mode = 'fused': rewards come after a rollout; set it to 'buffered'")
+        self.check_noise(f"teach.algorithm = {teach.algorithm!r}")
+        if teach.trained_window is None:
+            return self
+        if rollout.trained_steps != TrainedSteps(fraction=1.0):
+            raise ValueError("teach.window says which steps are trained; leave rollout.trained_steps out")
+        if teach.trained_window > rollout.steps:
+            raise ValueError(f"teach.window = {teach.trained_window}: a trajectory has only {rollout.steps} steps")
+        return self

@@ -1,0 +1,67 @@
+"""Algorithms that distil: what the student's velocities are compared with, and how."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, PositiveFloat, model_validator
+
+from opd_ds.config.schema import Algorithm
+
+
+class Objective(Algorithm):
+    """A way to learn from teachers; `method` is its name."""
+
+    method: str
+    title: ClassVar[str] = "On-policy distillation (arXiv 2605.15055)"
+
+
+class PaperObjective(Objective):
+    """What DiffusionOPD (arXiv 2605.15055) and its comparisons have in common."""
+
+    target: Literal["transition", "velocity", "x0"] = "transition"
+    weighting: Literal["kl", "uniform", "normalized"] = "kl"
+    clip: PositiveFloat = Field(1e-4, description="of the likelihood ratio; read with method = 'ppo' only")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PaperObjective:
+        if self.method != "closed_form" and (self.target, self.weighting) != ("transition", "kl"):
+            raise ValueError(
+                f"method = {self.method!r} has an objective of its own; leave target and weighting out, or use "
+                "method = 'closed_form'"
+            )
+        if self.weighting == "kl" and self.target != "transition":
+            raise ValueError(f"weighting = 'kl' belongs to target = 'transition', not {self.target!r}; use 'uniform'")
+        return self
+
+
+class ClosedForm(PaperObjective):
+    """The exact KL per step on the student's own states."""
+
+    trainer: ClassVar[str] = "opd_ds.training.distillation:Distillation"
+    fused_trainer: ClassVar[str] = "opd_ds.training.fused:FusedDistillation"
+
+    method: Literal["closed_form"] = "closed_form"
+
+
+class PolicyGradient(PaperObjective):
+    """The same by its policy-gradient estimator, for comparison. Velocities and drawn noise of every state are kept."""
+
+    trainer: ClassVar[str] = "opd_ds.training.policy_gradient:PolicyGradientDistillation"
+    kept_per_state: ClassVar[int] = 2
+
+    method: Literal["ppo"]
+
+    @property
+    def needs_noise(self) -> bool:
+        return True
+
+
+class FlowMatching(PaperObjective):
+    """Flow matching on images that the teacher draws (off-policy); the flow at every state is kept."""
+
+    trainer: ClassVar[str] = "opd_ds.training.flow_matching:FlowMatching"
+    drawn_by: ClassVar[Literal["student", "teacher"]] = "teacher"
+    kept_per_state: ClassVar[int] = 1
+
+    method: Literal["sft"]

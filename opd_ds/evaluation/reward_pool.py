@@ -1,0 +1,48 @@
+"""The thread in which rewards score images beside the training: what is learned from, and what is only watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from opd_ds.evaluation.pictures import to_image
+from opd_ds.rewards import Reward
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class RewardPool:
+    """A run's rewards and the one thread that calls them: rewards need not be safe for several threads.
+
+    Args:
+        rewards: by label.
+        decode: latents [B, C, ...] to images [B, 3, H, W] in [0, 1]; called in the thread.
+        device: of the run; a thread begins on device 0, whatever the rank's is. None: the CPU.
+    """
+
+    def __init__(
+        self,
+        rewards: dict[str, Reward],
+        decode: Callable[[Tensor], Tensor],
+        device: torch.device | None = None,
+    ) -> None:
+        self.rewards, self._decode, self._device = rewards, decode, device
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="rewards", initializer=self._begin)
+
+    def _begin(self) -> None:
+        if self._device is not None and self._device.type != "cpu":
+            torch.accelerator.set_device_index(self._device)
+
+    def submit(self, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+        """Have `work` done in the thread, after what was submitted before."""
+        return self._worker.submit(work, *args, **kwargs)
+
+    def images(self, latents: Tensor) -> list[Image.Image]:
+        """Decoded; call it in the thread."""
+        return [to_image(image) for image in self._decode(latents).cpu()]

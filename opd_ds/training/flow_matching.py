@@ -1,0 +1,45 @@
+"""Flow matching on the teachers' images (SFT): the off-policy way, for comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from opd_ds.diffusion.noise import SampleNoise, sample_seed
+from opd_ds.training.buffer import NoisedStates, Pairs, PerPair, PerState, TrajectoryBuffer, noised_states
+from opd_ds.training.distillation import Distillation
+from opd_ds.training.meter import RoundMeter
+from opd_ds.training.objectives import FlowMatchingLoss, TeacherVelocities
+from opd_ds.training.trainer import Experience, TaskBatch, TrainingData
+
+
+class FlowMatching(Distillation):
+    """Each task's teacher draws; its images are noised afresh, and the flow there stands for the teacher's velocity."""
+
+    loss_class = FlowMatchingLoss
+
+    def _collect(self, index: int, batches: dict[str, TaskBatch], meter: RoundMeter) -> Experience[TeacherVelocities]:
+        with meter.phase("rollout"):
+            final, noised = {}, {}
+            for task, batch in batches.items():
+                with self._teachers.active(task) as teacher:
+                    guidance = self._teachers.guidance(task)
+                    final[task] = self._roll_out(teacher, batch.cond, batch.noise, guidance, meter).final
+                seeds = [sample_seed(self._config.run.seed, index, f"{task}/noised", i) for i in batch.part.indices]
+                noise = SampleNoise(seeds, self._family.latent_shape)
+                noised[task] = noised_states(final[task], noise, self._sigmas, self._family.dtype)
+            buffers = {
+                task: TrajectoryBuffer(noised[task].states, batch.chosen, batch.part.weights, batch.cond)
+                for task, batch in batches.items()
+            }
+        with meter.phase("score"):
+            anchors = self._query_anchor(buffers, meter)
+        data = {
+            task: TrainingData(buffers[task], _flow(noised[task], anchors.get(task)), batches[task].pairs)
+            for task in batches
+        }
+        return Experience(data, final)
+
+
+def _flow(noised: NoisedStates, anchor: PerPair | None) -> Callable[[Pairs], TeacherVelocities]:
+    flow = PerState(noised.flow)
+    return lambda pairs: TeacherVelocities(flow.at(pairs), anchor.at(pairs) if anchor else None)

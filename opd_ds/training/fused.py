@@ -1,0 +1,97 @@
+"""Distillation in one sweep: the rollout's forward is the training forward, and nothing is stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opd_ds.config.algorithms import DistilConfig
+from opd_ds.config.schema import ANCHOR
+from opd_ds.diffusion.rollout import Predictor, chunks
+from opd_ds.models import Conditioning
+from opd_ds.training.accumulator import LossTerm, RoundAccumulator
+from opd_ds.training.distillation import RolloutGroup, rollout_groups
+from opd_ds.training.meter import RoundMeter
+from opd_ds.training.objectives import ClosedFormLoss, TeacherVelocities
+from opd_ds.training.trainer import Components, Learned, TaskBatch, Trainer
+
+
+class FusedDistillation(Trainer):
+    """Per step one student and one teacher pass. Teachers are resident; a round makes one step."""
+
+    loss: ClosedFormLoss
+
+    def __init__(self, parts: Components) -> None:
+        super().__init__(parts)
+        self._config: DistilConfig = parts.config
+        self._teachers = parts.teachers
+        self.loss = ClosedFormLoss(self._config, self._coefficients, self._sigmas, parts.group.device)
+
+    def _learn(self, index: int, batches: dict[str, TaskBatch], meter: RoundMeter) -> Learned:
+        settings = self._config.rollout
+        # With random queries any step may be some sample's; the others then weigh 0, so that ranks stay in step.
+        first = next(iter(batches.values()))
+        trained = range(settings.steps) if settings.trained_steps.queries else first.chosen[0].tolist()
+        groups = rollout_groups(self._config, batches)
+        parts = sum(len(chunks(len(group.cond), settings.micro_batch)) for group in groups) * len(trained)
+        final: dict[str, Tensor] = {}
+        with meter.phase("train"):
+            accumulator = self._accumulator(list(batches), parts)
+            for group in groups:
+                predict = self._training_step(group, batches, set(trained), accumulator, meter)
+                rolled = self._rollout(predict, group.noise, self._coefficients)
+                final |= {task: own.final for task, own in zip(group.rows, rolled.split(group.sizes), strict=True)}
+            losses = accumulator.measure()
+        return Learned(losses, self._step(losses, meter), final)
+
+    def _training_step(
+        self,
+        group: RolloutGroup,
+        batches: dict[str, TaskBatch],
+        trained: set[int],
+        accumulator: RoundAccumulator,
+        meter: RoundMeter,
+    ) -> Predictor:
+        """The student's velocity at a step of the rollout, after its loss there has been passed back."""
+        steps = self._config.rollout.steps
+        chosen = {
+            task: torch.zeros(len(batches[task].part), steps).scatter_(1, batches[task].chosen, 1.0)
+            for task in group.rows
+        }
+        weights = torch.cat([chosen[task] * batches[task].part.weights[:, None] for task in group.rows])
+
+        def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
+            state, cond = x.to(self._family.dtype), group.cond[rows]
+            with torch.set_grad_enabled(step in trained):
+                velocity = self._velocity(self._student, state, sigma, cond, group.guidance, meter)
+            if step in trained:
+                anchor = self._query(ANCHOR, state, sigma, cond, meter) if self._config.anchor else None
+                known = TeacherVelocities(self._query_each(group, state, sigma, cond, rows, meter), anchor)
+                at = torch.full((len(x),), step)
+                losses, measured = self.loss(velocity, at, known)
+                terms = []
+                for task in group.rows:
+                    own = group.of(task, rows)
+                    of_task = {name: values[own] for name, values in measured.items()}
+                    weight = weights[rows, step][own]
+                    terms.append(LossTerm(task, losses[own], of_task, at[own], weight, batches[task].pairs))
+                accumulator.add(*terms)
+            return velocity.detach()
+
+        return predict
+
+    def _query_each(
+        self, group: RolloutGroup, state: Tensor, sigma: Tensor, cond: Conditioning, rows: slice, meter: RoundMeter
+    ) -> Tensor:
+        """Each task's teacher at its own rows."""
+        found = []
+        for task in group.rows:
+            own = group.of(task, rows)
+            if own.start < own.stop:
+                found.append(self._query(task, state[own], sigma[own], cond[own], meter))
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def _query(self, teacher: str, state: Tensor, sigma: Tensor, cond: Conditioning, meter: RoundMeter) -> Tensor:
+        with self._teachers.active(teacher) as network:
+            return self._velocity(network, state, sigma, cond, self._teachers.guidance(teacher), meter)

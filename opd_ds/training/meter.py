@@ -1,0 +1,45 @@
+"""What a round takes, and the heartbeat that says it is going on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from opd_ds.engine import Group
+
+
+class RoundMeter:
+    """Seconds by phase and passes of the network over one latent, of this rank in one round.
+
+    Args:
+        round_number: counted from 1, as people see it.
+    """
+
+    def __init__(self, group: Group, round_number: int) -> None:
+        self._group, self.round_number = group, round_number
+        self._phase = ""
+        self.seconds: dict[str, float] = {}
+        self._forward = self._backward = 0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Work of one kind; a phase that is entered again goes on."""
+        self._phase = name
+        self.heartbeat()
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def heartbeat(self, waiting: str = "") -> None:
+        """This rank makes progress; `waiting` says on what, should it not make any more."""
+        self._group.progress(f"round {self.round_number}, {self._phase}{waiting}")
+
+    def count(self, passes: int, *, backward: bool) -> None:
+        """Passes forward; with `backward` they are passed back as well."""
+        self._forward += passes
+        self._backward += passes if backward else 0
+
+    def passes(self) -> dict[str, int]:
+        """`forward` and `backward` of all ranks together: they do equally many, samples that pad a rank's part too."""
+        return {"forward": self._forward * self._group.world.size, "backward": self._backward * self._group.world.size}
