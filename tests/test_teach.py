@@ -262,7 +262,7 @@ def test_pictures_without_a_score_are_left_out_and_counted(build: Build, redness
 def test_a_round_that_nobody_judges_ends_the_run_with_one_line(build: Build, redness: Redness) -> None:
     redness.failing = 100
     _, parts = build(NFT, teach__reward_attempts=1)
-    with pytest.raises(UserError, match="judged none of its 8 pictures in 1 attempts"):
+    with pytest.raises(UserError, match="scored none of its 8 images in 1 attempts"):
         parts.trainer.run_round(0)
 
 
@@ -323,7 +323,7 @@ def test_recipes_of_both_kinds_are_complete() -> None:
         assert isinstance(config, TeachConfig)
         assert len(config.evaluated) == 3
         result = CliRunner().invoke(app, ["teach", "--recipe", name, "--dry-run"], catch_exceptions=False)
-        assert "12 per task, 8 pictures of each" in result.output
+        assert "12 per task, 8 images of each" in result.output
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_recipes_of_both_kinds_are_complete() -> None:
         ({"rollout__samples": 6}, "rollout.samples = 6 is no multiple of teach.group = 4"),
         ({"rollout__mode": "fused"}, "rewards come after a rollout"),
         ({"teach__beta": -1}, "teach.beta = -1: Input should be greater than 0"),
-        ({"teach__betta": 1}, "teach.betta = 1: unknown key; allowed here: group, .*Did you mean 'beta'"),
+        ({"teach__betta": 1}, "teach.betta = 1: unknown key; allowed here: algorithm, group, .*Did you mean 'beta'"),
         ({"teach__algorithm": "ppo"}, "teach.algorithm = 'ppo': allowed are nft, guard"),
         ({"tasks__bright__rewards": []}, "tasks.bright.rewards"),
         ({"tasks__bright__teacher": "x"}, "tasks.bright.teacher = 'x': unknown key"),
