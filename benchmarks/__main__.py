@@ -146,8 +146,9 @@ def gpu(
     chosen = size_named(size or ("sd35m" if torch.cuda.is_available() else "miniature"))
     if chosen.needs_gpu and not torch.cuda.is_available():
         raise UserError(f"--size {chosen.name} needs a GPU; on CPUs: miniature or 50m")
-    parts = [known for known in PARTS if not part or known.name in part]
-    patience = 1.0 if torch.cuda.is_available() else 5.0
+    on_gpu = torch.cuda.is_available()
+    parts = [known for known in PARTS if (on_gpu or known.on_cpu) and (not part or known.name in part)]
+    patience = 1.0 if on_gpu else 5.0
     if not bench(parts, output_dir, size=chosen.name, minutes=minutes, say=typer.echo, patience=patience):
         raise typer.Exit(1)
 

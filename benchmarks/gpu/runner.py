@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from benchmarks.gpu import worker
 from benchmarks.gpu.parts import Part
@@ -28,6 +28,12 @@ _LAST_LINES = 15
 OK, WRONG, FAILED, TIMED_OUT, NOT_RUN = "ok", "wrong", "failed", "timed out", "not run"
 
 
+@dataclass(frozen=True)
+class _Worker:
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
 @dataclass
 class _Runner:
     folder: Path
@@ -37,24 +43,27 @@ class _Runner:
     patience: float
     module: str
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
+    started: int = 0
 
-    def start(self) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+    def start(self) -> _Worker:
         """A worker that loads its libraries and waits."""
-        log = tempfile.NamedTemporaryFile(dir=self.scratch, suffix=".log", delete=False)  # noqa: SIM115  # outlives this
+        self.started += 1
+        file = self.scratch / f"worker{self.started}.log"
         packages = [str(package_root().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        process = subprocess.Popen(
-            [sys.executable, "-u", "-m", self.module],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(packages)},
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # ended together with what it started
-        )
-        return process, log
+        with file.open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-u", "-m", self.module],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(packages)},
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # ended together with what it started
+            )
+        return _Worker(process, file)
 
-    def run(self, part: Part, process: subprocess.Popen[bytes], log: IO[bytes]) -> dict[str, Any]:
+    def run(self, part: Part, current: _Worker) -> dict[str, Any]:
         """Tell a waiting worker what to do, and wait for it."""
-        out = self.scratch / f"{part.name}.json"
+        process, out = current.process, self.scratch / f"{part.name}.json"
         seconds = min(part.limit * self.patience, self.deadline - time.monotonic())
         told = {
             "function": part.function,
@@ -79,7 +88,7 @@ class _Runner:
         checks = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
         if status == OK and any("error" in check or check.get("ok") is False for check in checks.values()):
             status = WRONG
-        text = Path(log.name).read_text(encoding="utf-8", errors="replace")
+        text = current.log.read_text(encoding="utf-8", errors="replace")
         with (self.folder / "log.txt").open("a", encoding="utf-8") as logs:
             logs.write(f"==== {part.name}: {status}, {took} s ====\n{text}\n")
         entry = {"status": status, "seconds": took, "checks": checks}
@@ -116,19 +125,20 @@ def bench(
     (folder / "log.txt").unlink(missing_ok=True)
     with _scratch() as scratch:
         runner = _Runner(folder, scratch, size, started + 60 * minutes - _TO_REPORT, patience, module)
-        waiting = runner.start()
+        waiting: _Worker | None = runner.start()
         try:
-            for part in parts:
-                if runner.deadline - time.monotonic() < part.expected:
+            for number, part in enumerate(parts, 1):
+                if waiting is None or runner.deadline - time.monotonic() < part.expected:
                     runner.found[part.name] = {"status": NOT_RUN, "seconds": 0, "checks": {}}
                 else:
-                    (process, log), waiting = waiting, runner.start()
-                    runner.found[part.name] = runner.run(part, process, log)
+                    current, waiting = waiting, runner.start() if number < len(parts) else None
+                    runner.found[part.name] = runner.run(part, current)
                 entry = runner.found[part.name]
                 runner.write(started, parts)
                 say(f"{part.name}: {entry['status']}, {entry['seconds']} s")
         finally:
-            _end(waiting[0])
+            if waiting is not None:
+                _end(waiting.process)
     say(f"table: {folder / 'gpu.md'}")
     return all(entry["status"] in (OK, NOT_RUN) for entry in runner.found.values())
 
