@@ -50,6 +50,7 @@ class FullSize:
     stage: int = 2
     precision: str = "bf16"
     ranks: int = 1
+    text_length: int = 16  # tokens of the longest text encoder
 
     @property
     def name(self) -> str:
@@ -86,7 +87,7 @@ class FullSize:
                     "path": str(folder / "base"),
                     "height": self.side,
                     "width": self.side,
-                    "max_text_length": 16,
+                    "max_text_length": self.text_length,
                     "text_encoders": "cached",
                     "text_cache": str(folder / "text_cache"),
                     **frames,
@@ -197,8 +198,11 @@ def _random_texts(family: str, network: dict[str, Any], count: int, tokens: int)
 
 
 def _random_network(family: ModelFamily) -> nn.Module:
-    """In float16: weights in the run's own dtype would stay in the file's pages instead of the process's memory."""
-    network = family.empty_transformer().to(torch.float16).to_empty(device="cpu")
+    """In float16: weights in the run's own dtype would stay in the file's pages instead of the process's memory.
+    Made on a GPU where there is one: billions of random numbers take a processor minutes.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = family.empty_transformer().to(torch.float16).to_empty(device=device)
     for tensor in (*network.parameters(), *network.buffers()):
         tensor.data.normal_(std=0.02)
     return network

@@ -24,6 +24,7 @@ _MINIATURE = "package:miniature/assets"
 # 59 million parameters.
 _MIDDLE = Sizes(layers=3, heads=12, head_dim=64)
 _RANK = 32
+_TEXT_LENGTH = 128  # T5 tokens of SD3.5-Medium's prompts; the paper's
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ def run_config(size: Size, setting: Setting, ranks: int, samples: int, folder: P
     return config
 
 
-def _write_loras(base: Path, folder: Path) -> dict[str, str]:
-    """Random ones of the paper's size, by task."""
+def write_loras(base: Path, folder: Path) -> dict[str, str]:
+    """Random LoRAs of the paper's size on the SD3 at `base`: folders by task. What is there already stays."""
     if not folder.is_dir():
         network = SD3(base, dtype=torch.float32, device=torch.device("cpu")).empty_transformer()
         config = LoraConfig(r=_RANK, lora_alpha=2 * _RANK, target_modules=list(SD3.lora_targets))
@@ -122,7 +123,7 @@ def _miniature(folder: Path) -> dict[str, Any]:
         "model": {"path": base, "max_text_length": 10, "text_encoders": "resident"},
         "prompts": {task: f"{_MINIATURE}/prompts/{task}/train.txt" for task in TASKS},
         "full": {task: f"{_MINIATURE}/teachers/{task}" for task in TASKS},
-        "lora": _write_loras(resolve_path(base, "model.path"), folder / "lora"),
+        "lora": write_loras(resolve_path(base, "model.path"), folder / "lora"),
     }
 
 
@@ -138,7 +139,7 @@ def _middle(folder: Path) -> dict[str, Any]:
         "model": {"path": str(base), "height": 16, "width": 16, "max_text_length": 10, "text_encoders": "resident"},
         "prompts": dict.fromkeys(TASKS, str(folder / "prompts.txt")),
         "full": {task: str(folder / "full" / task) for task in TASKS},
-        "lora": _write_loras(base, folder / "lora"),
+        "lora": write_loras(base, folder / "lora"),
     }
 
 
@@ -146,7 +147,7 @@ def _sd35m(folder: Path) -> dict[str, Any]:
     """SD3.5-Medium's own configuration with random weights and random encoded prompts, at 512 pixels."""
     found: dict[str, Any] = {}
     for teachers in ("full", "lora"):
-        made = FullSize(DEFAULT_MODEL, 24, "full", teachers, side=512)
+        made = FullSize(DEFAULT_MODEL, 24, "full", teachers, side=512, text_length=_TEXT_LENGTH)
         made.write(folder)
         config = made.config(folder)
         assert isinstance(config, DistilConfig)

@@ -146,7 +146,7 @@ def _ratios(jobs: _Jobs, setting: Setting, ranks: int) -> dict[str, Any]:
         }
     said = ", ".join(f"{name.replace('_', ' ')} {ratio:.2f}x" for name, ratio in ratios.items() if ratio)
     jobs.say(f"{setting.name}, {ranks} rank{'s' if ranks > 1 else ''}: {said}")
-    work = _flops(plain)
+    work = flops_per_pass(plain)
     return {
         "ratios": ratios,
         "device": measured["device"],
@@ -168,8 +168,8 @@ def _with_rewards(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"tasks": tasks}
 
 
-def _flops(config: dict[str, Any]) -> dict[str, float]:
-    """Of one pass, forward and with its backward; products of matrices and attention."""
+def flops_per_pass(config: dict[str, Any]) -> dict[str, float]:
+    """Of one pass over one latent, `forward` and its `backward`; products of matrices and attention."""
     from opd_ds.config.loading import parse_config
 
     parsed = parse_config(config)

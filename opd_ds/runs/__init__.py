@@ -1,0 +1,1 @@
+"""Whole runs from start to end: training, evaluation, export, encoding."""
