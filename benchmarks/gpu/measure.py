@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.gpu.session import Check, Session, synchronise
 from benchmarks.plan_worker import peak_memory, reset_peak
 from benchmarks.speed.worker import Loop
-from opd_ds.config.schema import DistilConfig
+from opd_ds.config.algorithms import DistilConfig
 from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import DeviceKind, Devices, parse_devices
 from opd_ds.plan.memory import run_memory

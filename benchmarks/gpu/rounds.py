@@ -12,7 +12,7 @@ from benchmarks.gpu.session import Check, Session, synchronise
 from benchmarks.plan_worker import baseline_memory
 from benchmarks.speed.sizes import SIZES, Setting, run_config
 from benchmarks.speed.worker import Loop, build
-from opd_ds.config.schema import DistilConfig
+from opd_ds.config.algorithms import DistilConfig
 
 _SAMPLES = {"lora": 3, "full": 1}  # per task; the public code has 3
 _ROUNDS = 3

@@ -9,8 +9,8 @@ import torch
 from benchmarks.gpu.measure import GIB, time_rounds, watched
 from benchmarks.gpu.session import Session
 from benchmarks.speed.worker import Loop
+from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.loading import load_config
-from opd_ds.config.schema import DistilConfig
 from opd_ds.evaluation.evaluator import student_guidance
 from opd_ds.evaluation.tables import comparison_grid
 from opd_ds.miniature.world import TASKS
