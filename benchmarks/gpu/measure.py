@@ -21,6 +21,7 @@ from opd_ds.plan.devices import DeviceKind, Devices, parse_devices
 from opd_ds.plan.memory import run_memory
 from opd_ds.plan.network import find_model
 from opd_ds.plan.passes import Passes, round_passes
+from opd_ds.training.meter import RoundMeter
 
 GIB = 2**30
 
@@ -59,24 +60,27 @@ def watched(
     Args:
         inside: by phase, a context it runs in.
     """
-    plain, phases = trainer._phase, Phases()
+    # Our rounds have a meter each, the public loop times itself.
+    owner, attribute = (trainer, "_phase") if hasattr(trainer, "_phase") else (RoundMeter, "phase")
+    plain, phases = getattr(owner, attribute), Phases()
 
     @contextmanager
-    def phase(name: str) -> Iterator[None]:
+    def phase(*arguments: Any) -> Iterator[None]:
+        name = arguments[-1]
         synchronise()
         reset_peak(session.group)
         started = time.perf_counter()
-        with plain(name), (inside or {}).get(name, nullcontext()):
+        with plain(*arguments), (inside or {}).get(name, nullcontext()):
             yield
             synchronise()
         phases.seconds[name] = phases.seconds.get(name, 0.0) + time.perf_counter() - started
         phases.peaks[name] = max(phases.peaks.get(name, 0), peak_memory(session.group))
 
-    trainer._phase = phase
+    setattr(owner, attribute, phase)
     try:
         yield phases
     finally:
-        del trainer._phase
+        setattr(owner, attribute, plain)
 
 
 def time_rounds(loop: Loop, session: Session, *, most: int, seconds: float) -> dict[str, Any]:
