@@ -147,7 +147,7 @@ def test_an_optimizer_that_keeps_its_state_elsewhere_is_refused(group: Group) ->
 
 
 def test_fp16_without_zero_is_refused() -> None:
-    """DeepSpeed 0.19.8 divides by a loss scale that it has not multiplied by: the optimizer would see next to nothing."""
+    """DeepSpeed 0.19.8 divides gradients by a loss scale that it has not multiplied the loss by."""
     with pytest.raises(UserError, match=r"zero_optimization\.stage = 0 with precision = 'fp16'.*zero1"):
         student_ds_config({}, config(precision="fp16"), World(), "x.json")
 
@@ -214,7 +214,9 @@ def test_free_memory_is_the_drivers_and_the_allocators(monkeypatch: pytest.Monke
         mem_get_info=lambda device: (30, 80), memory_reserved=lambda device: 40, memory_allocated=lambda device: 25
     )
     monkeypatch.setattr(torch, "get_device_module", lambda device: card)
-    monkeypatch.setattr(get_accelerator(), "available_memory", lambda *_: pytest.fail("asks NVML, which knows no UUIDs"))
+    monkeypatch.setattr(
+        get_accelerator(), "available_memory", lambda *_: pytest.fail("asks NVML, which knows no UUIDs")
+    )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-5d2b1e7c-0000-0000-0000-000000000000")
     assert free_memory(torch.device("cuda", 0)) == 45
 
