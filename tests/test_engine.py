@@ -41,7 +41,9 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
 
 
-def student(group: Group, stage: int, *, gather: Any = "auto", zero: dict[str, Any] | None = None, **changes: Any):  # type: ignore[no-untyped-def]
+def student(
+    group: Group, stage: int, *, gather: Any = "auto", zero: dict[str, Any] | None = None, **changes: Any
+) -> StudentEngine:
     """An engine around a network of 83 parameters."""
     settings = {"stage": stage, "overlap_comm": False, "stage3_param_persistence_threshold": 0} | (zero or {})
     wanted = config(optimizer__max_grad_norm=0.0, **changes)
