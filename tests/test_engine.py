@@ -21,7 +21,7 @@ from torch.utils import cpp_extension
 from torch.utils.file_baton import FileBaton
 
 from opd_ds.cluster.world import World
-from opd_ds.config.schema import DistilConfig
+from opd_ds.config.algorithms import DistilConfig
 from opd_ds.engine import Group, StudentEngine, free_memory, student_ds_config
 from opd_ds.engine.build_lock import BuildLock
 from opd_ds.errors import UserError
