@@ -11,7 +11,7 @@ set -euo pipefail
 # MASTER_PORT   free on the first machine; default: one that is free here
 # Environment variables that go to the ranks, unless a .deepspeed_env file here, in the home folder or at DS_ENV_FILE
 # says which. Nothing secret: they stand in command lines.
-passed='^((DS|TORCH|OMP|MKL|GLOO|TRANSFORMERS)_|(HF_(HOME|HUB_CACHE|HUB_OFFLINE|ENDPOINT)|CUDA_HOME|TMPDIR)$)'
+passed='^((DS|TORCH|TORCHINDUCTOR|TORCHDYNAMO|PYTORCH|TRITON|CUBLAS|OMP|MKL|GLOO|TRANSFORMERS)_|(HF_(HOME|HUB_CACHE|HUB_OFFLINE|ENDPOINT)|CUDA_HOME|TMPDIR)$)'
 
 if [ $# -eq 0 ] || [ ! -f "$1" ]; then
   echo "usage: launchers/hostfile_train.sh HOSTFILE --recipe NAME ...; no such hostfile: ${1:-}" >&2

@@ -11,10 +11,15 @@ if ! command -v opd-ds >/dev/null && [ -f .venv/bin/activate ]; then
   # shellcheck disable=SC1091
   . .venv/bin/activate
 fi
-# With a number the deepspeed launcher would not look at CUDA_VISIBLE_DEVICES.
-if [ -z "${PROCESSES:-}" ] && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  PROCESSES=1
+gpus=0
+if [ -z "${PROCESSES:-}" ]; then
+  gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+  # With a number the deepspeed launcher would not look at CUDA_VISIBLE_DEVICES.
+  if [ "$gpus" -eq 0 ]; then PROCESSES=1; fi
 fi
+# Unlike torchrun the deepspeed launcher leaves every process all cores.
+share=$(($(nproc) / ${PROCESSES:-$gpus}))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((share > 0 ? share : 1))}
 
 port=${MASTER_PORT:-$(python -m opd_ds.cluster.rendezvous)}
 trap '' USR1  # is for the ranks, which install their own handler; the launcher would die of it

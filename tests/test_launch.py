@@ -1,17 +1,22 @@
-"""Who am I, and how ranks without a port find one another."""
+"""Who am I, how ranks without a port find one another, and what the launchers of one user hand on."""
 
 from __future__ import annotations
 
+import json
+import os
 import socket
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from pathlib import Path
 
 import pytest
+import torch
 
-from opd_ds.cluster.rendezvous import agree_on_port, listener, ports
+from opd_ds.cluster import watchdog
+from opd_ds.cluster.rendezvous import agree_on_port, listener, ports, prepare_environment, set_local_rank
 from opd_ds.cluster.world import World, detect_world, first_host, tasks_per_node
 from opd_ds.errors import UserError
 
@@ -92,6 +97,92 @@ def test_slurm_short_forms() -> None:
     nodelists = {"gpu[003-007,9],x1": "gpu003", "n1,n2": "n1", "r[1-2]n[3,4]": "r1n3", "login": "login"}
     assert {text: first_host(text) for text in nodelists} == nodelists
     assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+
+
+@pytest.mark.parametrize("environment", [OPEN_MPI, TORCHRUN | {"OMPI_COMM_WORLD_LOCAL_RANK": "0"}])
+def test_mpirun_and_we_say_the_same_local_rank(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    """DeepSpeed asserts it; where a rank sees its own GPU only, that is number 0 although mpirun counts on."""
+    monkeypatch.setattr(os, "environ", dict(environment) | {"PATH": os.environ["PATH"]})
+    prepare_environment(World(3, 1, 4, 2, "n1", 29501, "job"))
+    assert (os.environ["LOCAL_RANK"], os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]) == ("1", "1")
+    set_local_rank(0)
+    assert (os.environ["LOCAL_RANK"], os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]) == ("0", "0")
+
+
+def test_without_mpirun_nothing_of_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
+    set_local_rank(2)
+    assert "OMPI_COMM_WORLD_LOCAL_RANK" not in os.environ
+
+
+# ---- launcher scripts, with stand-ins for the commands they call ----
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Path:
+    """A folder for PATH: 4 GPUs, 32 cores; `deepspeed` shows its environment and what it was given."""
+    scripts = {
+        "opd-ds": "",
+        "nproc": "echo 32",
+        "python": 'case "$*" in *device_count*) echo "${GPUS:-4}";; *) echo 29500;; esac',
+        "deepspeed": 'echo "OMP_NUM_THREADS=$OMP_NUM_THREADS $*"; [ -z "$DS_ENV_FILE" ] || cat "$DS_ENV_FILE"',
+    }
+    for name, body in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    return tmp_path
+
+
+def launched(script: str, *arguments: str, commands: Path, **variables: str) -> str:
+    environment = {"PATH": f"{commands}:/usr/bin:/bin", "HOME": str(commands), **variables}
+    file = Path(__file__).parents[1] / "launchers" / script
+    return subprocess.run(
+        ["bash", str(file), *arguments], env=environment, cwd=commands, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "threads", "processes"),
+    [
+        ({}, 8, None),  # the launcher counts the GPUs itself
+        ({"PROCESSES": "2"}, 16, "2"),
+        ({"PROCESSES": "64"}, 1, "64"),
+        ({"OMP_NUM_THREADS": "3"}, 3, None),
+        ({"GPUS": "0"}, 32, "1"),
+    ],
+)
+def test_the_processes_of_a_machine_share_its_cores(
+    commands: Path, variables: dict[str, str], threads: int, processes: str | None
+) -> None:
+    told = launched("single_node.sh", "--recipe", "x", commands=commands, **variables)
+    assert told.startswith(f"OMP_NUM_THREADS={threads} ")
+    assert ("--num_accelerators" in told) == (processes is not None)
+    assert processes is None or f"--num_accelerators {processes} " in told
+
+
+def test_a_hostfile_launch_hands_settings_of_torch_and_triton_on(commands: Path) -> None:
+    (commands / "hostfile").write_text("n1 slots=2\n")
+    handed = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "TRITON_CACHE_DIR": "/tmp/t"}
+    handed |= {"TORCHINDUCTOR_CACHE_DIR": "/tmp/i", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCH_LOGS": "dynamo"}
+    kept = {"CUDA_VISIBLE_DEVICES": "0", "TORCHELASTIC_RUN_ID": "other"}
+    told = launched("hostfile_train.sh", "hostfile", "--recipe", "x", commands=commands, **handed, **kept)
+    lines = told.splitlines()
+    assert all(f"{name}={value}" in lines for name, value in handed.items())
+    assert not any(line.startswith(tuple(kept)) for line in lines)
+
+
+# ---- what a hang leaves ----
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_a_hang_report_reads_the_recorder_that_has_entries(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """torch keeps NCCL's collectives apart from all others."""
+    recorders = torch._C._distributed_c10d
+    for name, own in (("_dump_nccl_trace_json", "nccl"), ("_dump_fr_trace_json", "gloo")):
+        entries = [{"profiling_name": f"{own}:all_reduce"}] if own == backend else []
+        dump = json.dumps({"version": "2.10"} | ({"entries": entries} if entries else {}))
+        monkeypatch.setattr(recorders, name, lambda dump=dump: dump, raising=False)
+    assert watchdog._collectives()["entries"] == [{"profiling_name": f"{backend}:all_reduce"}]
 
 
 # ---- ports ----

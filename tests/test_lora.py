@@ -78,3 +78,29 @@ def test_the_diffusers_form_reads_back_with_its_alpha(tiny_world: Path, tmp_path
 def test_targets_that_match_nothing(tiny_world: Path) -> None:
     with pytest.raises(UserError, match=r"\['nothing'\] match no module"):
         lora.new_adapter(base(tiny_world), "x", LoraConfig(target_modules=["nothing"]))
+
+
+def test_another_peft_is_refused(tiny_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose adapted layers are of another class, or keep their own weights under another name."""
+    network = base(tiny_world)
+    lora.load_adapter(network, "a", tiny_world / "adapter")
+    with monkeypatch.context() as renamed:
+        renamed.setattr("peft.tuners.tuners_utils.BaseTunerLayer", type("Other", (), {}))
+        with pytest.raises(UserError, match=r"^peft [\d.]+: adapted layers are no BaseTunerLayer.*install peft>="):
+            lora.activate(network, "a")
+    with monkeypatch.context() as renamed:
+        renamed.delattr("peft.tuners.tuners_utils.BaseTunerLayer")
+        with pytest.raises(UserError, match=r"peft\.tuners\.tuners_utils\.BaseTunerLayer is gone"):
+            lora.activate(network, "a")
+    monkeypatch.setattr("opd_ds.models.privates.BASE_LAYER", ".inner.")
+    with pytest.raises(UserError, match=r"does not keep its own weights under '\.inner\.'"):
+        lora.merged_weights(network)
+
+
+def test_another_diffusers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from opd_ds.models import privates
+
+    assert privates.linear_shift()(256, 256, 4096, 0.5, 1.15) == 0.5
+    monkeypatch.delattr("diffusers.pipelines.flux.pipeline_flux.calculate_shift")
+    with pytest.raises(UserError, match=r"^diffusers [\d.]+: .*calculate_shift is gone.*install diffusers>=0\.42"):
+        privates.linear_shift()

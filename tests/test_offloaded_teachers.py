@@ -40,7 +40,7 @@ def computing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
     monkeypatch.setattr(torch, "Stream", Stream)
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device=None: stream)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
-    monkeypatch.setattr(_Network, "travels", True)
+    monkeypatch.setattr(_Network, "needs_transfer", True)
     monkeypatch.setattr(Stream, "made", 0)
     _side_stream.cache_clear()
     yield stream
@@ -103,3 +103,18 @@ def test_a_streamed_teacher_comes_block_by_block(tiny_world: Path, monkeypatch: 
         assert torch.equal(found, family.velocity(plain, latents, sigma, cond))
     assert (asked["onload_device"].type, asked["use_stream"], asked["record_stream"]) == ("cuda", True, True)
     assert (asked["offload_type"], asked["num_blocks_per_group"]) == ("block_level", 1)
+
+
+def test_a_prefetch_that_finds_no_room_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Free memory may be in pieces; the weights come when the teacher is asked."""
+
+    def full(self: _Network) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("opd_ds.training.teachers.free_memory", lambda device: 10**9)
+    monkeypatch.setattr(_Network, "needs_transfer", True)
+    monkeypatch.setattr(_Network, "fetch", full)
+    pool = object.__new__(TeacherPool)
+    pool._device = torch.device("cpu")
+    pool._networks = {"one": _Network(torch.nn.Linear(2, 2), "offload", pool._device, None)}
+    pool.prefetch("one")

@@ -400,7 +400,7 @@ def test_whole_weights_are_there_for_rollouts_where_they_fit(configured: Callabl
     costs, devices = costs_of(config), parse_devices("4xH100-80GB", "--gpus")
 
     def whole(devices: Devices, phase: Phase, **changes: Any) -> float:
-        memory = make_plan(configured(deepspeed=ALL_SHARDED, **changes), costs, devices).memory
+        memory = make_plan(configured(**{"deepspeed": ALL_SHARDED} | changes), costs, devices).memory
         return sum(part.nbytes for part in memory.device if part.name.endswith("whole") and part.alive(phase))
 
     counts = costs.student()
@@ -411,6 +411,7 @@ def test_whole_weights_are_there_for_rollouts_where_they_fit(configured: Callabl
     tight = replace(devices, kind=replace(devices.kind, memory=element * counts.parameters))
     assert whole(tight, Phase.ROLLOUT) == 0
     assert whole(tight, Phase.ROLLOUT, rollout__gather="once") > 0
+    assert whole(devices, Phase.ROLLOUT, rollout__gather="once", deepspeed="zero3_offload_nvme") == 0
 
 
 def test_the_command_prints_what_can_be_pasted(configured: Callable[..., DistilConfig], tmp_path: Path) -> None:

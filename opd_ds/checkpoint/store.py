@@ -184,7 +184,7 @@ class CheckpointStore:
             UserError: there are checkpoints and all of them are damaged or were set aside (the run is not started from
                 scratch, now or at the next try), or a rank cannot read them.
         """
-        candidates, aside = self._group.gather((_published(self.folder)[::-1], _set_aside_in(self.folder)))[0]
+        candidates, aside = self._group.broadcast((_published(self.folder)[::-1], _set_aside_in(self.folder)))
         damaged: list[Path] = []
         for candidate in candidates:
             problems = self.problems(candidate)
@@ -207,7 +207,7 @@ class CheckpointStore:
 
     def made_by(self, job: str) -> Path | None:
         """The newest whole checkpoint that the batch job `job` made, that is before it was requeued."""
-        made = self._group.gather([path for path in _published(self.folder)[::-1] if _job_of(path) == job])[0]
+        made = self._group.broadcast([path for path in _published(self.folder)[::-1] if _job_of(path) == job])
         return next((candidate for candidate in made if not self.problems(candidate)), None)
 
     def problems(self, checkpoint: Path) -> list[str]:
@@ -245,7 +245,7 @@ class CheckpointStore:
         later = [
             path for path in _published(self.folder) if path.resolve() != here and path.name >= self.place(done).name
         ]
-        self._set_aside(self._group.gather(later)[0], "abandoned")
+        self._set_aside(self._group.broadcast(later), "abandoned")
 
     def _set_aside(self, checkpoints: list[Path], why: str) -> None:
         with self._group.raise_on_any_rank():

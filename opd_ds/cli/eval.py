@@ -68,5 +68,6 @@ def evaluate(
 
     quiet_libraries()
     requests = Requests(defaults, models or [], guidance or [])
-    with init_group(world, timedelta(minutes=settings.run.hang_minutes + 10)) as group:
+    timeout = timedelta(minutes=settings.run.hang_minutes + 10)
+    with init_group(world, timeout, deterministic=settings.run.deterministic) as group:
         run_evaluation(settings, Choice(requests, prompts or [], rewards or [], limit), group)

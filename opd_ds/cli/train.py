@@ -59,7 +59,8 @@ def _start(
 
     quiet_libraries()
     # The watch over hangs speaks first; a collective's own timeout is only there in case it cannot.
-    with init_group(world, timedelta(minutes=settings.run.hang_minutes + 10)) as group:
+    timeout = timedelta(minutes=settings.run.hang_minutes + 10)
+    with init_group(world, timeout, deterministic=settings.run.deterministic) as group:
         run_training(settings, group, resume)
 
 

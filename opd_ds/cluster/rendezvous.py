@@ -112,6 +112,16 @@ def _knock(host: str, port: int, greeting: bytes) -> int | None:
     return None
 
 
+def set_local_rank(index: int) -> None:
+    """Say which of this node's processes, or devices, this one is. Where mpirun says it too, DeepSpeed (0.19.8,
+    engine.py) insists that both say the same: they do not where a launcher runs under mpirun, nor where each rank sees
+    its own device only, which then has the number 0.
+    """
+    os.environ["LOCAL_RANK"] = str(index)
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(index)
+
+
 def prepare_environment(world: World) -> None:
     """Environment that DeepSpeed and torch read when they start; call before importing them. Ranks that have no port
     yet agree on one here.
@@ -121,12 +131,12 @@ def prepare_environment(world: World) -> None:
         port = unused_port() if world.size == 1 else agree_on_port(world)
     os.environ |= {
         "RANK": str(world.rank),
-        "LOCAL_RANK": str(world.local_rank),
         "WORLD_SIZE": str(world.size),
         "MASTER_ADDR": world.master_addr,
         "MASTER_PORT": str(port),
     }
-    # Torch's flight recorder (2.9 and later) keeps the last collectives, which tell who waits where.
+    set_local_rank(world.local_rank)
+    # Torch's flight recorder keeps the last collectives, which tell who waits where.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "1000")
     # The launcher may be started by path from an environment that is not activated; DeepSpeed looks for ninja in PATH.
     scripts = str(Path(sys.executable).parent)

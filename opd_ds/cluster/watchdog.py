@@ -243,9 +243,17 @@ class Watchdog:
 
 
 def _collectives() -> dict[str, Any]:
-    """What torch's flight recorder knows of this rank's collectives (torch 2.9 and later, NCCL and gloo)."""
-    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
-    return json.loads(dump()) if dump is not None else {}
+    """What torch's flight recorders know of this rank's collectives.
+
+    There are two of them (torch 2.8 to 2.13, private): NCCL's has what ran on GPUs, the other, since torch 2.9, what
+    gloo did. Each is in the build or not, and empty where its backend is not used.
+    """
+    traces: dict[str, Any] = {}
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
+        dump = getattr(torch._C._distributed_c10d, name, None)
+        if dump is not None and not traces.get("entries"):
+            traces = json.loads(dump())
+    return traces
 
 
 def _say(text: str) -> None:

@@ -32,6 +32,11 @@ class RunSection(Section):
     hang_minutes: PositiveFloat = Field(
         30, description="when no rank gets on for this long, the run ends and says who waits"
     )
+    deterministic: bool = Field(
+        False,
+        description="on GPUs the same numbers bit for bit from every start on the same machines; slower. On CPUs that "
+        "holds anyway",
+    )
     eval_every: NonNegativeInt = Field(0, description="rounds between evaluations of the student; 0: only at the end")
     image_every: NonNegativeInt = Field(0, description="rounds between image grids in TensorBoard; 0: only at the end")
 

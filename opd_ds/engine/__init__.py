@@ -1,10 +1,10 @@
-"""The only room that speaks DeepSpeed. Written for 0.19.6 to 0.19.x; what is private there is named where used."""
+"""The only package that imports DeepSpeed. Written for 0.19.6 to 0.19.x; what is private there is in `privates`."""
 
 from opd_ds.engine.comm import Group, counted_collectives, init_group
 from opd_ds.engine.consolidate import consolidated_weights
 from opd_ds.engine.ds_config import frozen_ds_config, read_ds_config, student_ds_config, zero_stage
 from opd_ds.engine.frozen import FrozenEngine
-from opd_ds.engine.replica import free_memory
+from opd_ds.engine.memory import empty_cache, free_memory
 from opd_ds.engine.snapshots import ShardedEma, WeightSnapshot
 from opd_ds.engine.state import OLD_POLICY, START, ShardReader, write_shard
 from opd_ds.engine.student import StudentEngine
@@ -20,6 +20,7 @@ __all__ = [
     "WeightSnapshot",
     "consolidated_weights",
     "counted_collectives",
+    "empty_cache",
     "free_memory",
     "frozen_ds_config",
     "init_group",

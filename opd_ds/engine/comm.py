@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import shutil
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_ds.cluster.rendezvous import set_local_rank
 from opd_ds.cluster.watchdog import Watchdog, start_watchdog
 from opd_ds.cluster.world import World
+from opd_ds.engine import privates
+from opd_ds.engine.build_lock import guard_builds
 from opd_ds.errors import Interrupted, UserError
+from opd_ds.utils.determinism import make_deterministic
 
-_SHM_OP = "deepspeed_shm_comm"
 HANG_FOLDER = "hang"
-STALE_BUILD_SECONDS, STALE_LOAD_SECONDS = 600.0, 5.0
 
 
 class Group:
@@ -70,6 +70,14 @@ class Group:
         comm.all_gather_object(values, value)
         return values
 
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value` on every rank; what the others give is not looked at."""
+        from deepspeed import comm
+
+        values = [value if self.world.is_main else None]
+        comm.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
     def barrier(self) -> None:
         from deepspeed import comm
 
@@ -105,24 +113,27 @@ def counted_collectives() -> Iterator[dict[str, dict[int, int]]]:
         yield counts
     finally:
         comm.configure(enabled=False)
-    for operation, by_size in comm.comm.comms_logger.comms_dict.items():
+    for operation, by_size in privates.counted_messages().items():
         counts[operation] = {size: entry[0] for size, entry in by_size.items()}
 
 
-def init_group(world: World, timeout: timedelta = timedelta(minutes=30)) -> Group:
+def init_group(world: World, timeout: timedelta = timedelta(minutes=30), *, deterministic: bool = False) -> Group:
     """Start DeepSpeed's process group (nccl on CUDA, gloo on CPU), and the watch over its ranks.
 
     Args:
         timeout: for the ranks to arrive; later, for a single collective.
+        deterministic: see `make_deterministic`.
 
     Raises:
         UserError: on a CPU without a C++ compiler, which DeepSpeed needs there once; a rank that did not arrive; more
             processes on this node than devices.
     """
+    if deterministic:
+        make_deterministic()
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
     if on_cpu and world.size > 1:
         _require_compiler()
@@ -137,13 +148,11 @@ def init_group(world: World, timeout: timedelta = timedelta(minutes=30)) -> Grou
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     accelerator = get_accelerator()
     device = torch.device("cpu")
-    if on_cpu:
-        if _compiler() is not None:
-            _build_shm_op()
-    else:
+    if not on_cpu:
         device = torch.device(accelerator.device_name(), _device_index(world, accelerator.device_count()))
         accelerator.set_device(device.index)
-        os.environ["LOCAL_RANK"] = str(device.index)  # what DeepSpeed takes for the device (engine.py, comm/torch.py)
+        set_local_rank(device.index)  # what DeepSpeed takes for the device (engine.py, comm/torch.py)
+    guard_builds()
     try:
         deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, timeout=timeout)
     except torch.distributed.DistStoreError as error:
@@ -153,7 +162,8 @@ def init_group(world: World, timeout: timedelta = timedelta(minutes=30)) -> Grou
             "connect to it?"
         ) from error
     if on_cpu:
-        _unlink_shm_buffer(world)
+        torch.distributed.barrier()  # all ranks have mapped the shared memory by then
+        privates.unlink_shm_buffer(world.rank)
     return Group(world, device, start_watchdog(world) if world.size > 1 else None)
 
 
@@ -179,41 +189,3 @@ def _require_compiler() -> None:
             f"no C++ compiler ({os.environ.get('CXX', 'c++')}): on CPU DeepSpeed compiles a small communication op at "
             "its first start; install one (Debian: apt install g++; conda: gxx) or set CXX"
         )
-
-
-def _build_shm_op() -> None:
-    """Compile and load the op that DeepSpeed uses on CPUs, one process of ours at a time.
-
-    torch guards the build with a lock *file*. One that a killed process left makes every later start wait for ever, in
-    silence; the kernel releases ours, and behind it a lock file is a dead process's, or a short-lived stranger's.
-    """
-    from deepspeed.comm.torch import build_shm_op  # 0.19; init_distributed calls it again and finds it loaded
-    from torch.utils.cpp_extension import _get_build_directory
-
-    folder = Path(_get_build_directory(_SHM_OP, verbose=False))
-    with (folder / "opd_ds.lock").open("w") as ours:
-        with contextlib.suppress(OSError):  # some network file systems know no locks
-            fcntl.flock(ours, fcntl.LOCK_EX)
-        _wait_for_stranger(folder / "lock", STALE_LOAD_SECONDS if any(folder.glob("*.so")) else STALE_BUILD_SECONDS)
-        build_shm_op()
-
-
-def _unlink_shm_buffer(world: World) -> None:
-    """Take the name from this rank's 66 MiB of shared memory once all ranks have mapped it: it then ends with them.
-
-    DeepSpeed 0.19.8 (csrc/cpu/comm/shm.cpp) never unlinks it: every start on CPUs, however it ends, would leave one
-    per rank in memory until the machine is restarted.
-    """
-    torch.distributed.barrier()
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{world.rank}"
-    (Path("/dev/shm") / name).unlink(missing_ok=True)  # there is none where the ranks are on several nodes
-
-
-def _wait_for_stranger(lock: Path, seconds: float) -> None:
-    """Until the lock file is gone, or removed because it is older than a build (or a load of what is built) takes."""
-    with contextlib.suppress(FileNotFoundError):
-        while time.time() - lock.stat().st_mtime < seconds:
-            time.sleep(0.2)
-        logging.getLogger("opd_ds").warning("removing %s, left by a process that was killed", lock)
-        lock.unlink()

@@ -39,15 +39,26 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
     return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
+def parameters_on_nvme(ds_config: dict[str, Any]) -> bool:
+    """Whether DeepSpeed keeps the network's own weights on NVMe."""
+    return ds_config.get("zero_optimization", {}).get("offload_param", {}).get("device", "none") == "nvme"
+
+
 def student_ds_config(template: dict[str, Any], config: RunConfig, world: World, source: str) -> dict[str, Any]:
     """The student engine's ds_config.
 
     Raises:
         UserError: `template` sets what the run config owns, or both set an optimizer value and differ, or asks for a
-            layout that does not fit the ranks.
+            layout that does not fit the ranks or the precision.
     """
     ds = copy.deepcopy(template)
     _fill_batch_and_precision(ds, config.train.micro_batch, config.precision, world.size, source)
+    if config.precision == "fp16" and zero_stage(ds) == 0:
+        # Without ZeRO, DeepSpeed (0.19.8) divides gradients by the loss scale in `step` but multiplies by it nowhere.
+        raise UserError(
+            f"ds_config {source}: zero_optimization.stage = 0 with precision = 'fp16': DeepSpeed would scale gradients "
+            "down to nothing; set deepspeed to zero1, zero2 or zero3, or precision to 'bf16'"
+        )
     _fill_layout(ds, world, source)
     _fill_optimizer(ds, config.optimizer, source)
     _fill_schedule(ds, config, source)
@@ -75,6 +86,8 @@ def frozen_ds_config(template: dict[str, Any], precision: str, world_size: int, 
 
 
 def _fill_batch_and_precision(ds: dict[str, Any], micro: int, precision: str, world_size: int, source: str) -> None:
+    # DeepSpeed's own measure of throughput waits for the device at every forward.
+    ds.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     for key in _BATCH_KEYS:
         if ds.get(key, AUTO) != AUTO:
             raise UserError(

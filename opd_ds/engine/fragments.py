@@ -1,17 +1,20 @@
-"""What a rank holds of the student in full precision: pieces of parameters, by name, at any ZeRO stage.
-
-DeepSpeed has no public view of its shards that fits every stage, so the attributes below are those of 0.19.
-"""
+"""What a rank holds of the student in full precision: pieces of parameters, by name, at any ZeRO stage."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
+import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
+
+from opd_ds.engine import privates
+from opd_ds.engine.comm import Group
+from opd_ds.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,83 +49,85 @@ class Fragment:
 def fragments(engine: DeepSpeedEngine, zero_stage: int) -> list[Fragment]:
     """All fragments of this rank; over the ranks they cover every trainable parameter, at stage 0 many times."""
     names = {id(parameter): name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
-    optimizer = engine.optimizer
     if zero_stage == 3:
-        return list(_of_stage_3(optimizer, names))
-    for attribute in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):  # stages 1, 2; bf16 stage 1
-        if hasattr(optimizer, attribute):
-            return list(_of_stages_1_and_2(engine.module, getattr(optimizer, attribute)))
-    if hasattr(optimizer, "fp32_groups"):  # stage 0 in half precision
-        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-        return [
-            Fragment(names[id(parameter)], 0, master.numel(), master, 0, group)
-            for group, (ours, masters) in enumerate(pairs)
-            for parameter, master in zip(ours, masters, strict=True)
-        ]
-    if hasattr(optimizer, "fp32_groups_flat"):  # the same with DeepSpeed's fused Adam
-        return list(_of_flat_groups(optimizer.fp16_groups, optimizer.fp32_groups_flat, names))
-    return [
-        Fragment(names[id(parameter)], 0, parameter.numel(), parameter, 0, group)
-        for group, settings in enumerate(optimizer.param_groups)
-        for parameter in settings["params"]
-    ]
+        return list(_of_stage_3(engine.optimizer, names))
+    if zero_stage > 0:
+        return list(_of_stages_1_and_2(engine.module, privates.sharded_flats(engine.optimizer)))
+    return list(_of_stage_0(engine.optimizer, names))
 
 
 def _of_stage_3(optimizer: Any, names: dict[int, str]) -> Iterator[Fragment]:
-    for index, parameters in enumerate(optimizer.fp16_groups):
-        flat, offset = optimizer.fp32_partitioned_groups_flat[index], 0
+    for index, group, flat, parameters in privates.stage_3_groups(optimizer):
+        offset = 0
         for parameter in parameters:
-            share = parameter.partition_numel()  # the last rank's is filled up beyond the parameter's end
-            start = share * optimizer._get_param_partition_rank(parameter)
-            numel = min(share, parameter.ds_numel - start)
+            start, share = privates.stage_3_share(optimizer, parameter)
+            numel = min(share, privates.whole_numel(parameter) - start)
             if numel > 0:
-                group = optimizer.sub_group_to_group_id[index]
                 yield Fragment(names[id(parameter)], start, numel, flat, offset, group, index)
             offset += share
 
 
 def _of_stages_1_and_2(module: nn.Module, flats: list[Tensor]) -> Iterator[Fragment]:
     for name, parameter in module.named_parameters():
-        mapping = getattr(parameter, "_hp_mapping", None)
-        if mapping is None:  # frozen, or all of it on other ranks
-            continue
-        held, within = mapping.lp_fragment_address, mapping.hp_fragment_address
-        group = mapping.param_group_index
-        yield Fragment(name, held.start, held.numel, flats[group], within.start, group)
+        address = privates.sharded_address(parameter) if parameter.requires_grad else None
+        if address is not None:
+            start, numel, offset, group = address
+            yield Fragment(name, start, numel, flats[group], offset, group)
 
 
-def _of_flat_groups(groups: list[list[Tensor]], flats: list[Tensor], names: dict[int, str]) -> Iterator[Fragment]:
-    for group, (parameters, flat) in enumerate(zip(groups, flats, strict=True)):
+def _of_stage_0(optimizer: Any, names: dict[int, str]) -> Iterator[Fragment]:
+    for group, parameters, masters in privates.plain_groups(optimizer):
         offset = 0
-        for parameter in parameters:
-            yield Fragment(names[id(parameter)], 0, parameter.numel(), flat, offset, group)
-            offset += parameter.numel()
+        for index, parameter in enumerate(parameters):
+            name, numel = names[id(parameter)], parameter.numel()
+            if isinstance(masters, Tensor):
+                yield Fragment(name, 0, numel, masters, offset, group)
+                offset += numel
+            else:
+                yield Fragment(name, 0, numel, masters[index], 0, group)
 
 
-@contextmanager
-def in_memory(optimizer: Any, fragment: Fragment, *, write: bool) -> Iterator[None]:
+def check_cover(owned: list[Fragment], numels: dict[str, int], group: Group) -> None:
+    """Hold what all ranks own together against the trainable parameters. Collective.
+
+    Where DeepSpeed keeps its shards is private (`privates`). Were a part of them overlooked, checkpoints would lack
+    it and averages would not follow it, in silence.
+
+    Args:
+        numels: elements of every trainable parameter, whole.
+
+    Raises:
+        UserError: some elements belong to no rank, or to several.
+    """
+    counts = dict.fromkeys(numels, 0)
+    for fragment in owned:
+        counts[fragment.name] += fragment.numel
+    totals = group.sum(torch.tensor(list(counts.values()), dtype=torch.float64)).tolist()
+    for (name, numel), total in zip(numels.items(), totals, strict=True):
+        if total != numel:
+            raise UserError(
+                f"DeepSpeed {deepspeed.__version__} keeps its shards elsewhere than opd-ds knows: of {name!r} all "
+                f"ranks together hold {total:.0f} elements instead of {numel}; {privates.REMEDY}"
+            )
+
+
+def in_memory(optimizer: Any, fragment: Fragment, *, write: bool) -> AbstractContextManager[None]:
     """Inside, master weights and moments of the fragment's flat tensor are in memory, also where they live on NVMe."""
-    index = fragment.sub_group
-    if index is None or not optimizer._swappable_optimizer_subgroup(index):
-        yield
-        return
-    optimizer._optimizer_states_and_gradient_swap_in(index)
-    try:
-        yield
-    finally:
-        if write:
-            optimizer._optimizer_states_and_gradient_swap_out(index)
-        else:
-            optimizer._release_swap_buffers(index)
+    return privates.in_memory(optimizer, fragment.sub_group, write=write)
 
 
 def moments(optimizer: Any, flat: Tensor) -> dict[str, Any]:
     """The inner optimizer's state of `flat`: tensors of its shape (Adam: `exp_avg`, `exp_avg_sq`) and numbers. Empty
     before its first step.
+
+    Raises:
+        UserError: the optimizer has state, but keeps it under other tensors.
     """
-    return inner_optimizer(optimizer).state.get(flat, {})
-
-
-def inner_optimizer(optimizer: Any) -> Any:
-    """The torch-style optimizer inside DeepSpeed's."""
-    return getattr(optimizer, "optimizer", optimizer)
+    inner = privates.inner_optimizer(optimizer)
+    # Without ZeRO a parameter that never had a gradient has no state; a shard always has.
+    if inner is not optimizer and inner.state and flat not in inner.state:
+        raise UserError(
+            f"DeepSpeed {deepspeed.__version__} keeps the optimizer's state elsewhere than opd-ds knows; "
+            f"{privates.REMEDY}"
+        )
+    return inner.state.get(flat, {})

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from opd_ds.engine.comm import Group
+from opd_ds.engine.memory import free_memory
+from opd_ds.engine.privates import is_gathered, whole_numel
 
 _AT_ONCE = 50_000_000  # elements in one collective
 # The part of the free memory that gathered weights may take; activations of a rollout need the rest.
@@ -67,31 +68,23 @@ def _buckets(pairs: list[tuple[nn.Parameter, nn.Parameter]]) -> Iterator[list[tu
     bucket: list[tuple[nn.Parameter, nn.Parameter]] = []
     size = 0
     for parameter, twin in pairs:
-        if parameter.ds_status.name == "AVAILABLE":  # type: ignore[attr-defined]
+        if is_gathered(parameter):
             twin.data = parameter.data
             continue
-        if bucket and size + parameter.ds_numel > _AT_ONCE:  # type: ignore[attr-defined]
+        numel = whole_numel(parameter)
+        if bucket and size + numel > _AT_ONCE:
             yield bucket
             bucket, size = [], 0
         bucket.append((parameter, twin))
-        size += parameter.ds_numel  # type: ignore[attr-defined]
+        size += numel
     if bucket:
         yield bucket
 
 
 def fits(module: nn.Module, group: Group) -> bool:
     """Whether every rank has room for the whole of a network under ZeRO-3. Collective."""
-    needed = sum(parameter.ds_numel * parameter.element_size() for parameter in module.parameters())  # type: ignore[attr-defined]
+    needed = sum(whole_numel(parameter) * parameter.element_size() for parameter in module.parameters())
     return min(group.gather(_free_bytes(group))) * _SHARE_OF_FREE > needed
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated; on a CPU by all processes together."""
-    accelerator = get_accelerator()
-    free = int(accelerator.available_memory())
-    if device.type == "cpu":
-        return free
-    return free + int(accelerator.memory_reserved() - accelerator.memory_allocated())
 
 
 def _free_bytes(group: Group) -> int:

@@ -20,14 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opd_ds.engine.fragments import Fragment, in_memory, inner_optimizer, moments
+from opd_ds.engine import privates
+from opd_ds.engine.fragments import Fragment, in_memory, moments
+from opd_ds.engine.privates import inner_optimizer
 from opd_ds.errors import DamagedCheckpointError
 
 MASTER, EMA, OLD_POLICY, START = "master", "ema", "old_policy", "start"
 COPIES = {EMA, OLD_POLICY, START}
-_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _GROUP_FIELDS = ("lr", "betas", "momentum")  # what schedules move
-_ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
 def entry(kind: str, fragment: Fragment) -> str:
@@ -78,28 +78,23 @@ def load_state_dict(engine: DeepSpeedEngine, held: list[Fragment], shards: Shard
 def scalar_state(engine: DeepSpeedEngine) -> dict[str, Any]:
     """Step counts, learning rates, schedule and loss scale; equal on all ranks, fit for JSON."""
     inner = inner_optimizer(engine.optimizer)
-    scaler = _loss_scaler(engine.optimizer)
     return {
-        "engine": {name: getattr(engine, name) for name in _ENGINE_COUNTERS},
+        "engine": privates.counters(engine),
         "optimizer_step": _step(inner),
         "groups": [{name: group[name] for name in _GROUP_FIELDS if name in group} for group in inner.param_groups],
         "scheduler": None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict(),
-        "loss_scaler": {name: getattr(scaler, name) for name in _SCALER_FIELDS if hasattr(scaler, name)},
+        "loss_scaler": privates.loss_scale(engine),
     }
 
 
 def load_scalar_state(engine: DeepSpeedEngine, saved: dict[str, Any]) -> None:
     """Put back what `scalar_state` gave; the optimizer's step count is set with its moments."""
-    for name, value in saved["engine"].items():
-        setattr(engine, name, value)
+    privates.set_counters(engine, saved["engine"])
     for group, fields in zip(inner_optimizer(engine.optimizer).param_groups, saved["groups"], strict=True):
         group |= {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     if engine.lr_scheduler is not None and saved["scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(saved["scheduler"])
-    scaler = _loss_scaler(engine.optimizer)
-    for name, value in saved["loss_scaler"].items():
-        if hasattr(scaler, name):
-            setattr(scaler, name, value)
+    privates.set_loss_scale(engine, saved["loss_scaler"])
 
 
 def _copy(view: Tensor) -> Tensor:
@@ -124,11 +119,6 @@ def _set_step(inner: Any, state: dict[str, Any], step: int) -> None:
         state["step"] = step
         for group in inner.param_groups:
             group["step"] = step
-
-
-def _loss_scaler(optimizer: Any) -> Any:
-    """Where the dynamic loss scale of fp16 lives; an object without its fields in other precisions."""
-    return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
 
 
 # ---- files ----

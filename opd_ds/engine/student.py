@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -12,10 +13,10 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from opd_ds.engine import state
+from opd_ds.engine import privates, state
 from opd_ds.engine.comm import Group
-from opd_ds.engine.ds_config import zero_stage
-from opd_ds.engine.fragments import Fragment, fragments
+from opd_ds.engine.ds_config import parameters_on_nvme, zero_stage
+from opd_ds.engine.fragments import Fragment, check_cover, fragments
 from opd_ds.engine.replica import UnshardedReplica, fits
 from opd_ds.engine.state import ShardReader
 
@@ -27,7 +28,10 @@ class StudentEngine:
 
     Args:
         gather: how `gathered` works under ZeRO-3: the whole network at `once`, `per_layer` with every forward, or
-            `auto`: at once where half of the free memory is enough for it.
+            `auto`: at once where half of the free memory is enough for it. Parameters on NVMe are gathered per layer.
+
+    Raises:
+        UserError: this version of DeepSpeed keeps its shards elsewhere than `privates` knows.
     """
 
     def __init__(
@@ -39,6 +43,11 @@ class StudentEngine:
     ) -> None:
         self._group = group
         self.zero_stage = zero_stage(ds_config)
+        if gather != "per_layer" and parameters_on_nvme(ds_config):
+            # DeepSpeed (0.19.8) reads parameters from NVMe through a handful of buffers, one parameter each.
+            gather = "per_layer"
+            if group.world.is_main:
+                logging.getLogger("opd_ds").info("parameters are on NVMe: rollouts gather weights layer by layer")
         self._twin = UnshardedReplica(module) if self.zero_stage == 3 and gather != "per_layer" else None
         self._decided = gather != "auto"
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -46,6 +55,8 @@ class StudentEngine:
             model=module, model_parameters=trainable, config=ds_config, dist_init_required=False
         )
         self._engine.train()
+        check_cover(self.owned, {name: math.prod(shape) for name, shape in self.shapes.items()}, group)
+        self.scalar_state()  # what a checkpoint asks of DeepSpeed is there, or the run ends here
 
     def __call__(self, **inputs: Any) -> Any:
         return self._engine(**inputs)
@@ -72,6 +83,11 @@ class StudentEngine:
         if self._group.world.is_main:
             how = "once a rollout" if self._twin is not None else "layer by layer: whole they would not fit"
             logging.getLogger("opd_ds").info("rollout.gather = auto: weights are gathered %s", how)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps of the whole run that fp16's loss scale dropped because a gradient overflowed."""
+        return privates.counters(self._engine)["skipped_steps"]
 
     @property
     def learning_rate(self) -> float:
@@ -117,23 +133,16 @@ class StudentEngine:
     def shapes(self) -> dict[str, list[int]]:
         """Of the trainable parameters, whole."""
         named = [(name, value) for name, value in self.module.named_parameters() if value.requires_grad]
-        return {name: list(getattr(value, "ds_shape", value.shape)) for name, value in named}
+        return {name: privates.whole_shape(value) for name, value in named}
 
     @torch.no_grad()
     def publish_masters(self) -> None:
         """Make the network's weights those of the masters, as DeepSpeed does at the end of a step. Collective."""
-        optimizer = self._engine.optimizer
         if self.zero_stage == 3:
-            for index in range(len(optimizer.fp32_partitioned_groups_flat)):
-                optimizer._reassign_or_swap_out_partitioned_parameters(index)
-            optimizer.invalidate_secondary_tensor()  # hpZ keeps a copy of the weights per node
-            # Small ("persistent") parameters stay gathered after a step, and what is gathered is not gathered again.
-            optimizer._partition_all_parameters()
-            if optimizer.persistent_parameters:
-                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-        elif hasattr(optimizer, "update_lp_params"):
-            optimizer.update_lp_params()
-        else:  # stage 0: in fp32 the masters are the weights
+            privates.publish_stage_3(self._engine.optimizer)
+        elif self.zero_stage > 0:
+            privates.publish_stages_1_and_2(self._engine.optimizer)
+        else:  # in fp32 the masters are the weights
             weights = dict(self.module.named_parameters())
             for fragment in self.fragments:
                 weights[fragment.name].data.copy_(fragment.master.view_as(weights[fragment.name]))

@@ -110,7 +110,7 @@ class Benchmark:
                 ]
                 for name, chosen in self.sets.items()
             }
-        found = self._group.gather(found)[0]
+        found = self._group.broadcast(found)
         return {name: [self.sets[name].items[place] for place in places] for name, places in found.items() if places}
 
     def draw(self, model: EvalModel, pause: Callable[[], None] | None = None) -> int:
@@ -164,14 +164,14 @@ class Benchmark:
             for name, chosen in self.sets.items()
             for label in chosen.asked
         }
-        known = self._group.gather(self._scores.read() if self._group.world.is_main else None)[0]
+        known = self._group.broadcast(self._scores.read() if self._group.world.is_main else None)
         # One of each: two sets may share a prompt. By label first: a batch goes to one reward.
         found = {_key(job): job for part in jobs.values() for job in part}
         open_jobs = sorted((job for key, job in found.items() if key not in known), key=lambda job: job.label)
         # Every rank some of each reward: one may take a hundred times as long as another.
         self._score(open_jobs[self._group.world.rank :: self._group.world.size])
         self._group.barrier()
-        known = self._group.gather(self._scores.read() if self._group.world.is_main else None)[0]
+        known = self._group.broadcast(self._scores.read() if self._group.world.is_main else None)
         return {where: [known.get(_key(job), math.nan) for job in part] for where, part in jobs.items()}
 
     def _jobs(self, model: EvalModel, name: str, label: str) -> Iterator[_Job]:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor
 
 from opd_ds.errors import UserError
+from opd_ds.models import privates
 from opd_ds.models.weight_files import read_header
 
 PEFT_CONFIG = "adapter_config.json"
@@ -140,8 +140,8 @@ def exact_fields(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[
 
 def scale(config: LoraConfig, module: str) -> float:
     """The factor on B A."""
-    rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), module), config.lora_alpha)
+    rank = config.rank_pattern.get(privates.pattern_key()(list(config.rank_pattern), module), config.r)
+    alpha = config.alpha_pattern.get(privates.pattern_key()(list(config.alpha_pattern), module), config.lora_alpha)
     return float(alpha / (rank**0.5 if config.use_rslora else rank))
 
 
@@ -199,13 +199,13 @@ def _as_diffusers(name: str, raw: dict[str, Tensor], pipeline_class: str) -> dic
     """What `pipeline.load_lora_weights` makes of a file, alphas among the weights as `<module>.alpha`."""
     import diffusers
     import torch
-    from diffusers.utils import convert_unet_state_dict_to_peft
 
+    convert = privates.unet_state_dict_to_peft()
     try:
         found = getattr(diffusers, pipeline_class).lora_state_dict(dict(raw), return_alphas=True)
         state, alphas = found if isinstance(found, tuple) else (found, None)
         if not all(map(ADAPTER_KEY.match, state)):
-            state = convert_unet_state_dict_to_peft(state)
+            state = convert(state)
     except Exception as error:  # the converters assume their format and fail in as many ways as a file can differ
         reason = str(error).strip().splitlines()
         raise UserError(
@@ -231,7 +231,7 @@ def _complete_modules(name: str, state: dict[str, Tensor]) -> list[str]:
 def _refuse_other_ranks(name: str, config: LoraConfig, state: dict[str, Tensor], modules: list[str]) -> None:
     for module in modules:
         a, b = (state[f"{module}.lora_{part}.weight"] for part in "AB")
-        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module), config.r)
+        rank = config.rank_pattern.get(privates.pattern_key()(list(config.rank_pattern), module), config.r)
         if not a.shape[0] == b.shape[1] == rank:
             raise UserError(
                 f"{name}: {module!r} has {tuple(a.shape)} and {tuple(b.shape)} for lora_A and lora_B, its config says "

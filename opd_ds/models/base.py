@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from opd_ds.errors import UserError
-from opd_ds.models import lora
+from opd_ds.models import lora, privates
 from opd_ds.models.weight_files import (
     network_files,
     read_header,
@@ -372,10 +372,8 @@ class ModelFamily(ABC):
 
     def _linear_mu(self, tokens: int) -> float:
         """The `mu` of pipelines in which it grows linearly with the picture's tokens; read by dynamic shifting only."""
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
         defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-        return calculate_shift(tokens, *(self._scheduler_config.get(*default) for default in defaults.items()))
+        return privates.linear_shift()(tokens, *(self._scheduler_config.get(*default) for default in defaults.items()))
 
     def _check_size(self) -> None:
         unit = self.size_unit

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle
 
 from opd_ds.errors import UserError
+from opd_ds.models import privates
 from opd_ds.models.base import JOINT_ATTENTION, Conditioning, ModelFamily
 from opd_ds.models.flux import positions
 
@@ -66,10 +67,8 @@ class Flux2(ModelFamily):
         return self._transformer_config["in_channels"], self.height // self.size_unit, self.width // self.size_unit
 
     def sigmas(self, steps: int) -> Tensor:
-        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
-
         _, rows, columns = self.latent_shape
-        return self._evenly_then_shifted(steps, compute_empirical_mu(rows * columns, steps))
+        return self._evenly_then_shifted(steps, privates.empirical_shift()(rows * columns, steps))
 
     def encode_with(self, pipeline: Any, prompts: list[str]) -> Conditioning:
         embeds, _ = pipeline.encode_prompt(prompts, device=self.device, max_sequence_length=self.max_text_length)

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from opd_ds.errors import UserError
+from opd_ds.models import privates
 from opd_ds.models.adapter_files import (
     ADAPTER_KEY,
     DIFFUSERS_WEIGHTS,
@@ -94,9 +94,21 @@ def _shown(config: LoraConfig) -> str:
 
 def activate(transformer: nn.Module, name: str, *, trainable: bool = False) -> None:
     """Make `name` the only active adapter; gradients only when `trainable`."""
-    for module in transformer.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.set_adapter(name, inference_mode=not trainable)
+    for module in _adapted(transformer).values():
+        module.set_adapter(name, inference_mode=not trainable)
+
+
+def _adapted(transformer: nn.Module) -> dict[str, Any]:
+    """The modules that adapters were injected into, by name.
+
+    Raises:
+        UserError: there are adapters, but in modules of a kind that is not known here.
+    """
+    kind = privates.tuner_layer_class()
+    found = {name: module for name, module in transformer.named_modules() if isinstance(module, kind)}
+    if not found and any(map(ADAPTER_KEY.match, dict(transformer.named_parameters()))):
+        raise privates.changed("peft", "adapted layers are no BaseTunerLayer")
+    return found
 
 
 def adapter_parameters(transformer: nn.Module, name: str) -> dict[str, nn.Parameter]:
@@ -119,11 +131,14 @@ def strip_adapter_name(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def merged_weights(transformer: nn.Module) -> dict[str, Tensor]:
     """The weights of the plain network, adapters added to what they adapt; computed in float32, in place."""
     transformer.float()
-    for module in transformer.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
+    adapted = _adapted(transformer)
+    for module in adapted.values():
+        module.merge()
     plain = {key: value for key, value in transformer.state_dict().items() if ".lora_" not in key}
-    return {key.replace(".base_layer.", "."): value for key, value in plain.items()}
+    merged = {key.replace(privates.BASE_LAYER, "."): value for key, value in plain.items()}
+    if any(f"{name}.weight" not in merged for name in adapted):
+        raise privates.changed("peft", f"an adapted layer does not keep its own weights under {privates.BASE_LAYER!r}")
+    return merged
 
 
 def config_fields(transformer: nn.Module, name: str) -> dict[str, Any] | None:

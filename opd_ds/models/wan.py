@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from opd_ds.errors import UserError
+from opd_ds.models import privates
 from opd_ds.models.base import Conditioning, ModelFamily
 
 _SCHEDULERS = {one.__name__: one for one in (FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler)}
@@ -76,14 +77,12 @@ class Wan(ModelFamily):
         return scheduler.sigmas.to(torch.float64)
 
     def encode_with(self, pipeline: Any, prompts: list[str]) -> Conditioning:
-        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-
         length = self.max_text_length
         embeds, _ = pipeline.encode_prompt(
             prompts, do_classifier_free_guidance=False, max_sequence_length=length, device=self.device
         )
         # The pipeline zeroes the states of padding and attends to them all the same: `velocity` puts the zeros back.
-        cleaned = [prompt_clean(prompt) for prompt in prompts]
+        cleaned = [privates.wan_prompt_clean()(prompt) for prompt in prompts]
         tokens = pipeline.tokenizer(cleaned, padding=True, max_length=length, truncation=True, return_tensors="pt")
         mask = tokens.attention_mask.to(self.device).bool()
         return Conditioning({"embeds": embeds[:, : mask.shape[1]].to(self.dtype), "mask": mask})

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from opd_ds.errors import UserError
+from opd_ds.models import privates
 
 NETWORK_WEIGHTS = "diffusion_pytorch_model.safetensors"
 Shapes = dict[str, tuple[int, ...]]
@@ -105,6 +106,8 @@ def single_file_shapes(file: Path, transformer_class: str, config: dict[str, Any
     }
     try:
         converted = {key: tuple(w.shape) for key, w in _converted(weights, transformer_class, config).items()}
+    except UserError:
+        raise
     except Exception as error:  # the converters assume their layout and fail in as many ways as a file can differ
         if 2 * len(wanted.keys() & raw.keys()) > len(wanted):  # diffusers' names, but not all of them
             return raw
@@ -116,7 +119,4 @@ def single_file_shapes(file: Path, transformer_class: str, config: dict[str, Any
 
 
 def _converted(weights: dict[str, Tensor], transformer_class: str, config: dict[str, Any]) -> dict[str, Tensor]:
-    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-
-    convert = SINGLE_FILE_LOADABLE_CLASSES[transformer_class]["checkpoint_mapping_fn"]
-    return convert(checkpoint=weights, config=config)
+    return privates.single_file_converter(transformer_class)(checkpoint=weights, config=config)

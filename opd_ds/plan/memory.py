@@ -119,7 +119,7 @@ def layout(config: RunConfig, costs: Costs, devices: Devices) -> Layout:
 def _gathered(config: RunConfig, costs: Costs, devices: Devices, zero: Zero, teachers: list[Teacher]) -> bool:
     """As `StudentEngine` decides it: `auto` wants half of what is free, taken here as all that does not stay."""
     wanted = config.rollout.gather
-    if zero.stage < 3 or wanted == "per_layer":
+    if zero.stage < 3 or wanted == "per_layer" or zero.parameters_on_nvme:
         return False
     element, on_cpu = bytes_of(config.precision), devices.kind.is_cpu
     counts = costs.student(zero.threshold)

@@ -48,6 +48,7 @@ class Zero:
     offload_optimizer: bool = False
     offload_param: bool = False
     nvme: bool = False
+    parameters_on_nvme: bool = False
     reduce_bucket: int = _DEFAULT_BUCKET
     buffers: int = 1
     prefetch: int = 50_000_000
@@ -71,6 +72,7 @@ class Zero:
             offload_optimizer=places[0] in ("cpu", "nvme"),
             offload_param=places[1] in ("cpu", "nvme"),
             nvme="nvme" in places,
+            parameters_on_nvme=places[1] == "nvme",
             reduce_bucket=int(zero.get("reduce_bucket_size", plain.reduce_bucket)),
             buffers=2 if overlap and stage in (1, 2) else 1,
             prefetch=int(zero.get("stage3_prefetch_bucket_size", plain.prefetch)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import sys
 import time
@@ -92,6 +93,11 @@ class Monitor:
         self._metrics.flush()
         self._to_tensorboard(row, report)
         self._show(report, row["samples_per_s"])
+        if report.skipped_steps:
+            logging.getLogger("opd_ds").warning(
+                "round %d: a gradient overflowed in fp16, %d optimizer step(s) were skipped and the loss scale is "
+                "lowered; where this goes on, set precision = 'bf16'", report.round, report.skipped_steps,
+            )  # fmt: skip
 
     def identities(self, rewards: dict[str, dict[str, Any]]) -> None:
         """Engine, weights and preprocessing of the run's rewards, by label."""
@@ -151,6 +157,8 @@ def _metrics_row(report: RoundReport, rate: float) -> dict[str, Any]:
     row |= {f"task/{task}/{name}": x for task, means in report.losses.means.items() for name, x in means.items()}
     row |= {f"rollout/{key}": value for key, value in report.scores.items()}
     row |= {f"passes/{kind}": count for kind, count in report.passes.items()}
+    if report.skipped_steps is not None:
+        row["skipped_steps"] = report.skipped_steps
     row |= {"learning_rate": report.learning_rate, "samples_per_s": rate}
     row |= {f"seconds/{phase}": seconds for phase, seconds in report.seconds.items()}
     # ru_maxrss is in KiB on Linux, in bytes on macOS.

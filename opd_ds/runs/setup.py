@@ -165,7 +165,7 @@ def prepare(config: RunConfig, group: Group) -> Parts:
     trainer = build_trainer(Components(config, group, family, student, ema, files.prompts, teachers, pool))
     painter = Painter(config, family, group)
     evaluator = Evaluator(config, group, painter, files.eval_prompts, rewards)
-    identity = group.gather(identity)[0]
+    identity = group.broadcast(identity)
     for name, task in config.tasks.items():
         if isinstance(task, LearnedSection):
             identity["tasks"][name]["rewards"] = [_reward_identity(r, rewards[r.label]) for r in task.rewards]

@@ -258,7 +258,7 @@ def _finish(config: RunConfig, parts: Parts, baselines: list[EvalModel], session
         export_student(student, parts.family, config.student.kind, folder / EXPORT_FOLDER, group)
     scores: dict[str, Means] = {}
     if benchmark.sets:
-        identity = group.gather(weights_sha256(folder / EXPORT_FOLDER) if group.world.is_main else None)[0]
+        identity = group.broadcast(weights_sha256(folder / EXPORT_FOLDER) if group.world.is_main else None)
         guidance = student_guidance(config, list(benchmark.sets))
         models = [*baselines, EvalModel("student", identity, guidance, partial(_drawing_student, parts))]
         scores = _evaluate(config, benchmark, models, session)

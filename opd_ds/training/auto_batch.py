@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from opd_ds.engine import empty_cache
+
 
 class AutoMicroBatch:
     """Rows per forward of work without collectives.
@@ -42,6 +44,5 @@ class AutoMicroBatch:
             # Outside of the handler: inside, the exception keeps the frames and their tensors alive.
             self.size = size // 2
             logging.getLogger("opd_ds").info("%s: %d at once do not fit, going on with %d", self._what, size, self.size)
-            if torch.accelerator.is_available():
-                torch.accelerator.empty_cache()
+            empty_cache()
         return results

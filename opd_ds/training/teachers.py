@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -168,7 +169,8 @@ class TeacherPool:
         """`task` is asked next: what has to travel sets out, where the device has room for it beside what is there."""
         network = self._networks[task]
         if network.needs_transfer and free_memory(self._device) > 2 * network.nbytes:
-            network.fetch()
+            with contextlib.suppress(torch.OutOfMemoryError):  # free, but in pieces: it comes when it is asked
+                network.fetch()
 
     def guidance(self, task: str) -> float:
         return self._specs[task].settings.guidance

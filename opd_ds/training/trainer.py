@@ -115,6 +115,7 @@ class RoundReport:
         passes: of the network over one latent, all ranks together: `forward` (a guided velocity is two) and `backward`;
             samples that pad a rank's part are passed as well.
         scores: what rewards said of the rollouts, where they are learned from.
+        skipped_steps: of this round, because a gradient overflowed in fp16; None in precisions that skip none.
     """
 
     round: int
@@ -126,6 +127,7 @@ class RoundReport:
     passes: dict[str, int]
     rolled: dict[str, RolloutResult]
     scores: dict[str, float]
+    skipped_steps: int | None
 
 
 class Trainer(ABC):
@@ -156,6 +158,7 @@ class Trainer(ABC):
             NonFiniteError: the loss is not finite (raised before the step), or the gradient norm is not.
         """
         meter = RoundMeter(self._group, index + 1)
+        skipped = self._student.skipped_steps
         with meter.phase("encode"):
             batches = self._draw(index)
         learned = self._learn(index, batches, meter)
@@ -172,6 +175,7 @@ class Trainer(ABC):
             passes=meter.passes(),
             rolled=rolled,
             scores=learned.scores,
+            skipped_steps=self._student.skipped_steps - skipped if self._settings.precision == "fp16" else None,
         )
 
     @abstractmethod
