@@ -424,11 +424,3 @@ class ModelFamily(ABC):
 
 def _diffusers_class(name: str) -> Any:
     return getattr(diffusers, name)
-
-
-def compile_blocks(network: nn.Module) -> None:
-    """Each block of a transformer by itself, at its first call (regional compilation): blocks of a kind share code."""
-    for child in network.children():
-        if isinstance(child, nn.ModuleList):
-            for block in child:
-                block.compile()

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
-from opd_ds.runs.model_specs import Requests, contestants
+from opd_ds.config.paths import resolve_path
 from opd_ds.config.schema import PromptsSection, RewardSection, RunConfig
+from opd_ds.data import PromptSet
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.evaluation.benchmark import Benchmark, EvaluationSet
@@ -15,13 +16,12 @@ from opd_ds.evaluation.pictures import Painter
 from opd_ds.evaluation.publish import publish
 from opd_ds.evaluation.report import REPORT_FILE
 from opd_ds.evaluation.results import RESULTS_FILE, Results, print_results
-from opd_ds.utils.hashing import weights_sha256
-from opd_ds.config.paths import resolve_path
+from opd_ds.rewards import check
+from opd_ds.runs.model_specs import Requests, contestants
 from opd_ds.runs.monitor import METRICS_FILE, read_metrics
 from opd_ds.runs.setup import EVALUATION_FOLDER, all_prompts, build_rewards, check_text_cache
 from opd_ds.training.networks import load_family
-from opd_ds.data import PromptSet
-from opd_ds.rewards import check
+from opd_ds.utils.hashing import weights_sha256
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,18 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
+from opd_ds.checkpoint.export_student import STUDENT_ADAPTER
+from opd_ds.checkpoint.model_card import CARD, base_name, hub_id, loading_code, model_card, refuse_occupied
 from opd_ds.checkpoint.store import read_state, refuse_damaged
+from opd_ds.config.paths import resolve_path
 from opd_ds.config.schema import ANCHOR, RunConfig
 from opd_ds.engine import consolidated_weights
 from opd_ds.errors import UserError, nearest
 from opd_ds.evaluation.results import RESULTS_FILE, as_markdown, read_results
-from opd_ds.checkpoint.export_student import STUDENT_ADAPTER
-from opd_ds.config.paths import resolve_path
 from opd_ds.models import ModelFamily, lora
 from opd_ds.runs.monitor import SCORES_FILE, read_metrics
 from opd_ds.runs.setup import EVALUATION_FOLDER
 from opd_ds.training.networks import DTYPES, load_family
-from opd_ds.checkpoint.model_card import CARD, base_name, hub_id, loading_code, model_card, refuse_occupied
 
 FORMS = ("diffusers", "peft")
 
@@ -149,7 +149,11 @@ def _card(
                 (f"teacher of {name}", teacher.path, run["tasks"][name]["teacher_sha256"])
                 for name, teacher in config.teachers.items()
             ),
-            *([("anchor", config.all_teachers[ANCHOR].path, run["anchor"]["teacher_sha256"])] if "anchor" in run else []),
+            *(
+                [("anchor", config.all_teachers[ANCHOR].path, run["anchor"]["teacher_sha256"])]
+                if "anchor" in run
+                else []
+            ),
         ],
         settings={key: run[key] for key in ("seed", *config.resume_invariants)},
         code=loading_code(

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from opd_ds.checkpoint.export_student import EXPORT_FOLDER
 from opd_ds.checkpoint.store import CHECKPOINTS_FOLDER, STATE_FILE, latest_checkpoint, refuse_damaged
-from opd_ds.runs.export import checkpointed_student
+from opd_ds.config.paths import resolve_path
 from opd_ds.config.schema import RunConfig
 from opd_ds.errors import UserError, about
 from opd_ds.evaluation.benchmark import EvalModel
 from opd_ds.evaluation.evaluator import student_guidance
-from opd_ds.checkpoint.export_student import EXPORT_FOLDER
-from opd_ds.utils.hashing import weights_sha256
-from opd_ds.config.paths import resolve_path
 from opd_ds.models import ModelFamily, lora
+from opd_ds.runs.export import checkpointed_student
+from opd_ds.utils.hashing import weights_sha256
 
 KEYWORDS = "base, student, teacher:<task>, checkpoint:<round>, checkpoint:latest"
 _NAME = re.compile(r"[A-Za-z0-9_.:-]+")

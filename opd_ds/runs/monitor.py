@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from opd_ds.cluster.world import World
 from opd_ds.config.schema import RunConfig
 from opd_ds.evaluation.evaluator import Means
-from opd_ds.cluster.world import World
-from opd_ds.training.trainer import RoundReport
 from opd_ds.runs.reward_eval import RewardRecord
+from opd_ds.training.trainer import RoundReport
 
 METRICS_FILE = "metrics.jsonl"
 LOOKS_FILE = "rewards.jsonl"

@@ -107,5 +107,7 @@ class AsyncRewardEval:
                 scores = judge(self._pool.rewards[label], label, images, part.asked)
                 good = scores[torch.isfinite(scores)]
                 mean = float(good.mean()) if len(good) else None
-                looks.append(RewardRecord(done, part.source, part.task, label, mean, len(good), len(scores) - len(good)))
+                looks.append(
+                    RewardRecord(done, part.source, part.task, label, mean, len(good), len(scores) - len(good))
+                )
         return looks

@@ -11,28 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from torch import nn
 
+from opd_ds.cluster.world import World
+from opd_ds.config.paths import resolve_ds_config, resolve_path
+from opd_ds.config.rl import LearnedSection, WeightedReward
 from opd_ds.config.schema import ANCHOR, AnchorSection, RewardSection, RunConfig, TeacherSection
+from opd_ds.data import PromptSet
+from opd_ds.data.text_cache import TextCache, encoders_identity
 from opd_ds.engine import Group, ShardedEma, StudentEngine, frozen_ds_config, read_ds_config, student_ds_config
 from opd_ds.errors import UserError, about
 from opd_ds.evaluation.benchmark import Benchmark, EvaluationSet
 from opd_ds.evaluation.evaluator import Evaluator
 from opd_ds.evaluation.pictures import Painter
 from opd_ds.evaluation.reward_pool import RewardPool
-from opd_ds.checkpoint.export_student import STUDENT_ADAPTER
-from opd_ds.utils.hashing import weights_sha256
-from opd_ds.cluster.world import World
-from opd_ds.config.paths import resolve_ds_config, resolve_path
-from opd_ds.models import ModelFamily, build_family, compile_blocks, lora
-from opd_ds.data import PromptSet
+from opd_ds.models import ModelFamily, compile_blocks, lora
 from opd_ds.rewards import Reward, build, check
-from opd_ds.config.rl import LearnedSection, WeightedReward
-from opd_ds.training.teachers import TeacherPool, TeacherSpec, check_weights
-from opd_ds.data.text_cache import TextCache, encoders_identity
 from opd_ds.training.networks import load_family, student_module
+from opd_ds.training.teachers import TeacherPool, TeacherSpec, check_weights
 from opd_ds.training.trainer import Components, Trainer
+from opd_ds.utils.hashing import weights_sha256
 
 EVALUATION_FOLDER = "eval"
 
@@ -202,7 +199,9 @@ def _check_weights(config: RunConfig, files: RunFiles, family: ModelFamily) -> N
     for name, spec in files.teachers.items():
         key, settings = config.teacher_key(name), spec.settings
         family.check_guidance(f"{key}.guidance", settings.guidance)
-        check_weights(family, f"{key}.path", settings.path, spec.path, config.model.path, trust_base=settings.trust_base)
+        check_weights(
+            family, f"{key}.path", settings.path, spec.path, config.model.path, trust_base=settings.trust_base
+        )
     if files.start is None:
         return
     value, chosen = str(config.student.start), config.student

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from opd_ds.checkpoint.export_student import EXPORT_FOLDER, STUDENT_ADAPTER, export_student
 from opd_ds.checkpoint.store import (
     CHECKPOINTS_FOLDER,
     CheckpointStore,
@@ -18,6 +19,7 @@ from opd_ds.checkpoint.store import (
     read_state,
     refuse_other_run,
 )
+from opd_ds.cluster.signals import StopRequest, ignore_signals, listen
 from opd_ds.config.schema import RunConfig
 from opd_ds.engine import Group, ShardReader, StudentEngine
 from opd_ds.errors import Interrupted, UserError
@@ -27,14 +29,12 @@ from opd_ds.evaluation.publish import publish
 from opd_ds.evaluation.report import REPORT_FILE
 from opd_ds.evaluation.results import means
 from opd_ds.evaluation.tables import comparison_grid, print_table, summary
-from opd_ds.checkpoint.export_student import EXPORT_FOLDER, STUDENT_ADAPTER, export_student
-from opd_ds.utils.hashing import weights_sha256
-from opd_ds.cluster.signals import StopRequest, ignore_signals, listen
-from opd_ds.models import lora
+from opd_ds.models import log_compiled, lora
 from opd_ds.runs.monitor import METRICS_FILE, Monitor, read_metrics
+from opd_ds.runs.reward_eval import AsyncRewardEval
 from opd_ds.runs.setup import Parts, prepare
 from opd_ds.training.trainer import RoundReport
-from opd_ds.runs.reward_eval import AsyncRewardEval
+from opd_ds.utils.hashing import weights_sha256
 
 JOB_VARIABLE, RESTARTS_VARIABLE = "SLURM_JOB_ID", "SLURM_RESTART_COUNT"
 
@@ -72,12 +72,12 @@ def train(config: RunConfig, group: Group, resume: str = "never") -> None:
         monitor.identities(parts.benchmark.identities)
         session = _Session(parts, store, monitor, stop, group, saved=start)
         baselines = _baselines(config, parts, session, fresh=checkpoint is None)
-        watch = (
-            AsyncRewardEval(config, parts.rewards) if config.watch.every and group.world.is_main else None
-        )
+        watch = AsyncRewardEval(config, parts.rewards) if config.watch.every and group.world.is_main else None
         for index in range(start, settings.rounds):
             session.stop_if_asked(index)
             report = parts.trainer.run_round(index)
+            if index == start and config.model.compile_blocks and group.world.is_main:
+                log_compiled()
             monitor.round(report)
             done = index + 1
             if done % settings.checkpoint_every == 0 or done == settings.rounds:
@@ -220,7 +220,9 @@ def _drawing_student(parts: Parts) -> Iterator[Any]:
         yield network
 
 
-def _show_student(config: RunConfig, parts: Parts, report: RoundReport, watch: AsyncRewardEval | None, monitor: Monitor) -> None:
+def _show_student(
+    config: RunConfig, parts: Parts, report: RoundReport, watch: AsyncRewardEval | None, monitor: Monitor
+) -> None:
     """Scores, looks and image grids while the run goes on. Collective: `watch` lives on rank 0, the drawing on all."""
     done, evaluator = report.round, parts.evaluator
 
