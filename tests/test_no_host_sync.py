@@ -21,17 +21,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from opd_ds.cluster.world import World
+from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.rl import GuardSection, NftSection
-from opd_ds.config.schema import DistilConfig
 from opd_ds.data import PromptSet
 from opd_ds.diffusion import kernel
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.engine import Group
 from opd_ds.models import Conditioning, ModelFamily, build_family, lora
-from opd_ds.training.buffer import TrajectoryBuffer, noised_states
-from opd_ds.training.distillation import Distillation
-from opd_ds.training.rl.grpo_guard import GrpoGuardLoss
-from opd_ds.training.rl.nft import NftLoss
+from opd_ds.runs.setup import build_trainer
+from opd_ds.training.buffer import PerPair, PerSample, PerState, TrajectoryBuffer, noised_states
+from opd_ds.training.rl.grpo_guard import GrpoGuardKnown, GrpoGuardLoss
+from opd_ds.training.rl.nft import NftKnown, NftLoss
+from opd_ds.training.trainer import Components, Trainer
 from opd_ds.utils.transfer import to_device
 from tests.tiny import run_settings
 
@@ -204,7 +205,7 @@ def families(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return name, family
 
 
-def distillation(name: str, family: ModelFamily, folder: Path, **changes: Any) -> tuple[Distillation, Student]:
+def distillation(name: str, family: ModelFamily, folder: Path, **changes: Any) -> tuple[Trainer, Student]:
     """Two tasks of a LoRA student, with an anchor."""
     changes = {"objective": {"method": "ppo"}, "rollout__kernel": "flow", "rollout__noise_level": 0.7} | changes
     changes |= {"rollout__guidance": 1.0 if family.unguided else 3.0, "anchor": {"path": "base", "weight": 0.1}}
@@ -222,7 +223,9 @@ def distillation(name: str, family: ModelFamily, folder: Path, **changes: Any) -
         family.velocity(each, torch.zeros(1, *family.latent_shape, device=META), torch.zeros(1, device=META), cond)
     student: Any = Student(network)
     teachers: Any = Teachers(teacher)
-    return Distillation(config, OneRank(World(), META), family, student, None, prompts, teachers), student
+    rewards: Any = None  # of looks, which there are none
+    parts = Components(config, OneRank(World(), META), family, student, None, prompts, teachers, rewards)
+    return build_trainer(parts), student
 
 
 @pytest.mark.parametrize("mode", ["buffered", "fused"])
@@ -253,19 +256,16 @@ def test_learning_from_rewards_never_waits(no_host_sync: NoHostSync, kind: str) 
     with no_host_sync.watching():
         final = torch.zeros(4, 2, 4, 4, device=META)
         noised = noised_states(final, SampleNoise([1, 2, 3, 4], (2, 4, 4)), sigmas, torch.float32)
-        assert noised.states is not None
-        chosen = torch.arange(2).expand(4, -1)
-        buffer = TrajectoryBuffer(
-            noised.states, chosen, torch.ones(4), Conditioning({"x": torch.zeros(4, device=META)})
-        )
-        for name in ("flow", "velocity", "noise"):
-            buffer.per_state[name] = torch.zeros_like(noised.states)
-        buffer.per_sample = {name: torch.zeros(4, device=META) for name in ("optimality", "advantage")}
-        buffer.per_pair = {name: [torch.zeros(8, 2, 4, 4, device=META)] for name in ("old", "start")}
+        cond = Conditioning({"x": torch.zeros(4, device=META)})
+        buffer = TrajectoryBuffer(noised.states, torch.arange(2).expand(4, -1), torch.ones(4), cond)
+        flow, worth = PerState(noised.flow), PerSample(torch.zeros(4, device=META))
+        frozen = PerPair(torch.zeros(8, 2, 4, 4, device=META))
         table = to_device(sigmas.float(), META)
-        for pairs, known in buffer.training_batches(3):
+        for pairs in buffer.micro_batches(3):
             states, _, _ = buffer.inputs(pairs, table)
-            losses, _ = loss(states.requires_grad_(), pairs.step, known)
+            known: Any = NftKnown if kind == "nft" else GrpoGuardKnown
+            values = known(flow.at(pairs), frozen.at(pairs), worth.at(pairs), frozen.at(pairs))
+            losses, _ = loss(states.requires_grad_(), pairs.step, values)
             (losses * buffer.weights[pairs.sample]).sum().backward()
 
 

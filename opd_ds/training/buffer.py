@@ -67,8 +67,8 @@ class TrajectoryBuffer:
     Attributes:
         states: [B, T, C, ...], the dtype the network sees.
         chosen: [B, K] int64, the trained steps of each trajectory.
-        weights: [B] float32, on the device of `states`, 1 for a sample, 0 for one that only pads the rank's part or does
-            not count.
+        weights: [B] float32, on the device of `states`, 1 for a sample, 0 for one that only pads the rank's part or
+            does not count.
         cond: the B encoded prompts.
     """
 
