@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.nn import functional
 
 from benchmarks.family_checks import trajectory
 from opd_ds.diffusion.noise import SampleNoise
@@ -96,6 +97,27 @@ def check_prompts_do_not_mix(family: ModelFamily) -> None:
         close(together[row : row + 1], alone)
     other = family.velocity(network, x, sigma, family.encode(PROMPTS[::-1]))
     assert not torch.allclose(other[0], together[0], atol=1e-3)
+
+
+@torch.no_grad()
+def check_attention_masks(family: ModelFamily) -> None:
+    """Under guidance too, prompts of one length need no mask, with which attention leaves its fastest kernels."""
+    masked: list[bool] = []
+    plain = functional.scaled_dot_product_attention
+
+    def noting(*inputs: Any, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        masked.append(attn_mask is not None)
+        return plain(*inputs, attn_mask=attn_mask, **options)
+
+    network, x = family.load_transformer(), noise(family).draw(slice(None))
+    uncond, equal, unequal = (family.encode(prompts) for prompts in ([""], PROMPTS[1:2] * 3, PROMPTS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "scaled_dot_product_attention", noting)
+        for cond, expected in ((equal, False), (unequal, True)):
+            masked.clear()
+            family.guided_velocity(network, x, torch.full((3,), 0.5), cond, uncond, 4.0)
+            assert any(masked) == expected
+            assert masked  # attention was heard
 
 
 def check_exports(tiny: ModuleType, family: ModelFamily, other: Path, folder: Path, guidance: float) -> None:

@@ -54,6 +54,10 @@ def test_tokens_are_the_pipelines(family: ModelFamily) -> None:
     assert torch.equal(unpack(pack(latents), *latents.shape[2:]), latents)
 
 
+def test_attention_has_no_mask_where_all_prompts_are_equally_long(family: ModelFamily) -> None:
+    checks.check_attention_masks(family)
+
+
 def test_prompts_do_not_mix(family: ModelFamily) -> None:
     checks.check_prompts_do_not_mix(family)
 

@@ -35,7 +35,7 @@ def test_guidance_is_the_pipelines_scale_plus_one(family: ModelFamily) -> None:
     with torch.no_grad():
         for guidance in (1.0, 1.5):
             family.guided_velocity(network, x, sigma, cond, family.encode([""]), guidance)
-    assert rows == [3, 6]
+    assert rows == [3, 3, 3]  # guided in two calls: texts of one length need no mask
     uncond, own = torch.randn(2, 1, *family.latent_shape)
     torch.testing.assert_close(family.combine(uncond, own, 3.0), own + 2.0 * (own - uncond))
 
@@ -53,6 +53,10 @@ def test_texts_are_as_long_as_they_are_and_prompts_stay_untouched(family: ModelF
     with torch.no_grad():
         family.velocity(network, checks.noise(family).draw(slice(None)), torch.ones(3), cond)
     assert seen == lengths
+
+
+def test_attention_has_no_mask_where_all_prompts_are_equally_long(family: ModelFamily) -> None:
+    checks.check_attention_masks(family)
 
 
 def test_prompts_do_not_mix(family: ModelFamily) -> None:

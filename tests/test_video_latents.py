@@ -128,7 +128,7 @@ def test_noised_states_and_the_buffer_keep_samples_and_steps_apart() -> None:
     chosen = torch.tensor([[0, 2], [1, 3], [2, 3]])
     buffer = TrajectoryBuffer(video.states, chosen, torch.ones(SAMPLES), Conditioning({"x": torch.arange(SAMPLES)}))
     for pairs in buffer.micro_batches(4):
-        states, sigma, cond = buffer.inputs(pairs, SIGMAS)
+        states, sigma, cond = buffer.inputs(pairs, SIGMAS.float())
         assert torch.equal(cond.tensors["x"], pairs.sample)
         for row, (sample, step) in enumerate(zip(pairs.sample, pairs.step, strict=True)):
             assert torch.equal(states[row], video.states[sample, step])

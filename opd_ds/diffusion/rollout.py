@@ -10,6 +10,7 @@ from torch import Tensor
 
 from opd_ds.diffusion import Coefficients, predicted_x0
 from opd_ds.diffusion.noise import SampleNoise
+from opd_ds.utils.transfer import to_device
 
 # (latents [b, C, ...], sigma [b] float32, rows of the batch, step) -> velocity [b, C, ...]
 Predictor = Callable[[Tensor, Tensor, slice, int], Tensor]
@@ -88,7 +89,7 @@ def _micro_batch(
     keep: torch.dtype | None,
     transitions: bool,
 ) -> Trajectory:
-    x = noise.draw(rows).to(device)
+    x = to_device(noise.draw(rows), device)
     history: Tensor | None = None
     states, velocities, drawn = [], [], []
     for step in range(len(coefficients)):
@@ -99,7 +100,7 @@ def _micro_batch(
         mean = coefficients.mean(step, x, velocity, history)
         history = predicted_x0(x, velocity, grid[step])
         std = float(coefficients.std[step])
-        eps = noise.draw(rows).to(device) if std > 0 else None
+        eps = to_device(noise.draw(rows), device) if std > 0 else None
         x = mean if eps is None else mean + std * eps
         if transitions:
             velocities.append(velocity.to(keep))

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from opd_ds.errors import UserError, nearest
-from opd_ds.models.base import Conditioning, ModelFamily, compile_blocks
+from opd_ds.models.base import Conditioning, ModelFamily
+from opd_ds.models.compilation import compile_blocks, log_compiled
 
 # name: (module, class). Imported when named: diffusers' classes are heavy.
 FAMILIES: dict[str, tuple[str, str]] = {
@@ -42,4 +43,12 @@ def build_family(name: str, path: Path, *, dtype: torch.dtype, device: torch.dev
     return family_class(name)(path, dtype=dtype, device=device, **settings)  # type: ignore[arg-type]
 
 
-__all__ = ["FAMILIES", "Conditioning", "ModelFamily", "build_family", "compile_blocks", "family_class"]
+__all__ = [
+    "FAMILIES",
+    "Conditioning",
+    "ModelFamily",
+    "build_family",
+    "compile_blocks",
+    "family_class",
+    "log_compiled",
+]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any, ClassVar, Literal
@@ -63,27 +63,48 @@ class Conditioning:
     """Encoded prompts: named tensors with one row per prompt, as the family's network takes them.
 
     Where prompts differ in length, `tensors` has a boolean `mask` [B, L]; tensors as long as it are padded with zeros.
+
+    Args:
+        known_lengths: `lengths`, where they are known; otherwise the mask is read, for which the device is waited for.
+
+    Attributes:
+        lengths: tokens of each prompt, by the mask, on the host: forwards need them. Empty where there is no mask.
     """
 
     tensors: dict[str, Tensor]
+    known_lengths: InitVar[tuple[int, ...] | None] = None
+    lengths: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self, known_lengths: tuple[int, ...] | None) -> None:
+        if known_lengths is None:
+            mask = self.tensors.get("mask")
+            known_lengths = () if mask is None else tuple(mask.sum(1).tolist())
+        object.__setattr__(self, "lengths", known_lengths)
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
 
-    def __getitem__(self, rows: slice | Tensor) -> Conditioning:
-        return Conditioning({name: tensor[rows] for name, tensor in self.tensors.items()})
+    def __getitem__(self, rows: slice) -> Conditioning:
+        return Conditioning({name: tensor[rows] for name, tensor in self.tensors.items()}, self.lengths[rows])
+
+    def select(self, index: Tensor, rows: Sequence[int]) -> Conditioning:
+        """The rows `index` int64 [b], on the device of the tensors, and the same numbers on the host."""
+        lengths = tuple(self.lengths[row] for row in rows) if self.lengths else ()
+        return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()}, lengths)
 
     def to(self, device: torch.device) -> Conditioning:
-        return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
+        return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()}, self.lengths)
 
     def expand(self, count: int) -> Conditioning:
         """A single encoded prompt repeated `count` times, without copying."""
-        return Conditioning({name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in self.tensors.items()})
+        expanded = {name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in self.tensors.items()}
+        return Conditioning(expanded, self.lengths * count)
 
     @staticmethod
     def cat(parts: list[Conditioning]) -> Conditioning:
         """All rows in order; where the parts are of different lengths, padded to the longest."""
-        return Conditioning({name: _cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+        joined = {name: _cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+        return Conditioning(joined, tuple(length for part in parts for length in part.lengths))
 
 
 def _cat(parts: list[Tensor]) -> Tensor:
@@ -123,6 +144,9 @@ class ModelFamily(ABC):
     example: ClassVar[str]  # a hub id
     default_frames: ClassVar[int | None] = None  # of a video; None: the family draws pictures
     embedded_guidance: ClassVar[bool] = False  # the network takes the guidance scale as an input: always one pass
+    # Under guidance two calls instead of one of twice the rows: in one call the lengths of prompt and negative prompt
+    # differ, and with the mask that this takes attention leaves its fastest kernels.
+    guides_in_two_calls: ClassVar[bool] = False
     pipeline_parts: ClassVar[Mapping[str, None]] = {"transformer": None, "vae": None}  # not needed to encode prompts
 
     def __init__(
@@ -210,10 +234,11 @@ class ModelFamily(ABC):
         uncond: Conditioning,
         guidance: float,
     ) -> Tensor:
-        """Velocity with classifier-free guidance: both passes in one batch; a guidance of 1 costs one pass.
+        """Velocity with classifier-free guidance; a guidance of 1 costs one pass.
 
-        The order (uncond, cond) and the model-dtype arithmetic are those of diffusers' pipelines, so rollout, scoring,
-        training and a user's later inference take the same numeric path.
+        Both passes are one batch, or (`guides_in_two_calls`) two. The order in a batch (uncond, cond) and the
+        model-dtype arithmetic are those of diffusers' pipelines, so rollout, scoring, training and a user's later
+        inference take the same numeric path.
 
         Args:
             latents: [B, C, ...], any float dtype.
@@ -227,6 +252,10 @@ class ModelFamily(ABC):
         self.check_guidance("guidance", guidance)
         if guidance == 1.0:
             return self.velocity(transformer, latents, sigma, cond)
+        if self.guides_in_two_calls:
+            v_cond = self.velocity(transformer, latents, sigma, cond)
+            v_uncond = self.velocity(transformer, latents, sigma, uncond.expand(len(cond)))
+            return self.combine(v_uncond, v_cond, guidance)
         both = Conditioning.cat([uncond.expand(len(cond)), cond])
         velocity = self.velocity(transformer, torch.cat([latents, latents]), sigma.repeat(2), both)
         v_uncond, v_cond = velocity.chunk(2)
@@ -393,11 +422,3 @@ class ModelFamily(ABC):
 
 def _diffusers_class(name: str) -> Any:
     return getattr(diffusers, name)
-
-
-def compile_blocks(network: nn.Module) -> None:
-    """Each block of a transformer by itself, at its first call (regional compilation): blocks of a kind share code."""
-    for child in network.children():
-        if isinstance(child, nn.ModuleList):
-            for block in child:
-                block.compile()

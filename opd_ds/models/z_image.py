@@ -25,6 +25,7 @@ class ZImage(ModelFamily):
     example = "Tongyi-MAI/Z-Image"
     transformer_keys = ("in_channels", "all_patch_size", "all_f_patch_size", "cap_feat_dim", "t_scale")
     lora_targets = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
+    guides_in_two_calls = True
 
     def default_size(self) -> tuple[int, int]:
         return 1024, 1024  # the pipeline's; no config says it
@@ -53,11 +54,10 @@ class ZImage(ModelFamily):
         return Conditioning({"embeds": padded, "mask": pad_sequence(mask, batch_first=True)})
 
     def velocity(self, transformer: Callable[..., Any], latents: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        lengths = cond.tensors["mask"].sum(1).tolist()
         pictures = transformer(
             x=list(latents.to(self.dtype).unsqueeze(2)),
             t=(1000 - sigma * 1000) / 1000,
-            cap_feats=[states[:length] for states, length in zip(cond.tensors["embeds"], lengths, strict=True)],
+            cap_feats=[states[:length] for states, length in zip(cond.tensors["embeds"], cond.lengths, strict=True)],
             return_dict=False,
         )[0]
         return -torch.stack(pictures).squeeze(2)

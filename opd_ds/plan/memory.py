@@ -12,7 +12,7 @@ from opd_ds.models import family_class
 from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import GIB, Devices
 from opd_ds.plan.network import Counts, Model, bytes_of
-from opd_ds.plan.passes import student_passes
+from opd_ds.plan.passes import passes_at_once, student_passes
 from opd_ds.plan.zero import FP32, Part, Phase, Placed, Zero, alive_when_reduced, frozen_weights, student_state
 
 # Parameters of reward models that score on the run's device, in float32 unless their options say otherwise.
@@ -283,20 +283,23 @@ def buffer_parts(config: RunConfig, costs: Costs, devices: Devices) -> list[Part
 
 
 def batches(config: RunConfig, devices: Devices) -> dict[str, int]:
-    """Rows of the largest forward, guidance included: `rollout`, `score`, `train`, `evaluate`."""
+    """Rows of the largest forward, guidance included: `rollout`, `score`, `train` (all that one backward needs),
+    `evaluate`.
+    """
     rows = rows_per_rank(config, devices)
     pairs = rows * config.trained_steps
     student = max(student_passes(config, task) for task in config.tasks)
     passes = frozen_passes(config)
+    asked = passes_at_once(config, passes)
     fused = config.rollout.mode == "fused"
     by_teacher = config.algorithm.drawn_by == "teacher"
     alone = config.learns_from_rewards or by_teacher
     rollout = min(config.rollout.micro_batch, rows * (1 if alone else config.tasks_per_round))
     return {
-        "rollout": rollout * (passes if by_teacher else student),
-        "score": (min(rollout, rows) if fused else min(config.scoring_micro_batch, pairs)) * passes,
+        "rollout": rollout * passes_at_once(config, passes if by_teacher else student),
+        "score": (min(rollout, rows) if fused else min(config.scoring_micro_batch, pairs)) * asked,
         "train": (rollout if fused else min(config.train.micro_batch, pairs)) * student,
-        "evaluate": config.evaluation.micro_batch * max(student, passes),
+        "evaluate": config.evaluation.micro_batch * passes_at_once(config, max(student, passes)),
     }
 
 

@@ -59,5 +59,10 @@ def student_passes(config: RunConfig, task: str) -> int:
     return family_class(config.model.family).passes(config.student_guidance(task))
 
 
+def passes_at_once(config: RunConfig, passes: int) -> int:
+    """How many of the `passes` of one guided velocity are one call of the network."""
+    return 1 if family_class(config.model.family).guides_in_two_calls else passes
+
+
 def _rounds_by_task(config: RunConfig) -> dict[str, int]:
     return dict(Counter(task for index in range(config.run.rounds) for task in config.tasks_of(index)))

@@ -11,7 +11,7 @@ from opd_ds.plan.devices import Devices
 from opd_ds.plan.memory import Layout, batches, layout, rows_per_rank
 from opd_ds.plan.metering import Cost
 from opd_ds.plan.network import Counts, Model, bytes_of
-from opd_ds.plan.passes import Passes, round_passes
+from opd_ds.plan.passes import Passes, passes_at_once, round_passes, student_passes
 from opd_ds.plan.zero import FP32, Zero
 
 ACHIEVED = 0.40  # of a device's bf16 peak, in products of matrices and attention
@@ -50,8 +50,11 @@ def round_seconds(config: RunConfig, costs: Costs, devices: Devices, placed_as: 
         return _seconds(passes[phase].forward, batch, costs.forward(batch), moved, config, devices)
 
     train = costs.train(sizes["train"], checkpointing=checkpointing)
-    # Weights come for forward and backward (recomputation is part of the latter); gradients leave at each micro-batch.
-    moved = 2 * gather + _reduce_seconds(counts, element, zero, devices, at_boundary=False)
+    # Weights come for forward and backward of each call (recomputation is part of the latter); gradients leave at each
+    # micro-batch.
+    student = max(student_passes(config, task) for task in config.tasks)
+    calls = student // passes_at_once(config, student)
+    moved = 2 * calls * gather + _reduce_seconds(counts, element, zero, devices, at_boundary=False)
     trained = passes["train"].backward
     coming = _teacher_gather(config, costs, placed_as, devices, element)
     travel = _teacher_transfer(costs, placed_as, devices, element)

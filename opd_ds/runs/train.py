@@ -29,7 +29,7 @@ from opd_ds.evaluation.publish import publish
 from opd_ds.evaluation.report import REPORT_FILE
 from opd_ds.evaluation.results import means
 from opd_ds.evaluation.tables import comparison_grid, print_table, summary
-from opd_ds.models import lora
+from opd_ds.models import log_compiled, lora
 from opd_ds.runs.monitor import METRICS_FILE, Monitor, read_metrics
 from opd_ds.runs.reward_eval import AsyncRewardEval
 from opd_ds.runs.setup import Parts, prepare
@@ -76,6 +76,8 @@ def train(config: RunConfig, group: Group, resume: str = "never") -> None:
         for index in range(start, settings.rounds):
             session.stop_if_asked(index)
             report = parts.trainer.run_round(index)
+            if index == start and config.model.compile_blocks and group.world.is_main:
+                log_compiled()
             monitor.round(report)
             done = index + 1
             if done % settings.checkpoint_every == 0 or done == settings.rounds:

@@ -52,8 +52,8 @@ class LossTerm:
 
     Attributes:
         loss, measured: float32 [b], of these rows, and what else the loss measured of them.
-        steps: int64 [b].
-        weights: [b], 0 for samples that only fill up or do not count.
+        steps: int64 [b], on the device of `loss`.
+        weights: [b], there as well, 0 for samples that only fill up or do not count.
         pairs: (sample, step) pairs of the task in this optimizer step that count, over all ranks.
     """
 
@@ -96,20 +96,17 @@ class RoundAccumulator:
     def add(self, *shares: LossTerm) -> None:
         """One micro-batch: the rows of one task, or of several that were computed together."""
         self._left -= 1
-        parts = [(share.loss * self._on_device(share.weights)).sum() * self._factor(share) for share in shares]
+        parts = [(share.loss * share.weights).sum() * self._factor(share) for share in shares]
         self._student.accumulate(torch.stack(parts).sum(), last=self._left == 0)
         for share in shares:
-            weights = self._on_device(share.weights)
+            weights = share.weights
             values = {"count": torch.ones_like(weights), "loss": share.loss, **share.measured}
             # Not a product with the weight alone: 0 times what overflowed would be NaN, in what is only measured too.
             rows = [torch.where(weights > 0, values[name].detach() * weights, 0.0) for name in self._rows]
-            self._sums[share.task].index_add_(1, self._on_device(share.steps), torch.stack(rows))
+            self._sums[share.task].index_add_(1, share.steps, torch.stack(rows))
 
     def _factor(self, share: LossTerm) -> float:
         return self._weights[share.task] / share.pairs
-
-    def _on_device(self, values: Tensor) -> Tensor:
-        return values.to(self._group.device, non_blocking=True)
 
     def measure(self) -> RoundLosses:
         """The sums over all ranks; the one host sync of the round. Collective."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,17 +12,19 @@ from opd_ds.config.schema import TrainedSteps
 from opd_ds.diffusion.noise import SampleNoise, sample_seed
 from opd_ds.diffusion.rollout import chunks
 from opd_ds.models import Conditioning
+from opd_ds.utils.transfer import to_device
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """(state, step) pairs of one task's buffer: rows `sample` and `step`, both int64 [b]; `rows` says which of all the
-    buffer's pairs they are.
+    """(state, step) pairs of one task's buffer: rows `sample` and `step`, both int64 [b], on its device; `rows` says
+    which of all the buffer's pairs they are, `host_sample` is `sample` on the host.
     """
 
     sample: Tensor
     step: Tensor
     rows: slice
+    host_sample: list[int]
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -34,8 +37,7 @@ class PerState:
     values: Tensor
 
     def at(self, pairs: Pairs) -> Tensor:
-        device = self.values.device
-        return self.values[pairs.sample.to(device), pairs.step.to(device)]
+        return self.values[pairs.sample, pairs.step]
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class PerSample:
     values: Tensor
 
     def at(self, pairs: Pairs) -> Tensor:
-        return self.values[pairs.sample.to(self.values.device)]
+        return self.values[pairs.sample]
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class TrajectoryBuffer:
     Attributes:
         states: [B, T, C, ...], the dtype the network sees.
         chosen: [B, K] int64, the trained steps of each trajectory.
-        weights: [B] float32, 1 for a sample, 0 for one that only pads the rank's part or does not count.
+        weights: [B] float32, on the device of `states`, 1 for a sample, 0 for one that only pads the rank's part or
+            does not count.
         cond: the B encoded prompts.
     """
 
@@ -74,19 +77,33 @@ class TrajectoryBuffer:
     weights: Tensor
     cond: Conditioning
 
-    def micro_batches(self, size: int | None = None) -> list[Pairs]:
-        """All chosen pairs, sample by sample, in micro-batches of `size` or all at once: the order of queries and of
-        training.
-        """
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", to_device(self.weights, self.states.device))
+
+    @cached_property
+    def _pairs(self) -> tuple[Tensor, Tensor, list[int]]:
+        """All chosen pairs, sample by sample, on the device once; the samples on the host as well."""
         count, picks = self.chosen.shape
-        sample, step = torch.arange(count).repeat_interleave(picks), self.chosen.flatten()
-        return [Pairs(sample[rows], step[rows], rows) for rows in chunks(len(sample), size or len(sample))]
+        sample, device = torch.arange(count).repeat_interleave(picks), self.states.device
+        return to_device(sample, device), to_device(self.chosen.flatten(), device), sample.tolist()
+
+    @property
+    def pair_count(self) -> int:
+        return self.chosen.numel()
+
+    def pairs(self, rows: slice) -> Pairs:
+        """Some of all chosen pairs, sample by sample: the order of queries and of training."""
+        sample, step, host_sample = self._pairs
+        return Pairs(sample[rows], step[rows], rows, host_sample[rows])
+
+    def micro_batches(self, size: int) -> list[Pairs]:
+        """All chosen pairs in micro-batches of `size`."""
+        return [self.pairs(rows) for rows in chunks(self.pair_count, size)]
 
     def inputs(self, pairs: Pairs, sigmas: Tensor) -> tuple[Tensor, Tensor, Conditioning]:
-        """States [b, C, ...], their sigma [b] float32 and their prompts."""
-        device = self.states.device
-        sample, step = pairs.sample.to(device), pairs.step.to(device)
-        return self.states[sample, step], sigmas.to(device, torch.float32)[step], self.cond[sample]
+        """States [b, C, ...], their sigma [b] and prompts; `sigmas` float32 [T+1], on the device of the states."""
+        cond = self.cond.select(pairs.sample, pairs.host_sample)
+        return self.states[pairs.sample, pairs.step], sigmas[pairs.step], cond
 
 
 @dataclass(frozen=True)
@@ -105,7 +122,7 @@ def noised_states(final: Tensor, noise: SampleNoise, sigmas: Tensor, dtype: torc
     """
     states, flow = [], []
     for sigma in sigmas.tolist()[:-1]:
-        eps = noise.draw(slice(None)).to(final.device)
+        eps = to_device(noise.draw(slice(None)), final.device)
         states.append(((1 - sigma) * final + sigma * eps).to(dtype))
         flow.append((eps - final).to(dtype))
     return NoisedStates(torch.stack(states, 1), torch.stack(flow, 1))

@@ -14,6 +14,7 @@ from opd_ds.training.distillation import RolloutGroup, rollout_groups
 from opd_ds.training.meter import RoundMeter
 from opd_ds.training.objectives import ClosedFormLoss, TeacherVelocities
 from opd_ds.training.trainer import Components, Learned, TaskBatch, Trainer
+from opd_ds.utils.transfer import to_device
 
 
 class FusedDistillation(Trainer):
@@ -58,7 +59,8 @@ class FusedDistillation(Trainer):
             task: torch.zeros(len(batches[task].part), steps).scatter_(1, batches[task].chosen, 1.0)
             for task in group.rows
         }
-        weights = torch.cat([chosen[task] * batches[task].part.weights[:, None] for task in group.rows])
+        of_tasks = [chosen[task] * batches[task].part.weights[:, None] for task in group.rows]
+        weights = to_device(torch.cat(of_tasks), self._group.device)
 
         def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
             state, cond = x.to(self._family.dtype), group.cond[rows]
@@ -67,7 +69,7 @@ class FusedDistillation(Trainer):
             if step in trained:
                 anchor = self._query(ANCHOR, state, sigma, cond, meter) if self._config.anchor else None
                 known = TeacherVelocities(self._query_each(group, state, sigma, cond, rows, meter), anchor)
-                at = torch.full((len(x),), step)
+                at = torch.full((len(x),), step, device=x.device)
                 losses, measured = self.loss(velocity, at, known)
                 terms = []
                 for task in group.rows:

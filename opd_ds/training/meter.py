@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from opd_ds.engine import Group
+from opd_ds.training.phase_timer import PhaseTimer
 
 
 class RoundMeter:
@@ -19,7 +19,7 @@ class RoundMeter:
     def __init__(self, group: Group, round_number: int) -> None:
         self._group, self.round_number = group, round_number
         self._phase = ""
-        self.seconds: dict[str, float] = {}
+        self._timer = PhaseTimer(group.device)
         self._forward = self._backward = 0
 
     @contextmanager
@@ -27,9 +27,12 @@ class RoundMeter:
         """Work of one kind; a phase that is entered again goes on."""
         self._phase = name
         self.heartbeat()
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        with self._timer.phase(name):
+            yield
+
+    def seconds(self) -> dict[str, float]:
+        """By phase; waits until the device is through."""
+        return self._timer.seconds()
 
     def heartbeat(self, waiting: str = "") -> None:
         """This rank makes progress; `waiting` says on what, should it not make any more."""

@@ -25,6 +25,7 @@ from opd_ds.training.auto_batch import AutoMicroBatch
 from opd_ds.training.buffer import Pairs, PerPair, TrajectoryBuffer, choose_steps
 from opd_ds.training.meter import RoundMeter
 from opd_ds.training.teachers import TeacherPool
+from opd_ds.utils.transfer import to_device
 
 Known = TypeVar("Known")
 
@@ -140,6 +141,7 @@ class Trainer(ABC):
         self._settings, self._group, self._family = config, parts.group, parts.family
         self._student, self._ema, self._prompts = parts.student, parts.ema, parts.prompts
         self._sigmas = parts.family.sigmas(config.rollout.steps)
+        self._device_sigmas = to_device(self._sigmas.float(), parts.group.device)
         self._coefficients = kernel(config.rollout.kernel, config.rollout.noise_level).coefficients(self._sigmas)
         self._uncond = parts.family.encode([config.model.negative_prompt])
         found = config.scoring.micro_batch == "auto" and parts.group.device.type != "cpu"
@@ -171,7 +173,7 @@ class Trainer(ABC):
             grad_norm=learned.grad_norm,
             learning_rate=self._student.learning_rate,
             samples=self._settings.rollout.samples * len(batches),
-            seconds=meter.seconds,
+            seconds=meter.seconds(),
             passes=meter.passes(),
             rolled=rolled,
             scores=learned.scores,
@@ -222,9 +224,9 @@ class Trainer(ABC):
             for prompt in own:
                 places.setdefault(prompt, len(places))
         everything = self._family.encode(list(places))
+        rows = {task: [places[prompt] for prompt in own] for task, own in prompts.items()}
         return {
-            task: everything[torch.tensor([places[prompt] for prompt in own], device=self._group.device)]
-            for task, own in prompts.items()
+            task: everything.select(to_device(torch.tensor(own), self._group.device), own) for task, own in rows.items()
         }
 
     @torch.no_grad()
@@ -250,13 +252,12 @@ class Trainer(ABC):
     @torch.no_grad()
     def _query_frozen(self, network: Any, buffer: TrajectoryBuffer, guidance: float, meter: RoundMeter) -> PerPair:
         """A frozen network's velocities at the chosen pairs."""
-        (pairs,) = buffer.micro_batches()
 
         def query(rows: slice) -> Tensor:
-            part = Pairs(pairs.sample[rows], pairs.step[rows], rows)
-            return self._velocity(network, *buffer.inputs(part, self._sigmas), guidance, meter)
+            inputs = buffer.inputs(buffer.pairs(rows), self._device_sigmas)
+            return self._velocity(network, *inputs, guidance, meter)
 
-        return PerPair(torch.cat(self._scoring.run(len(pairs), query)))
+        return PerPair(torch.cat(self._scoring.run(buffer.pair_count, query)))
 
     def _train(self, data: Mapping[str, TrainingData[Any]], meter: RoundMeter) -> RoundLosses:
         """Forward and backward of all pairs of all tasks."""
@@ -267,7 +268,7 @@ class Trainer(ABC):
             )
             for task, one in data.items():
                 for pairs in one.buffer.micro_batches(size):
-                    states, sigma, cond = one.buffer.inputs(pairs, self._sigmas)
+                    states, sigma, cond = one.buffer.inputs(pairs, self._device_sigmas)
                     guidance = self._settings.student_guidance(task)
                     velocity = self._velocity(self._student, states, sigma, cond, guidance, meter)
                     losses, measured = self.loss(velocity, pairs.step, one.known(pairs))

@@ -22,6 +22,7 @@ from opd_ds.training.meter import RoundMeter
 from opd_ds.training.rl.advantages import group_advantages
 from opd_ds.training.rl.reward_worker import RewardScorer
 from opd_ds.training.trainer import BufferedTrainer, Components, Experience, TaskBatch, TrainingData
+from opd_ds.utils.transfer import to_device
 
 Kept = TypeVar("Kept")  # what an algorithm keeps of every state
 Known = TypeVar("Known")  # what its loss knows of a micro-batch
@@ -189,4 +190,4 @@ class RLTrainer(BufferedTrainer, Generic[Kept, Known]):
         return Scored(advantages[indices], batch.part.weights * finite[indices], int(finite.sum()), summary)
 
     def _per_sample(self, values: Tensor) -> PerSample:
-        return PerSample(values.to(self._group.device, torch.float32))
+        return PerSample(to_device(values.float(), self._group.device))
