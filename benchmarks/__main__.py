@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import typer
 
 from benchmarks.commands import claims, costs, rewards
+from opd_ds.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, help="Claims, of the paper and of ours, checked by runs.")
 app.command("paper-miniature")(claims.paper_miniature)
@@ -49,4 +52,7 @@ def gpu(
 
 
 if __name__ == "__main__":
-    app()
+    try:
+        app()
+    except UserError as error:
+        sys.exit(f"error: {error}")

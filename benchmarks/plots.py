@@ -55,7 +55,7 @@ def write_png(figure: Figure, file: Path | BinaryIO) -> None:
     entries: dict[str, Any] = {}
     for axes in figure.axes:
         handles, names = axes.get_legend_handles_labels()
-        entries = dict(zip(names, handles, strict=True)) | entries
+        entries |= dict(zip(names, handles, strict=True))
     figure.legend(entries.values(), entries.keys(), loc="outside lower left", ncols=4 * len(figure.axes) // 2)
     figure.savefig(file, format="png")
 
