@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def test_our_server_serves_the_library(library: Environment, tmp_path: Path) -> 
     weights.write_text('{"factor": 2.0}')
     build("colorsys", library.folder)
     first, second = pictures()[:2]
-    with ReferenceReward(library, weights) as reward, running(make_app(reward)) as url:
+    with closing(ReferenceReward(library, weights)) as reward, running(make_app(reward)) as url:
         served = RemoteReward(url=url)
         assert served.identity() == {
             "served_at": url,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +34,7 @@ def env(
         from opd_ds.rewards.server import serve as serve_reward
         from tools.reference_parity.reward import ReferenceReward
 
-        with ReferenceReward(environment, weights) as reward:
+        with closing(ReferenceReward(environment, weights)) as reward:
             typer.echo(f"serving {name} at http://127.0.0.1:{serve}")
             serve_reward(reward, "127.0.0.1", serve)
 

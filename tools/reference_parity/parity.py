@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def parity(
         if weights is None:
             weights = Path(name) / "weights.pt"
             environment.run("random", str(weights))
-        with ReferenceReward(environment, weights) as reference:
+        with closing(ReferenceReward(environment, weights)) as reference:
             theirs = reference.arrays(images, prompts, metadata)
         return compare(theirs, ours(weights, images, prompts, metadata))
 

@@ -6,8 +6,8 @@ import base64
 import io
 import json
 import subprocess
+from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -42,13 +42,9 @@ class ReferenceReward:
         except RuntimeError as error:
             raise UserError(f"reference library {self.name!r}: {weights} was not loaded ({error}, see above)") from None
 
-    def __enter__(self) -> ReferenceReward:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.communicate()  # closes its input, at which it ends
+    def close(self) -> None:
+        """Wait for the process, which ends with its input."""
+        self._process.communicate()
 
     def arrays(
         self, images: list[Image.Image], prompts: list[str], metadata: Metadata | None = None
@@ -59,11 +55,9 @@ class ReferenceReward:
             RuntimeError: the library failed, or its process has ended.
         """
         assert self._process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # `_answer` says how it ended
             self._process.stdin.write(encode_request(images, prompts, metadata) + b"\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # `_answer` says how it ended
         answer = self._answer()
         if "error" in answer:
             raise RuntimeError(answer["error"])
