@@ -1,6 +1,6 @@
 """What a checkpoint costs a run: how long a round waits for it, written at once and written in the background.
 
-    python benchmarks/checkpoint_cost.py --millions 50 --folder runs/checkpoint_cost
+    python -m benchmarks checkpoint-cost --millions 50 --folder runs/checkpoint_cost
 
 States of a student of so many million parameters (masters, two moments, average: 16 bytes each) on one rank. Medians of
 interleaved saves; the ratio is what `run.checkpoint_in_background` brings.
@@ -8,7 +8,6 @@ interleaved saves; the ratio is what `run.checkpoint_in_background` brings.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -18,17 +17,15 @@ from pathlib import Path
 import torch
 
 from opd_ds.checkpoint.store import CheckpointStore
-from opd_ds.cluster.rendezvous import prepare_environment
 from opd_ds.cluster.world import World
 from opd_ds.engine import init_group
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 
 
-def main(millions: int, folder: Path, repeats: int) -> None:
-    world = World()
-    prepare_environment(world)
-    group = init_group(world)
+def bench(millions: int, folder: Path, repeats: int) -> None:
+    """Print the result as JSON; `folder` is removed in the end."""
+    group = init_group(World())
     state = {f"{kind}/0/block{i}.weight": torch.randn(1_000_000) for kind in KINDS for i in range(millions)}
     stores = {
         kind: CheckpointStore(folder / kind, 1, group, in_background=kind == "background")
@@ -59,12 +56,3 @@ def main(millions: int, folder: Path, repeats: int) -> None:
     }
     print(json.dumps(result, indent=1))
     shutil.rmtree(folder)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--millions", type=int, default=50)
-    parser.add_argument("--folder", type=Path, default=Path("runs/checkpoint_cost"))
-    parser.add_argument("--repeats", type=int, default=5)
-    chosen = parser.parse_args()
-    main(chosen.millions, chosen.folder, chosen.repeats)

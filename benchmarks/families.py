@@ -21,6 +21,7 @@ from opd_ds.config.paths import package_root
 from opd_ds.errors import UserError, nearest
 from opd_ds.models import FAMILIES
 from opd_ds.testing.train_many import said, under_launcher
+from opd_ds.utils.markdown import markdown_table
 
 TOLERANCE = 1e-4
 PLAN_TOLERANCE = 0.15
@@ -161,10 +162,10 @@ def _run_group(configs: list[Path], log: Path) -> str:
 def as_markdown(rows: list[Row]) -> str:
     """The table, with what its columns mean."""
     head = ["family", "parity", "ZeRO-3 full", "ZeRO-3 LoRA", "export full", "export LoRA", "bf16 loss", "finite"]
-    lines = [[*head, "plan error", "error"], ["---"] * (len(head) + 2)]
+    cells = []
     for row in rows:
         zero3, export = row.get("zero3", {}), row.get("export", {})
-        lines.append(
+        cells.append(
             [
                 row["family"],
                 _number(row.get("parity")),
@@ -173,13 +174,13 @@ def as_markdown(rows: list[Row]) -> str:
                 "-" if row.get("bf16") is None else f"{row['bf16']:.2%}",
                 {True: "yes", False: "NO", None: "-"}[row.get("finite")],
                 "-" if row.get("plan_error") is None else f"{row['plan_error']:+.1%}",
-                (row["error"] or "").replace("|", "/"),
+                row["error"] or "",
             ]
         )
     return (
         "# Model families, on tiny random pipelines\n\n"
-        + "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        + "\n\n*parity*: largest difference between the latents of our `euler` rollout and of diffusers' pipeline, "
+        + markdown_table([*head, "plan error", "error"], cells, len(head) + 2)
+        + "\n*parity*: largest difference between the latents of our `euler` rollout and of diffusers' pipeline, "
         "with guidance 1 and above. *ZeRO-3*: one round of `opd-ds train` on two ranks, all weights sharded; seconds "
         "with loading, checkpoint and export. *export*: largest difference between the latents that diffusers draws "
         "with what that run exported and those of its checkpoint here. *bf16 loss*: median relative difference to the "

@@ -21,6 +21,7 @@ from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import Devices, parse_devices
 from opd_ds.plan.memory import Memory, run_memory
 from opd_ds.plan.network import find_model
+from opd_ds.utils.markdown import markdown_table
 
 # 59 million parameters: large beside what allocators round, small enough for a laptop.
 _SIZES = Sizes(layers=3, heads=12, head_dim=64)
@@ -142,20 +143,18 @@ def predict(config: RunConfig, devices: Devices) -> Memory:
 def as_markdown(found: list[dict[str, Any]]) -> str:
     """The table."""
     settings = [key for key in found[0] if key not in _RESULTS] if found else []
-    lines = [
-        f"| {' | '.join(settings)} | worst phase | predicted, MiB | measured, MiB | error |",
-        f"|{'---|' * len(settings)}---|---:|---:|---:|",
-    ]
-    for row in found:
-        cells = [
+    rows = [
+        [
             *(_cell(row[key]) for key in settings),
             row["phase"],
             f"{row['predicted'] / _MIB:,.0f}",
             f"{row['measured'] / _MIB:,.0f}",
             f"{row['error']:+.1%}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        for row in found
+    ]
+    head = [*settings, "worst phase", "predicted, MiB", "measured, MiB", "error"]
+    return markdown_table(head, rows, text_columns=len(settings) + 1)
 
 
 def _cell(value: Any) -> str:

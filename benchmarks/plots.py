@@ -1,90 +1,68 @@
-"""The bench's pictures, each with the numbers behind it as CSV."""
+"""Plots of the benchmarks, each as PNG with its numbers as CSV beside it; drawn by matplotlib, the extra `plots`."""
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from benchmarks.drawing import Bars, Line, Panel, draw
-from benchmarks.table import WITH_TEACHERS, Findings, Point, write_csv
-from opd_ds.miniature.world import TASKS
+from opd_ds.errors import UserError
+from opd_ds.evaluation.charts import HOW_TO_GET_CHARTS, can_draw
 
-_MILLION_UNITS = "million pass units (forward + 2 x backward)"
-Curves = dict[tuple[str, str], list[Point]]  # by name and seed
-
-
-def draw_all(findings: Findings, methods: dict[str, Any], folder: Path) -> None:
-    """`methods`: as in summary.json."""
-    _curves(
-        {(name, str(seed)): curve for (name, seed), curve in findings.curves.items()}, folder / "reward_against_passes"
-    )
-    _curves({(kind, ""): curve for kind, curve in findings.convergence.items()}, folder / "ode_sde")
-    _methods({name: found for name, found in methods.items() if name != WITH_TEACHERS}, folder / "methods")
-    _gradients(findings.gradients, folder / "gradient_variance")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
-def _curves(curves: Curves, place: Path) -> None:
-    lines: list[dict[str, Any]] = []
-    for (name, seed), curve in curves.items():
-        for point in curve:
-            cost = {"passes": point.passes.total, "pass_units": point.passes.units}
-            lines += [{"name": name, "seed": seed, "task": t, **cost, "reward": r} for t, r in point.rewards.items()]
-    write_csv(place.with_suffix(".csv"), lines)
-    panels = [
-        Panel(
-            task,
-            _MILLION_UNITS,
-            [
-                Line(name, [p.passes.units / 1e6 for p in curve], [p.rewards[task] for p in curve])
-                for (name, _), curve in curves.items()
-            ],
-        )
-        for task in TASKS
-    ]
-    draw(panels, place.with_suffix(".png"))
+def require_plots() -> None:
+    """Before hours of work: raises UserError where matplotlib is not installed."""
+    if not can_draw():
+        raise UserError(HOW_TO_GET_CHARTS)
 
 
-def _methods(methods: dict[str, Any], place: Path) -> None:
-    lines = [
-        {"method": name, "task": task, **found["tasks"][task]} for name, found in methods.items() for task in TASKS
-    ]
-    write_csv(place.with_suffix(".csv"), lines)
-    bars = [
-        Bars(name, [found["tasks"][task]["mean"] for task in TASKS], [found["tasks"][task]["spread"] for task in TASKS])
-        for name, found in methods.items()
-    ]
-    half = "mean reward on held-out prompts"
-    average = [
-        Bars(bar.name, [methods[bar.name]["average"]], [None])
-        for bar in bars
-        if methods[bar.name]["average"] is not None
-    ]
-    draw(
-        [Panel(half, "", bars, TASKS), Panel("min-max normalised average", "", average, ["average"])],
-        place.with_suffix(".png"),
-    )
+def panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` axes side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((4.5 * count, 3.8), dpi=110, layout="constrained")
+    axes = [figure.add_subplot(1, count, place + 1) for place in range(count)]
+    for one in axes:
+        one.set_axisbelow(True)
+        one.grid(axis="y", color="#dddddd")
+    return figure, axes
 
 
-def _gradients(report: dict[str, Any], place: Path) -> None:
-    keys = ("mean_norm2", "variance", "noise_variance")
-    lines = [
-        {
-            "step": entry["step"],
-            "sigma": entry["sigma"],
-            **{f"{kind}_{key}": entry[kind][key] for kind in ("closed_form", "ppo") for key in keys},
-            **{key: entry[key] for key in ("ratio", "distance2", "distance2_expected")},
-        }
-        for entry in report["steps"]
-    ]
-    write_csv(place.with_suffix(".csv"), lines)
-    steps = [entry["step"] for entry in report["steps"]]
-    names = {"closed form": "closed_form", "PPO-style": "ppo"}
-    variances = [
-        Line(name, steps, [entry[kind]["variance"] for entry in report["steps"]]) for name, kind in names.items()
-    ]
-    ratio = [Line("PPO-style / closed form", steps, [entry["ratio"] for entry in report["steps"]])]
-    panels = [
-        Panel("total variance of the gradient", "step, from noise to picture", variances, logarithmic=True),
-        Panel("ratio of the variances", "step, from noise to picture", ratio, logarithmic=True),
-    ]
-    draw(panels, place.with_suffix(".png"))
+def grouped_bars(
+    axes: Axes,
+    groups: Sequence[str],
+    bars: Mapping[str, Sequence[float]],
+    spreads: Mapping[str, Sequence[float | None]] | None = None,
+) -> None:
+    """In each group one bar per name, with a whisker where its spread is known."""
+    width = 0.8 / len(bars)
+    for place, (name, values) in enumerate(bars.items()):
+        at = [group + (place - (len(bars) - 1) / 2) * width for group in range(len(groups))]
+        axes.bar(at, values, width, label=name)
+        for x, value, spread in zip(at, values, (spreads or {}).get(name, ()), strict=False):
+            if spread is not None:
+                axes.errorbar(x, value, spread, color="black", linewidth=1)
+    axes.set_xticks(range(len(groups)), groups)
+
+
+def write_png(figure: Figure, file: Path | BinaryIO) -> None:
+    """With one legend for all panels, in which a name stands once."""
+    entries: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, names = axes.get_legend_handles_labels()
+        entries |= dict(zip(names, handles, strict=True))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower left", ncols=4 * len(figure.axes) // 2)
+    figure.savefig(file, format="png")
+
+
+def write_csv(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """The keys of the first line are the columns."""
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)

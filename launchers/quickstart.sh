@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launchers/environment.sh
-install_package ""
+install_package "[plots]"
 
 processes=${PROCESSES:-2}
 resume=auto  # started again after an interruption, it goes on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import signal
@@ -20,15 +21,16 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
-from benchmarks.claims import summary
-from benchmarks.drawing import Bars, Line, Panel, draw
-from benchmarks.gradients import Draws, Spread, gradient_variance
-from benchmarks.jobs import Job, run_jobs
-from benchmarks.paper import refuse_other_settings, write
-from benchmarks.paper_miniature import CONVERGENCE, FULL, QUICK, Plan, Run, cascade, jobs, joint, opd, runs, teacher
-from benchmarks.passes import measured_passes
-from benchmarks.real import real_rewards
-from benchmarks.table import COLUMNS, Findings, Outcome, Point, collect
+from benchmarks.paper import miniature_table
+from benchmarks.paper.bench import bench, refuse_other_settings, write
+from benchmarks.paper.claims import summary
+from benchmarks.paper.gradients import Draws, Spread, gradient_variance
+from benchmarks.paper.jobs import Job, run_jobs
+from benchmarks.paper.passes import measured_passes
+from benchmarks.paper.plan import CONVERGENCE, FULL, QUICK, Plan, Run, cascade, jobs, joint, opd, runs, teacher
+from benchmarks.paper.real import real_rewards
+from benchmarks.paper.table import COLUMNS, Findings, Outcome, Point, collect
+from benchmarks.plots import grouped_bars, panels, write_png
 from opd_ds.config.loading import parse_config
 from opd_ds.config.paths import resolve_path
 from opd_ds.config.schema import RunConfig
@@ -208,21 +210,21 @@ def test_needs_that_nobody_fulfils(place: Path) -> None:
 
 def test_sigterm_ends_the_jobs_too(place: Path) -> None:
     code = (
-        "import pathlib; from benchmarks.jobs import Job, run_jobs\n"
+        "import pathlib; from benchmarks.paper.jobs import Job, run_jobs\n"
         "run_jobs([Job('a', ('a', 'ok', '60'), module='work_of_a_job')], pathlib.Path('.'), 1, print)"
     )
     checkout = str(Path(__file__).parents[1])  # benchmarks are run from one
-    bench = subprocess.Popen([sys.executable, "-c", code], cwd=place, env=os.environ | {"PYTHONPATH": checkout})
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=place, env=os.environ | {"PYTHONPATH": checkout})
     deadline = time.monotonic() + 30
     while not order(place) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert order(place) == ["start a"]
     children = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(bench.pid)], capture_output=True, text=True, check=True
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
     )
     (child,) = [int(pid) for pid in children.stdout.split()]
-    bench.send_signal(signal.SIGTERM)
-    assert bench.wait(timeout=30) == 128 + signal.SIGTERM
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
     assert not (place / "a" / "done.json").exists()
@@ -352,21 +354,52 @@ def test_everything_is_written(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "summary.json").read_text())["settings"]["seeds"] == [0, 1, 2]
 
 
-def test_lines_and_bars_are_where_they_belong(tmp_path: Path) -> None:
-    """The first colour is the higher bar's, and the line that rises ends above where it began."""
-    draw([Panel("t", "", [Bars("a", [1.0], [None]), Bars("b", [0.25], [None])], ["g"])], tmp_path / "bars.png")
-    draw([Panel("t", "x", [Line("a", [0.0, 1.0], [0.0, 1.0])])], tmp_path / "line.png")
-    blue, orange = (31, 119, 180), (217, 95, 2)
+def test_bars_stand_side_by_side_and_the_legend_names_each_once() -> None:
+    figure, (left, right) = panels(2)
+    grouped_bars(left, ["g", "h"], {"a": [1.0, 2.0], "b": [0.25, 0.5]}, {"a": [0.1, None]})
+    grouped_bars(right, ["g"], {"a": [3.0], "b": [1.0]})
+    assert [bar.get_height() for bar in left.patches] == [1.0, 2.0, 0.25, 0.5]
+    (first, _), (second, _) = ([bar.get_x() for bar in bars] for bars in (left.patches[:2], left.patches[2:]))
+    assert second == pytest.approx(first + left.patches[0].get_width())
+    stream = io.BytesIO()
+    write_png(figure, stream)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
+    assert Image.open(stream).width > 800
 
-    def heights(name: str, colour: tuple[int, int, int]) -> list[tuple[int, int]]:
-        with Image.open(tmp_path / name) as picture:
-            return [(x, y) for x in range(picture.width) for y in range(300) if picture.getpixel((x, y)) == colour]
 
-    tall, small = heights("bars.png", blue), heights("bars.png", orange)
-    ratio = (max(y for _, y in tall) - min(y for _, y in tall)) / (max(y for _, y in small) - min(y for _, y in small))
-    assert ratio == pytest.approx(4, rel=0.05)
-    line = sorted(heights("line.png", blue))
-    assert line[0][1] > line[-1][1] + 100
+def test_without_matplotlib_the_work_is_not_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("benchmarks.plots.can_draw", lambda: False)
+    with pytest.raises(UserError, match=r"^charts need matplotlib: pip install 'opd-ds\[plots\]'$"):
+        bench(FULL, tmp_path / "paper", 1, quiet)
+    assert not (tmp_path / "paper").exists()
+
+
+# ---- the miniature's table ----
+
+
+def test_the_miniatures_table_is_made_of_its_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The first run alone scores base and teachers, and is what the others are compared with."""
+    planned: list[Job] = []
+
+    def fake(jobs: list[Job], folder: Path, parallel: int, say: Any) -> None:
+        planned.extend(jobs)
+        for number, one in enumerate(jobs):
+            (folder / one.name).mkdir()
+            scores = {"student": 0.7 + number / 10} | ({"base": 0.2, "teacher": 0.7} if number == 0 else {})
+            (folder / one.name / "summary.json").write_text(json.dumps({"tasks": {"text": scores}}))
+
+    monkeypatch.setattr(miniature_table, "run_jobs", fake)
+    miniature_table.bench(tmp_path, [], 1, 2, 1, ["run.rounds=3"], quiet)
+    assert (tmp_path / "table.md").read_text().splitlines()[
+        2
+    ] == "| text | 0.200 | 0.700 | 0.700 | 100 % | 0.800 | 120 % |"
+    first, second = planned
+    assert "evaluation.baselines=true" in first.arguments
+    assert "evaluation.baselines=false" in second.arguments
+    assert all("run.rounds=3" in one.arguments and one.module == "deepspeed.launcher.runner" for one in planned)
+    with pytest.raises(UserError, match="--kind lor: allowed are full, lora"):
+        miniature_table.bench(tmp_path, ["lor"], 1, 1, 1, [], quiet)
 
 
 # ---- reading runs ----

@@ -169,31 +169,57 @@ def test_a_thousand_pictures_stay_under_50_megabytes(tmp_path: Path) -> None:
     assert 5e6 < report.stat().st_size < 50e6
 
 
+def width_of_bar(text: str, colour: str) -> float:
+    path = re.search(rf'd="M ([\d.]+) [\d.]+\s+L ([\d.]+)[^"]*"[^>]*style="fill: {colour}', text)
+    assert path is not None
+    return float(path[2]) - float(path[1])
+
+
 def test_charts_say_what_they_show_and_escape_names() -> None:
     entries = [
-        Bar("<b>", "#111", 20.5, 20.3, 20.7),
-        Bar("two", "#222", 20.8, 20.6, 21.0),
-        Bar("three", "#333", *[None] * 3),
+        Bar("<b> $a$", "#111111", 20.5, 20.3, 20.7),
+        Bar("two", "#222222", 20.8, 20.6, 21.0),
+        Bar("three", "#333333", *[None] * 3),
     ]
     drawn = bars("PickScore", entries)
-    assert "&lt;b&gt; 20.500" in drawn
+    assert "&lt;b&gt; $a$ 20.500" in drawn
+    assert ">&lt;b&gt; $a$</text>" in drawn  # no formula
     assert "<b>" not in drawn
-    assert "not measured" in drawn
-    widths = [float(w) for w in re.findall(r'<rect [^>]*width="([\d.]+)"', drawn)]
+    assert ">not measured</text>" in drawn
     assert "axis not from 0" in drawn
-    assert widths[1] > 1.2 * widths[0]  # an axis from 0 would hide the difference
-    from_zero = [
-        float(w)
-        for w in re.findall(r'width="([\d.]+)"', bars("x", [Bar("a", "", 0.2, 0.1, 0.3), Bar("b", "", 0.4, 0.3, 0.5)]))
-    ]
-    assert from_zero[1] == pytest.approx(2 * from_zero[0], rel=0.01)
-    assert "a 1.00, 0.00, 0.50" in radar(["x", "y", "z"], [Bar("a", "#111", *[None] * 3)], {"a": [1.0, 0.0, 0.5]})
-    line = curves("loss", [Curve("loss", "#111", list(range(1, 5001)), [1.0 / k for k in range(1, 5001)])])
-    points = re.search(r'points="([^"]+)"', line)
-    assert points is not None
-    assert len(points[1].split()) <= 400
-    assert "from 1 to 0.0002" in line or "to 0.0002" in line
+    assert width_of_bar(drawn, "#222222") > 1.2 * width_of_bar(drawn, "#111111")  # from 0 it would not be seen
+    from_zero = bars("x", [Bar("a", "#111111", 0.2, 0.1, 0.3), Bar("b", "#222222", 0.4, 0.3, 0.5)])
+    assert width_of_bar(from_zero, "#222222") == pytest.approx(2 * width_of_bar(from_zero, "#111111"), rel=0.01)
+    assert "a 1.00, 0.00, 0.50" in radar(["x", "y", "z"], [Bar("a", "#111111", *[None] * 3)], {"a": [1.0, 0.0, 0.5]})
+    line = curves("loss", [Curve("loss", "#111111", list(range(1, 5001)), [1.0 / k for k in range(1, 5001)])])
+    path = re.search(r'd="([^"]+)"[^>]*stroke: #111111', line)
+    assert path is not None
+    assert path[1].count("L") < 400
+    assert ">0.01</text>" in line  # a logarithmic axis
+    assert "to 0.0002" in line
     assert curves("loss", [Curve("loss", "#111", [1.0], [float("nan")])]) == ""
+
+
+def test_charts_are_small_the_same_each_time_and_share_no_identifiers() -> None:
+    entries = [Bar(name, "#111111", 0.2, 0.1, 0.3) for name in ("a", "b", "c")]
+    first, again, other = bars("x", entries), bars("x", entries), bars("y", entries)
+    assert first == again
+    assert len(first) < 10_000
+    assert not set(re.findall(r' id="([^"]+)"', first)) & set(re.findall(r' id="([^"]+)"', other))
+    assert "<style" not in first  # it would hold for the whole page
+
+
+def test_without_matplotlib_the_report_comes_and_says_how_to_get_charts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = write_evaluation(tmp_path, ["a", "b", "c"])
+    with_charts = write_report(tmp_path, results, metrics_rows()).read_text()
+    monkeypatch.setattr("opd_ds.evaluation.report.can_draw", lambda: False)
+    without = write_report(tmp_path, results, metrics_rows()).read_text()
+    hint = "pip install &#39;opd-ds[plots]&#39;"
+    assert (with_charts.count("<svg"), with_charts.count(hint)) == (5, 0)
+    assert (without.count("<svg"), without.count(hint)) == (0, 1)
+    assert len(Page(without).tags) > 100  # the table, the pictures and all else
 
 
 # ---- in a browser ----

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.drawing import Bars, Panel, draw
-from benchmarks.table import write_csv
+from benchmarks.plots import grouped_bars, panels, write_csv, write_png
+from opd_ds.utils.markdown import markdown_table
 
 _MIB = 2**20
 _PHASES = ("encode", "rollout", "rewards", "score", "train", "step")
@@ -34,12 +34,6 @@ def _intro(found: dict[str, Any]) -> str:
     )
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines) + "\n"
-
-
 def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}x"
 
@@ -50,7 +44,7 @@ def _ratios(found: dict[str, Any]) -> str:
     rows = [
         [setting, ranks, *(_times(entry["ratios"].get(name)) for name in names)] for ranks, setting, entry in entries
     ]
-    return "## Ratios\n\n" + _table(["setting", "ranks", *(name.replace("_", " ") for name in names)], rows)
+    return "## Ratios\n\n" + markdown_table(["setting", "ranks", *(name.replace("_", " ") for name in names)], rows)
 
 
 def _entries(found: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
@@ -72,19 +66,21 @@ def _phases(found: dict[str, Any]) -> str:
         "\nMFU is against the best large matrix product of the same rank, in the same dtype. A fused round is one "
         "phase, `train`.\n"
     )
-    return "## Where the time goes\n\n" + _table([*head, "MFU of the round", "of the student's"], rows) + note
+    return (
+        "## Where the time goes\n\n" + markdown_table([*head, "MFU of the round", "of the student's"], rows, 3) + note
+    )
 
 
 def _switches(switches: list[dict[str, Any]]) -> str:
     rows = [[one["what"], one["setting"], str(one["ranks"]), _times(one["off_over_on"])] for one in switches]
-    return "## Each by itself\n\n" + _table(["what", "setting", "ranks", "brings"], rows)
+    return "## Each by itself\n\n" + markdown_table(["what", "setting", "ranks", "brings"], rows, 2)
 
 
 def _memory(memory: Mapping[str, Mapping[str, int]]) -> str:
     rows = [
         [setting, loop, f"{nbytes / _MIB:.0f}"] for setting, loops in memory.items() for loop, nbytes in loops.items()
     ]
-    return "## Peak memory of one rank, beyond the libraries\n\n" + _table(["setting", "loop", "MiB"], rows)
+    return "## Peak memory of one rank, beyond the libraries\n\n" + markdown_table(["setting", "loop", "MiB"], rows, 2)
 
 
 def _states(states: Mapping[str, Mapping[str, Any]]) -> str:
@@ -95,7 +91,7 @@ def _states(states: Mapping[str, Mapping[str, Any]]) -> str:
         cells = [f"{nbytes / _MIB:.1f}" for nbytes in (entry["bytes"], gathered, reduced)]
         rows.append([ranks, cells[0], f"{entry['share']:.2f}", *cells[1:]])
     head = ["ranks", "state per rank, MiB", "of one rank's", "weights received per round, MiB", "gradients, MiB"]
-    return "## ZeRO-3: full-parameter student with EMA\n\n" + _table(head, rows)
+    return "## ZeRO-3: full-parameter student with EMA\n\n" + markdown_table(head, rows)
 
 
 def _plot_ratios(found: dict[str, Any], place: Path) -> None:
@@ -103,15 +99,15 @@ def _plot_ratios(found: dict[str, Any], place: Path) -> None:
     rows = [{"setting": setting, "ranks": ranks, **entry["ratios"]} for ranks, setting, entry in entries]
     keys = list(dict.fromkeys(key for row in rows for key in row))
     write_csv(place.with_suffix(".csv"), [{key: row.get(key) for key in keys} for row in rows])
-    panels = []
-    for ranks in found["by_world_size"]:
-        own = [(setting, entry["ratios"]) for world, setting, entry in entries if world == ranks]
-        bars = [
-            Bars(mode, [ratios.get(f"{mode}_over_public") or 0.0 for _, ratios in own], [None] * len(own))
+    figure, axes = panels(len(found["by_world_size"]))
+    for one, (ranks, settings) in zip(axes, found["by_world_size"].items(), strict=True):
+        one.set_title(f"public loop's time / ours, {ranks} ranks")
+        modes = {
+            mode: [entry["ratios"].get(f"{mode}_over_public") or 0.0 for entry in settings.values()]
             for mode in ("buffered", "fused")
-        ]
-        panels.append(Panel(f"public loop's time / ours, {ranks} ranks", "", bars, [setting for setting, _ in own]))
-    draw(panels, place.with_suffix(".png"))
+        }
+        grouped_bars(one, list(settings), modes)
+    write_png(figure, place.with_suffix(".png"))
 
 
 def _plot_phases(found: dict[str, Any], place: Path) -> None:
@@ -123,12 +119,10 @@ def _plot_phases(found: dict[str, Any], place: Path) -> None:
         for name, loop in entry["loops"].items()
     ]
     write_csv(place.with_suffix(".csv"), rows)
-    panels = []
-    for setting, entry in first.items():
+    figure, axes = panels(len(first))
+    for one, (setting, entry) in zip(axes, first.items(), strict=True):
+        one.set_title(f"{setting}: ms per round")
         loops = entry["loops"]
-        bars = [
-            Bars(phase, [1000 * loop["phases"].get(phase, 0.0) for loop in loops.values()], [None] * len(loops))
-            for phase in _PHASES
-        ]
-        panels.append(Panel(f"{setting}: ms per round", "", bars, list(loops)))
-    draw(panels, place.with_suffix(".png"))
+        milliseconds = {p: [1000 * loop["phases"].get(p, 0.0) for loop in loops.values()] for p in _PHASES}
+        grouped_bars(one, list(loops), milliseconds)
+    write_png(figure, place.with_suffix(".png"))

@@ -13,6 +13,7 @@ import yaml
 
 from opd_ds import __version__
 from opd_ds.errors import UserError
+from opd_ds.utils.markdown import markdown_table
 
 CARD = "README.md"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*\Z")
@@ -110,6 +111,7 @@ def model_card(
         **({"base_model": hub, "base_model_relation": relation} if hub else {}),
         "tags": ["opd_ds", *tags],
     }
+    files = [(role, f"`{path}`", f"`{sha256}`") for role, path, sha256 in sources]
     lines = [
         "---",
         yaml.safe_dump(facts, sort_keys=False).rstrip(),
@@ -123,9 +125,7 @@ def model_card(
         code,
         "```",
         "",
-        "| | | SHA-256 |",
-        "|---|---|---|",
-        *(f"| {role} | `{path}` | `{sha256}` |" for role, path, sha256 in sources),
+        markdown_table(["", "", "SHA-256"], files, text_columns=3).rstrip(),
         *(["", "## Results", "", results.rstrip()] if results else []),
         "",
         "## Settings",

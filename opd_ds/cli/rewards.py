@@ -10,13 +10,10 @@ import yaml
 
 from opd_ds import TORCHVISION_PROBLEM
 from opd_ds.errors import UserError
-from opd_ds.rewards.base import Needs, RewardUnavailableError
+from opd_ds.rewards.base import SERVER, RewardUnavailableError
 from opd_ds.rewards.registry import build, check, reward_class, reward_names
 
 app = typer.Typer(no_args_is_help=True, help="Rewards: what is installed, which weights are found, a server.")
-
-
-_SERVE = Needs(packages=("fastapi", "uvicorn"), extra="serve")
 
 
 def _row(name: str) -> dict[str, Any]:
@@ -81,8 +78,8 @@ def serve(
     options: Annotated[list[str] | None, typer.Option("--option", help="key=value of the reward, repeatable")] = None,
 ) -> None:
     """Score over HTTP: POST /score, GET /health, GET /info. Other processes use the reward `remote`."""
-    if _SERVE.absent_packages():
-        raise RewardUnavailableError(f"`opd-ds rewards serve` needs: pip install {_SERVE.requirements()}")
+    if SERVER.absent_packages():
+        raise RewardUnavailableError(f"`opd-ds rewards serve` needs: pip install {SERVER.requirements()}")
     from opd_ds.rewards.server import serve as serve_reward
 
     reward = build(name, device=device, **dict(_option(text) for text in options or []))

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from opd_ds.evaluation.charts import Bar, Curve, bars, curves, radar
+from opd_ds.evaluation.charts import HOW_TO_GET_CHARTS, Bar, Curve, bars, can_draw, curves, radar
 from opd_ds.evaluation.results import Results, metric_title, own_metrics
 from opd_ds.evaluation.statistics import normalised_columns
 
@@ -67,6 +67,7 @@ def write_report(folder: Path, results: Results, metrics: list[dict[str, Any]], 
         limit: pictures to embed; the best and worst prompts come first, then prompts in order.
     """
     reference = "base" if "base" in results["models"] else next(iter(results["models"]))
+    with_charts = can_draw()
     extremes = {model: _extremes(results, model, reference) for model in results["models"] if model != reference}
     album = _Album(folder / "images", results)
     sets = [_grid(results, name, _chosen(results, name, extremes, limit), reference, album) for name in results["sets"]]
@@ -79,12 +80,13 @@ def write_report(folder: Path, results: Results, metrics: list[dict[str, Any]], 
         colours=_colours(results),
         reference=reference,
         metrics=[
-            {"set": name, "title": metric_title(name, label), "chart": _bar_chart(results, name, label)}
+            {"title": metric_title(name, label), "chart": _bar_chart(results, name, label) if with_charts else None}
             for name, label in own_metrics(results)
         ],
         rows=_table(results),
-        radar=_radar_chart(results),
-        training=_training_charts(metrics),
+        radar=_radar_chart(results) if with_charts else None,
+        training=_training_charts(metrics) if with_charts else [],
+        no_charts="" if with_charts else f"This report has no charts: {HOW_TO_GET_CHARTS}",
         extremes=_shown_extremes(extremes),
         sets=sets,
         pictures=album.pictures,

@@ -17,6 +17,7 @@ from opd_ds.errors import UserError
 from opd_ds.evaluation.benchmark import Benchmark, EvalModel, Scores
 from opd_ds.evaluation.evaluator import Means
 from opd_ds.evaluation.statistics import bootstrap_interval, normalised_average
+from opd_ds.utils.markdown import markdown_table
 
 RESULTS_FILE = "results.json"
 FORMAT = 1
@@ -167,8 +168,7 @@ def print_results(console: Console, results: Results) -> None:
 def as_markdown(results: Results) -> str:
     """The same, for a README."""
     head, rows = _rows(results)
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    return markdown_table(head, rows)
 
 
 def as_csv(results: Results) -> str:

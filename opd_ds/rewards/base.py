@@ -42,6 +42,9 @@ class Needs:
         return f"'opd-ds[{self.extra}]'" if self.extra else self.install or " ".join(self.packages)
 
 
+SERVER = Needs(packages=("fastapi", "uvicorn"), extra="serve")  # what `server.py` imports
+
+
 class Reward(Protocol):
     """Judges pictures. Modules that hold one import torch and Pillow at the top and everything heavier inside.
 

@@ -21,6 +21,7 @@ from opd_ds.models import ModelFamily, lora
 from opd_ds.runs.monitor import SCORES_FILE, read_metrics
 from opd_ds.runs.setup import EVALUATION_FOLDER
 from opd_ds.training.networks import DTYPES, load_family
+from opd_ds.utils.markdown import markdown_table
 
 FORMS = ("diffusers", "peft")
 
@@ -178,5 +179,5 @@ def _results(config: RunConfig, state: dict[str, Any], run: Path, *, averaged: b
             return "Mean reward on held-out prompts, ± half the 95 % bootstrap interval.\n\n" + as_markdown(results)
     rows = [row for row in read_metrics(run / SCORES_FILE) if row["round"] == state["round"]]
     means = {key: value for key, value in rows[-1].items() if key != "round"} if rows else {}
-    lines = [f"| {key} | {value:.3f} |" for key, value in means.items()]
-    return "\n".join(["Mean reward on held-out prompts.", "", "| | student |", "|---|---:|", *lines]) if lines else ""
+    table = [(key, f"{value:.3f}") for key, value in means.items()]
+    return "Mean reward on held-out prompts.\n\n" + markdown_table(["", "student"], table) if table else ""

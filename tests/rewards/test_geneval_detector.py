@@ -24,8 +24,6 @@ from opd_ds.rewards.weights import WeightsMissingError, WrongWeightsError
 from tests.rewards import mmdet_layout as layout
 from tests.rewards.tiny_clip import write_clip
 
-pytest.importorskip("scipy")
-
 
 @pytest.fixture(scope="module")
 def recorded() -> dict[str, np.ndarray]:

@@ -1,33 +1,35 @@
-"""Environments, runner and comparison, with an adapter that needs no library."""
+"""Environments, worker, served reward and comparison, with an adapter that needs no library."""
 
 from __future__ import annotations
 
-import base64
-import http.client
-import io
 import json
 import shutil
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import requests
 from PIL import Image
 from typer.testing import CliRunner
 
 from opd_ds.errors import UserError
+from opd_ds.rewards.remote import RemoteReward
+from opd_ds.rewards.server import make_app
+from opd_ds.rewards.wire import encode_request
 from tests.rewards.clip_world import pictures
+from tests.rewards.servers import running
 from tools.reference_parity import __main__ as cli
-from tools.reference_parity import environment, ours, runner
+from tools.reference_parity import environment, ours
 from tools.reference_parity.environment import Environment, Phase, Requirements, build
 from tools.reference_parity.parity import Row, compare, draw_pictures, parity
+from tools.reference_parity.reward import ReferenceReward
 
 # Called like the library that it imports, which must be no obstacle.
 ADAPTER = """
-import colorsys, json
+import colorsys, json, os
 from pathlib import Path
 import numpy as np
 
@@ -37,7 +39,14 @@ def random_weights(path):
 def load(weights):
     factor = json.loads(Path(weights).read_text())["factor"]
     def run(images, prompts, metadata):
-        score = [factor * np.asarray(image).mean() + len(prompt) for image, prompt in zip(images, prompts)]
+        print("a chatty library")
+        if "raise" in prompts:
+            raise ArithmeticError("as asked")
+        if "die" in prompts:
+            os._exit(3)
+        items = zip(images, prompts, metadata)
+        words = [np.nan if p == "nan" else len(p) + m.get("bonus", 0) for _, p, m in items]
+        score = [factor * np.asarray(image).mean() + more for image, more in zip(images, words)]
         return {"score": np.array(score), "first": np.array([np.asarray(i)[0, 0] for i in images])}
     return run
 """
@@ -56,12 +65,12 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Environment:
     """`colorsys`: its requirements, its adapter, and an environment in which pip only writes down what it was told."""
     here = tmp_path / "reference"
     (here / "requirements").mkdir(parents=True)
-    for file in (runner.__file__, str(runner.HERE / "torchvision_shim.py")):
+    for file in (environment.WORKER, environment.HERE / "torchvision_shim.py"):
         shutil.copy(file, here)
     (here / "colorsys.py").write_text(ADAPTER)
     (here / "requirements" / "colorsys.txt").write_text("# import colorsys wave\none==1\n\n# pip --no-deps\ntwo==2\n")
     monkeypatch.setattr(environment, "REQUIREMENTS", here / "requirements")
-    monkeypatch.setattr(environment, "RUNNER", here / "runner.py")
+    monkeypatch.setattr(environment, "WORKER", here / "worker.py")
     found = Environment("colorsys", tmp_path / "env")
 
     def make(wanted: Environment) -> None:
@@ -183,91 +192,36 @@ def test_commands(library: Environment, monkeypatch: pytest.MonkeyPatch) -> None
     assert run("parity", "colorsys", "--tolerance", "0.01")[0] == 0
 
 
-Ask = Callable[..., tuple[int, Any]]
+def test_our_server_serves_the_library(library: Environment, tmp_path: Path) -> None:
+    """In its own environment: NaN is no score, what the library prints is no answer, and its errors end one request."""
+    weights = tmp_path / "w.json"
+    weights.write_text('{"factor": 2.0}')
+    build("colorsys", library.folder)
+    first, second = pictures()[:2]
+    with closing(ReferenceReward(library, weights)) as reward, running(make_app(reward)) as url:
+        served = RemoteReward(url=url)
+        assert served.identity() == {
+            "served_at": url,
+            "engine": "reference library colorsys",
+            "weights": "w.json",
+            "sha256": "8335f84753534ccaba13655763d9a048f1547a0fbaf26b845aa1f922183ee65b",
+        }
+        scores = served.score([first, second], ["a", "nan"], [{"bonus": 1}, {}])
+        assert scores[0] == pytest.approx(2 * np.asarray(first).mean() + 1 + 1)
+        assert scores[1].isnan()
+        body = encode_request([first], ["raise"], None)
+        answer = requests.post(f"{url}/score", body, timeout=20)
+        assert (answer.status_code, answer.json()["error"]) == (
+            500,
+            "the reward failed: RuntimeError: ArithmeticError: as asked",
+        )
+        assert served.score([second], ["b"]) == pytest.approx(2 * np.asarray(second).mean() + 1)
+        requests.post(f"{url}/score", encode_request([first], ["die"], None), timeout=20)
+        gone = requests.post(f"{url}/score", encode_request([first], ["a"], None), timeout=20)
+        assert (gone.status_code, "the worker ended with exit code 3" in gone.text) == (500, True)
 
 
-@pytest.fixture
-def ask() -> Iterator[Ask]:
-    """A served library: the score is the width, NaN for `nan`; it raises for `raise`."""
-
-    def score(images: list[Image.Image], prompts: list[str], metadata: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-        if "raise" in prompts:
-            raise ArithmeticError("as asked")
-        items = zip(images, prompts, metadata, strict=True)
-        return {"score": np.array([np.nan if p == "nan" else i.width + m.get("bonus", 0) for i, p, m in items])}
-
-    server = runner.make_server("colorsys", score, {"engine": "fake"}, 0)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-
-    def request(method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection(*server.server_address[:2], timeout=20)
-        raw = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request(method, path, raw, {key.replace("_", "-"): value for key, value in headers.items()})
-        reply = connection.getresponse()
-        answer = reply.status, json.loads(reply.read())
-        connection.close()
-        return answer
-
-    yield request
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def png(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def test_a_served_library_speaks_the_protocol(ask: Ask) -> None:
-    assert ask("GET", "/health") == (200, {"status": "ok"})
-    assert ask("GET", "/info") == (200, {"name": "colorsys", "identity": {"engine": "fake"}})
-    two = [png(pictures()[0]), png(pictures()[1])]
-    assert ask("POST", "/score", {"images": two, "prompts": ["a", "nan"]}) == (200, {"scores": [48.0, None]})
-    metadata = [{"bonus": 1}, {}]
-    body = {"images": two, "prompts": ["a", "b"], "metadata": metadata}
-    assert ask("POST", "/score", body) == (200, {"scores": [49.0, 33.0]})
-    assert ask("POST", "/score", {"images": [], "prompts": []}) == (200, {"scores": []})
-
-
-def test_a_served_library_refuses_and_stays(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = png(pictures()[0])
-    whole = base64.b64decode(one)
-    cut = base64.b64encode(whole[: len(whole) // 2]).decode()
-    jpeg = io.BytesIO()
-    pictures()[0].save(jpeg, format="JPEG")
-    malformed: list[Any] = [
-        b"no json",
-        [],
-        {"images": [one]},
-        {"images": [one], "prompts": []},
-        {"images": [one], "prompts": [3]},
-        {"images": [one], "prompts": ["a"], "metadata": [3]},
-        {"images": ["%"], "prompts": ["a"]},
-        {"images": [one], "prompts": "a"},
-        {"images": [one], "prompts": {"a": 1}},
-        {"images": [None], "prompts": ["a"]},
-        {"images": [cut], "prompts": ["a"]},
-        {"images": [base64.b64encode(jpeg.getvalue()).decode()], "prompts": ["a"]},
-    ]
-    assert [ask("POST", "/score", body)[0] for body in malformed] == [400] * len(malformed)
-    assert ask("POST", "/elsewhere", {})[0] == 404
-    assert ask("GET", "/elsewhere")[0] == 404
-    assert ask("POST", "/score", None, Content_Length=str(2**40))[0] == 413
-    assert ask("POST", "/score", {"images": [one] * 257, "prompts": ["a"] * 257})[0] == 413
-    monkeypatch.setattr(runner, "PIXELS", 48 * 32)
-    assert ask("POST", "/score", {"images": [one] * 2, "prompts": ["a"] * 2})[0] == 413
-    code, answer = ask("POST", "/score", {"images": [one], "prompts": ["raise"]})
-    assert (code, answer) == (500, {"error": "ArithmeticError: as asked"})
-    assert ask("POST", "/score", {"images": [one], "prompts": ["a"]}) == (200, {"scores": [48.0]})
-
-
-def test_identity_of_what_is_served_names_the_weights(tmp_path: Path) -> None:
-    (tmp_path / "w.pt").write_bytes(b"abc")
-    assert runner.identity("hpsv2x", tmp_path / "w.pt") == {
-        "engine": "reference library hpsv2x",
-        "weights": "w.pt",
-        "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
-    }
+def test_weights_that_do_not_load_are_said(library: Environment, tmp_path: Path) -> None:
+    build("colorsys", library.folder)
+    with pytest.raises(UserError, match=r"'colorsys': .*gone was not loaded \(the worker ended with exit code 1, see"):
+        ReferenceReward(library, tmp_path / "gone")

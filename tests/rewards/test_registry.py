@@ -18,7 +18,7 @@ from tests.rewards.servers import answering
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ["torch", "transformers", "torchvision", "cv2", "onnxruntime", "rapidocr", "fastapi", "openai", "scipy"]
-EXTRAS = {"geneval": "geneval", "ocr": "ocr", "unifiedreward": "vlm"}
+EXTRAS = {"ocr": "ocr", "unifiedreward": "vlm"}
 
 
 def rewards(*arguments: str) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""What each reward can be built from without its published weights; for the tests and `benchmarks/reward_table.py`.
+"""What each reward can be built from without its published weights; for tests and `python -m benchmarks reward-table`.
 
 Rewards with weights get small random ones of the true architecture, written the way the published files are.
 """

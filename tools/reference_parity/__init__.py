@@ -7,5 +7,6 @@ library, numpy, Pillow and the reference library, and has
     load(weights)           a function of (images, prompts, metadata) to named arrays, among them `score` [B] where the
                             library gives one, and whatever else is worth comparing
 
+`worker.py` runs it there, `reward.py` makes a reward of that process, which our reward server serves.
 `requirements/NAME.txt` says what is installed; `ours.py` has the same arrays from our scorer.
 """

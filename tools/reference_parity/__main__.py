@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from opd_ds.errors import UserError
+from opd_ds.rewards.base import SERVER, require_packages
 from tools.reference_parity.environment import build
 
 _Name = Annotated[str, typer.Argument(help="hpsv2x, image-reward, mmdet or paddleocr")]
@@ -23,10 +26,17 @@ def env(
     """Build the isolated environment of a reference library, and serve it if asked to."""
     if (serve is None) != (weights is None):
         raise UserError("--serve PORT and --weights FILE belong together")
+    if serve is not None:
+        require_packages(name, SERVER)
     environment = build(name, folder)
     typer.echo(f"{name}: ready in {environment.folder}")
-    if serve is not None:
-        environment.run("serve", str(weights), str(serve))
+    if serve is not None and weights is not None:
+        from opd_ds.rewards.server import serve as serve_reward
+        from tools.reference_parity.reward import ReferenceReward
+
+        with closing(ReferenceReward(environment, weights)) as reward:
+            typer.echo(f"serving {name} at http://127.0.0.1:{serve}")
+            serve_reward(reward, "127.0.0.1", serve)
 
 
 def parity(
@@ -60,4 +70,7 @@ app.command("env")(env)
 app.command("parity")(parity)
 
 if __name__ == "__main__":
-    app()
+    try:
+        app()
+    except UserError as error:
+        sys.exit(f"error: {error}")

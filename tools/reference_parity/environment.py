@@ -12,7 +12,7 @@ from opd_ds.errors import UserError, nearest
 
 HERE = Path(__file__).resolve().parent
 REQUIREMENTS = HERE / "requirements"
-RUNNER = HERE / "runner.py"
+WORKER = HERE / "worker.py"
 _STAMP = "opd_ds_requirements.sha256"
 
 
@@ -80,13 +80,17 @@ class Environment:
         return self.folder / "bin" / "python"
 
     def run(self, *arguments: str) -> None:
-        """`runner.py NAME ...` by this environment's Python; its output goes to the terminal.
+        """`worker.py NAME ...` by this environment's Python; its output goes to the terminal.
 
         Raises:
             UserError: it failed.
         """
+        self._call(arguments[0], self.worker(*arguments))
+
+    def worker(self, *arguments: str) -> list[str]:
+        """The command line of that."""
         # -I: neither this package's folder nor the user's PYTHONPATH is importable there.
-        self._call(arguments[0], "-I", str(RUNNER), self.name, *arguments)
+        return [str(self.python), "-I", str(WORKER), self.name, *arguments]
 
     def pip(self, number: int, phase: Phase) -> None:
         """Install one phase.
@@ -96,10 +100,10 @@ class Environment:
         """
         file = self.folder / f"requirements-{number}.txt"
         file.write_text("\n".join(phase.lines) + "\n", encoding="utf-8")
-        self._call("pip install", "-m", "pip", "install", *phase.options, "-r", str(file))
+        self._call("pip install", [str(self.python), "-m", "pip", "install", *phase.options, "-r", str(file)])
 
-    def _call(self, what: str, *arguments: str) -> None:
-        code = subprocess.run([str(self.python), *arguments]).returncode
+    def _call(self, what: str, command: list[str]) -> None:
+        code = subprocess.run(command).returncode
         if code != 0:
             raise UserError(
                 f"reference library {self.name!r}: {what} failed in {self.folder} (exit code {code}, see above)"

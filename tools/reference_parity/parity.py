@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -17,6 +18,7 @@ from rich.table import Table
 from opd_ds.errors import UserError
 from tools.reference_parity.environment import Environment
 from tools.reference_parity.ours import Ours
+from tools.reference_parity.reward import ReferenceReward
 
 # Odd margins, a wide and a tall one, one smaller than the networks' input; prompts that a tokenizer may trip over.
 _SIZES = ((512, 512), (640, 512), (1024, 768), (333, 501), (768, 1024), (150, 100))
@@ -79,18 +81,14 @@ def parity(
         UserError: an empty folder, or the reference library fails.
     """
     images, prompts = read_pictures(pictures) if pictures else (draw_pictures(), list(_PROMPTS))
-    metadata: list[dict[str, object]] = [{} for _ in prompts]
+    metadata: list[dict[str, Any]] = [{} for _ in prompts]
     with tempfile.TemporaryDirectory(prefix="opd_ds_parity_") as name:
-        folder = Path(name)
         if weights is None:
-            weights = folder / "weights.pt"
+            weights = Path(name) / "weights.pt"
             environment.run("random", str(weights))
-        for number, image in enumerate(images):
-            image.save(folder / f"{number:03d}.png")
-        (folder / "prompts.json").write_text(json.dumps({"prompts": prompts, "metadata": metadata}), encoding="utf-8")
-        environment.run("score", str(weights), str(folder), str(folder / "out.npz"))
-        with np.load(folder / "out.npz", allow_pickle=False) as reference:
-            return compare(dict(reference), ours(weights, images, prompts, metadata))
+        with closing(ReferenceReward(environment, weights)) as reference:
+            theirs = reference.arrays(images, prompts, metadata)
+        return compare(theirs, ours(weights, images, prompts, metadata))
 
 
 def draw_pictures() -> list[Image.Image]:

@@ -63,7 +63,7 @@ class GenEval(CountsGaps):
     """
 
     name = "geneval"
-    needs: ClassVar[Needs] = Needs(packages=("scipy",), extra="geneval", weights=(DETECTOR, CLIP))
+    needs: ClassVar[Needs] = Needs(weights=(DETECTOR, CLIP))
 
     def __init__(
         self,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper_miniature import (
+from benchmarks.paper.passes import measured_passes
+from benchmarks.paper.plan import (
     BASE,
     CONVERGENCE,
     Plan,
@@ -19,7 +19,6 @@ from benchmarks.paper_miniature import (
     runs,
     teacher,
 )
-from benchmarks.passes import measured_passes
 from opd_ds.errors import UserError
 from opd_ds.evaluation.results import RESULTS_FILE, means, read_results
 from opd_ds.miniature.world import TASKS
@@ -114,14 +113,6 @@ def rows(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
         for one in outcomes
         for task, reward in one.rewards.items()
     ]
-
-
-def write_csv(file: Path, lines: list[dict[str, Any]]) -> None:
-    """The keys of the first line are the columns."""
-    with file.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
 
 
 def _label(task: str) -> str:

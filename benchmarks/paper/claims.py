@@ -6,7 +6,7 @@ from collections.abc import Callable
 from statistics import fmean, stdev
 from typing import Any
 
-from benchmarks.table import WITH_TEACHERS, Findings, Outcome, Point, Rewards
+from benchmarks.paper.table import WITH_TEACHERS, Findings, Outcome, Point, Rewards
 from opd_ds.evaluation.statistics import normalised_average
 from opd_ds.miniature.world import TASKS
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.claims import summary
-from benchmarks.jobs import DONE_FILE, run_jobs
-from benchmarks.paper_miniature import EVALUATION_STEPS, GRADIENTS, Plan, jobs, runs
-from benchmarks.plots import draw_all
-from benchmarks.real import real_rewards
-from benchmarks.report import as_markdown
-from benchmarks.table import Findings, collect, rows, write_csv
+from benchmarks.paper.claims import summary
+from benchmarks.paper.jobs import DONE_FILE, run_jobs
+from benchmarks.paper.plan import EVALUATION_STEPS, GRADIENTS, Plan, jobs, runs
+from benchmarks.paper.plots import draw_all
+from benchmarks.paper.real import real_rewards
+from benchmarks.paper.report import as_markdown
+from benchmarks.paper.table import Findings, collect, rows
+from benchmarks.plots import require_plots, write_csv
 from opd_ds.config.loading import parse_config
 from opd_ds.errors import UserError
 
@@ -24,8 +25,9 @@ def bench(plan: Plan, folder: Path, parallel: int, say: Callable[[str], None]) -
     """Run what is missing in `folder`, then write everything.
 
     Raises:
-        UserError: a job failed, or `folder` holds another plan's.
+        UserError: a job failed, `folder` holds another plan's, or matplotlib is not installed.
     """
+    require_plots()
     folder.mkdir(parents=True, exist_ok=True)
     refuse_other_settings(plan, folder)
     planned = jobs(plan)

@@ -1,10 +1,10 @@
 """The table of the docs: each reward in an environment that holds the core and this reward's extra, nothing else.
 
-    python benchmarks/reward_table.py --folder /tmp/reward_table --output runs/reward_table.md
+    python -m benchmarks reward-table --folder /tmp/reward_table --output runs/reward_table.md
 
 Makes a virtual environment with the core install of this checkout, once, and for each extra another one that sees the
 core's packages through a .pth file and gets `pip install 'opd-ds[extra]'`, the line that our messages give. Each reward
-is then probed in its environment by `reward_probe.py`: does it import, does it score (with small random weights of the
+is then probed in its environment by `probe.py`: does it import, does it score (with small random weights of the
 true architecture, or its real models where these come with pip), does it refuse a file that lacks a tensor, what does
 it say without weights, and in the core environment without its extra. Environments that exist are used again.
 `--constraint` is handed to pip, for a machine without a GPU: torch==2.13.0 keeps the CPU build.
@@ -12,15 +12,26 @@ it say without weights, and in the core environment without its extra. Environme
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from opd_ds.utils.markdown import markdown_table
+
+ROOT = Path(__file__).resolve().parents[2]
+_HEAD = (
+    "reward",
+    "installs alone",
+    "imports",
+    "scores",
+    "refuses a wrong file",
+    "without weights",
+    "without the extra",
+)
 Report = dict[str, Any]
 
 
@@ -68,7 +79,7 @@ def with_extra(folder: Path, base: Path, extra: str, options: list[str]) -> Path
 
 
 def probe(environment: Path, name: str, folder: Path) -> Report:
-    command = [str(python_of(environment)), str(ROOT / "benchmarks" / "reward_probe.py"), name, str(folder)]
+    command = [str(python_of(environment)), str(Path(__file__).with_name("probe.py")), name, str(folder)]
     nowhere = {"OPD_DS_WEIGHTS": str(folder / "none"), "HF_HOME": str(folder / "none"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | nowhere)
     if done.returncode != 0:
@@ -76,9 +87,9 @@ def probe(environment: Path, name: str, folder: Path) -> Report:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def row(name: str, extra: str | None, added: list[str], report: Report, without: Report) -> str:
+def row(name: str, extra: str | None, added: list[str], report: Report, without: Report) -> list[str]:
     said = report.get("check", "").partition("; ")[0]
-    cells = [
+    return [
         f"`{name}`",
         f"`{extra}`: {', '.join(added)}" if extra else "core",
         report["imports"],
@@ -87,36 +98,28 @@ def row(name: str, extra: str | None, added: list[str], report: Report, without:
         said or "-",
         without.get("check", "").partition(": ")[2] or "-",
     ]
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the environments are made")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--constraint", action="append", default=[], help="a pip constraint, repeatable")
-    options = parser.parse_args()
-    folder = options.folder.resolve()
+def bench(folder: Path, constraints: Iterable[str], say: Callable[[str], None]) -> str:
+    """The table.
+
+    Args:
+        folder: where the environments are made.
+        constraints: of pip.
+    """
+    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "constraints.txt").write_text("\n".join(options.constraint) + "\n")
+    (folder / "constraints.txt").write_text("\n".join(constraints) + "\n")
     pip = ["--constraint", str(folder / "constraints.txt")]
     base = core(folder, pip)
-    listed = json.loads(output_of(python_of(base), "-m", "opd_ds.cli", "rewards", "list", "--json"))
-    lines = [
-        "| reward | installs alone | imports | scores | refuses a wrong file | without weights | without the extra |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for reward in listed:
+    rows = []
+    for reward in json.loads(output_of(python_of(base), "-m", "opd_ds.cli", "rewards", "list", "--json")):
         name, extra = reward["name"], reward.get("extra")
         environment = with_extra(folder, base, extra, pip) if extra else base
         place = folder / "files" / name
         place.mkdir(parents=True, exist_ok=True)
         without = probe(base, name, place) if extra else {}
-        lines.append(row(name, extra, packages(environment) if extra else [], probe(environment, name, place), without))
-        print(lines[-1], flush=True)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text("\n".join(lines) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        added = packages(environment) if extra else []
+        rows.append(row(name, extra, added, probe(environment, name, place), without))
+        say(", ".join(rows[-1]))
+    return markdown_table(_HEAD, rows, len(_HEAD))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from opd_ds.miniature.world import TASKS
+from opd_ds.utils.markdown import markdown_table
 
 PICTURES = {
     "methods.png": "Mean reward by task; whiskers: standard deviation over seeds",
@@ -31,7 +32,7 @@ def as_markdown(summary: dict[str, Any]) -> str:
         "seeds). *average*: mean over tasks of min-max normalised means, over base, teachers, opd, joint and cascade. "
         "Budgets are compared in pass units: a forward pass is 1, a backward pass 2. Seconds are those of rounds, "
         "several jobs at a time.",
-        _table(summary["methods"]),
+        _table(summary["methods"]).rstrip(),
         f"Settings: {settings}.",
         "## Claims",
         "\n".join([*claims, *notes]),
@@ -42,13 +43,12 @@ def as_markdown(summary: dict[str, Any]) -> str:
 
 
 def _table(methods: dict[str, Any]) -> str:
-    head = ["method", *TASKS, "average", "passes", "pass units", "seconds"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    rows = []
     for name, found in methods.items():
         average = "-" if found["average"] is None else f"{found['average']:.3f}"
         costs = [f"{found[key]:,.0f}" for key in ("passes", "pass_units", "seconds")]
-        lines.append([name, *(_cell(found["tasks"][task]) for task in TASKS), average, *costs])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        rows.append([name, *(_cell(found["tasks"][task]) for task in TASKS), average, *costs])
+    return markdown_table(["method", *TASKS, "average", "passes", "pass units", "seconds"], rows)
 
 
 def _cell(found: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from benchmarks.jobs import Job
+from benchmarks.paper.jobs import Job
 from opd_ds.checkpoint.export_student import EXPORT_FOLDER
 from opd_ds.config.loading import load_config
 from opd_ds.config.schema import RunConfig
@@ -135,7 +135,7 @@ def jobs(plan: Plan) -> list[Job]:
     return [
         Job(BASE, tuple(base), seconds=_START + _HELD_OUT * plan.samples_per_prompt * (10 * _FORWARD + _PICTURE)),
         *(run.job() for run in runs(plan)),
-        Job(GRADIENTS, variance, (first,), "benchmarks.gradients", _START + states * _BACKWARD),
+        Job(GRADIENTS, variance, (first,), "benchmarks.paper.gradients", _START + states * _BACKWARD),
     ]
 
 

@@ -1,6 +1,6 @@
-"""What one reward does in the environment that runs this; `reward_table.py` starts it. Prints one JSON object.
+"""What one reward does in the environment that runs this; `table.py` starts it. Prints one JSON object.
 
-python benchmarks/reward_probe.py NAME FOLDER
+python benchmarks/rewards/probe.py NAME FOLDER
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def scores(name: str, options: dict[str, Any]) -> str:
 
 def main(name: str, folder: Path) -> None:
     # The installed package goes before the checkout, which is here for its tests' small weights only.
-    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
     from tests.rewards.tiny_weights import WITH_WEIGHTS, make
 
     reward_class(name)

@@ -1,6 +1,6 @@
 """How well, and how fast, the OCR reward reads drawn text.
 
-    python benchmarks/ocr_accuracy.py --output runs/ocr_accuracy.json
+    python -m benchmarks ocr-accuracy --output runs/ocr_accuracy.json
 
 Draws pictures of 512 x 512 with one to four words each, in the fonts found on this machine: size, colours, rotation and
 position vary. The same texts are drawn once on flat ground and once over filled circles and boxes. Prints the mean
@@ -9,12 +9,10 @@ score, what was not read exactly, and the time per picture by number of workers.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,25 +117,13 @@ def measure(reward: Reward, drawn: list[tuple[Image.Image, str]]) -> dict[str, A
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+def bench(count: int, workers: Iterable[int], seed: int) -> dict[str, Any]:
+    """By ground and number of workers, what `measure` says."""
     result: dict[str, Any] = {"fonts": len(fonts())}
-    for workers in options.workers:
-        reward = build("ocr", workers=workers)
-        reward.score([image for image, _ in pictures(workers, options.seed, False)], ['"warm-up"'] * workers)
+    for number in workers:
+        reward = build("ocr", workers=number)
+        reward.score([image for image, _ in pictures(number, seed, False)], ['"warm-up"'] * number)
         for name, shapes in (("flat ground", False), ("over shapes", True)):
-            result[f"{name}, {workers} workers"] = measure(reward, pictures(options.count, options.seed, shapes))
+            result[f"{name}, {number} workers"] = measure(reward, pictures(count, seed, shapes))
         result["identity"] = reward.identity()
-    print(json.dumps(result, indent=1))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return result

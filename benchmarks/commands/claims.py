@@ -1,0 +1,58 @@
+"""Commands that check claims: the paper's, and that every family is wired right."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def paper_miniature(
+    output_dir: Annotated[Path, typer.Option(help="runs, table.csv, summary.json, README.md and plots go here")],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="one seed, an eighth of the rounds: shows that it runs, not what is true")
+    ] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="how many; default: 3, with --quick 1")] = None,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="jobs at a time, each on one core; default: the cores, at most 4")
+    ] = None,
+) -> None:
+    """Does distilling specialists beat joint and cascaded learning? In the miniature; the same command goes on."""
+    from dataclasses import replace
+
+    from benchmarks.paper.bench import bench
+    from benchmarks.paper.plan import FULL, QUICK
+
+    plan = QUICK if quick else FULL
+    if seeds is not None:
+        plan = replace(plan, seeds=tuple(range(seeds)))
+    bench(plan, output_dir, parallel or min(4, os.cpu_count() or 1), typer.echo)
+
+
+def miniature_table(
+    output_dir: Annotated[Path, typer.Option(help="runs, table.json and table.md go here")],
+    seeds: Annotated[int, typer.Option(min=1, help="how many")] = 3,
+    kind: Annotated[list[str] | None, typer.Option(help="of student, full or lora, repeatable; default: both")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="ranks of each run; they change no result")] = 2,
+    parallel: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="of every run, as in `opd-ds train`")] = None,
+) -> None:
+    """Does the shipped miniature's student keep each teacher's gain? Over seeds; the same command goes on."""
+    from benchmarks.paper.miniature_table import bench
+
+    bench(output_dir, kind or [], seeds, processes, parallel, settings or [], typer.echo)
+
+
+def families(
+    output_dir: Annotated[Path, typer.Option(help="families.json, families.md and tiny_runs/ (made anew) go here")],
+    family: Annotated[list[str] | None, typer.Option(help="only this one, repeatable; default: all")] = None,
+) -> None:
+    """Does every model family draw as diffusers does, train under ZeRO-3 and come back? Exit code 1 where one fails."""
+    from benchmarks.families import bench_families
+    from opd_ds.utils.logging import quiet_libraries
+
+    quiet_libraries()
+    if not bench_families(output_dir, family or [], typer.echo):
+        raise typer.Exit(1)

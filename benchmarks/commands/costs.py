@@ -1,0 +1,92 @@
+"""Commands that measure memory and time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def plan_memory(
+    output_dir: Annotated[Path, typer.Option(help="plan.json, plan.md and one folder per configuration go here")],
+    full_size: Annotated[
+        bool, typer.Option("--full-size", help="a real model's true width, randomly initialised, instead of 59 M")
+    ] = False,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="with --full-size: whose, repeatable; default: stable-diffusion-3.5-medium"),
+    ] = None,
+    lora_layers: Annotated[int, typer.Option(help="with --full-size: of LoRA students, each kind of block")] = 24,
+    full_layers: Annotated[int, typer.Option(help="with --full-size: of full-parameter students")] = 24,
+) -> None:
+    """Is a plan's memory right? Against processes that run it; the same command goes on."""
+    from opd_ds.cluster.rendezvous import prepare_environment
+    from opd_ds.cluster.world import World
+
+    prepare_environment(World())
+    from benchmarks.full_size import DEFAULT_MODEL, cases
+    from benchmarks.plan_memory import CASES, bench
+    from opd_ds.utils.logging import quiet_libraries
+
+    quiet_libraries()
+    chosen = cases(model or [DEFAULT_MODEL], lora_layers, full_layers) if full_size else CASES
+    bench(output_dir, typer.echo, chosen)
+
+
+def speed(
+    output_dir: Annotated[Path, typer.Option(help="speed.json, speed.md, plots and one folder per job go here")],
+    size: Annotated[str, typer.Option(help="miniature, 50m or sd35m (GPU only)")] = "miniature",
+    world_sizes: Annotated[
+        str | None,
+        typer.Option(help="ranks, as in 1,2; ratios are of the first; default: 1, 2, 4 as cores or GPUs allow"),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="trajectories per task and device; the public code has 3")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="the ratios on one device alone")] = False,
+    check: Annotated[
+        Path | None, typer.Option(help="an earlier speed.json: exit code 1 where a ratio is less than 0.6 of it")
+    ] = None,
+) -> None:
+    """How much faster than the public loop, on the same work? The same command goes on."""
+    from opd_ds.cluster.rendezvous import prepare_environment
+    from opd_ds.cluster.world import World
+    from opd_ds.errors import UserError
+
+    prepare_environment(World())
+    from dataclasses import replace
+
+    from benchmarks.plots import require_plots
+    from benchmarks.speed import speed as measured
+    from benchmarks.speed.report import write_report
+    from opd_ds.utils.logging import quiet_libraries
+
+    quiet_libraries()
+    require_plots()
+    chosen = measured.size_named(size)
+    parts = (world_sizes or measured.usual_worlds()).split(",")
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"--world-sizes {world_sizes}: needs numbers of ranks, as in 1,2,4")
+    plan = measured.quick(chosen) if quick else measured.Bench(chosen, worlds=tuple(map(int, parts)))
+    found = measured.bench(replace(plan, samples=samples), output_dir, typer.echo)
+    write_report(found, output_dir)
+    typer.echo(f"table: {output_dir / 'speed.md'}")
+    slower = measured.check(found, check) if check else []
+    for line in slower:
+        typer.echo(f"slower: {line}", err=True)
+    if slower:
+        raise typer.Exit(1)
+
+
+def checkpoint_cost(
+    folder: Annotated[Path, typer.Option(help="for checkpoints; removed in the end")],
+    millions: Annotated[int, typer.Option(min=1, help="of the student's parameters")] = 50,
+    repeats: Annotated[int, typer.Option(min=1, help="saves of each kind, in turns")] = 5,
+) -> None:
+    """How long does a round wait for its checkpoint, written at once and in the background?"""
+    from opd_ds.cluster.rendezvous import prepare_environment
+    from opd_ds.cluster.world import World
+
+    prepare_environment(World())
+    from benchmarks.checkpoint_cost import bench
+
+    bench(millions, folder, repeats)

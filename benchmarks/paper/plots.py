@@ -1,0 +1,83 @@
+"""The bench's pictures, each with the numbers behind it as CSV."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper.table import WITH_TEACHERS, Findings, Point
+from benchmarks.plots import grouped_bars, panels, write_csv, write_png
+from opd_ds.miniature.world import TASKS
+
+_MILLION_UNITS = "million pass units (forward + 2 x backward)"
+Curves = dict[tuple[str, str], list[Point]]  # by name and seed
+
+
+def draw_all(findings: Findings, methods: dict[str, Any], folder: Path) -> None:
+    """`methods`: as in summary.json."""
+    _curves(
+        {(name, str(seed)): curve for (name, seed), curve in findings.curves.items()}, folder / "reward_against_passes"
+    )
+    _curves({(kind, ""): curve for kind, curve in findings.convergence.items()}, folder / "ode_sde")
+    _methods({name: found for name, found in methods.items() if name != WITH_TEACHERS}, folder / "methods")
+    _gradients(findings.gradients, folder / "gradient_variance")
+
+
+def _curves(curves: Curves, place: Path) -> None:
+    lines: list[dict[str, Any]] = []
+    for (name, seed), curve in curves.items():
+        for point in curve:
+            cost = {"passes": point.passes.total, "pass_units": point.passes.units}
+            lines += [{"name": name, "seed": seed, "task": t, **cost, "reward": r} for t, r in point.rewards.items()]
+    write_csv(place.with_suffix(".csv"), lines)
+    figure, axes = panels(len(TASKS))
+    colours = {name: f"C{number}" for number, name in enumerate(dict.fromkeys(name for name, _ in curves))}
+    for one, task in zip(axes, TASKS, strict=True):
+        one.set(title=task, xlabel=_MILLION_UNITS)
+        for (name, _), curve in curves.items():
+            units = [point.passes.units / 1e6 for point in curve]
+            one.plot(units, [point.rewards[task] for point in curve], ".-", color=colours[name], label=name)
+    write_png(figure, place.with_suffix(".png"))
+
+
+def _methods(methods: dict[str, Any], place: Path) -> None:
+    lines = [
+        {"method": name, "task": task, **found["tasks"][task]} for name, found in methods.items() for task in TASKS
+    ]
+    write_csv(place.with_suffix(".csv"), lines)
+    means, spreads = (
+        {name: [found["tasks"][task][key] for task in TASKS] for name, found in methods.items()}
+        for key in ("mean", "spread")
+    )
+    averages = {name: [math.nan if found["average"] is None else found["average"]] for name, found in methods.items()}
+    figure, (left, right) = panels(2)
+    left.set_title("mean reward on held-out prompts")
+    grouped_bars(left, TASKS, means, spreads)
+    right.set_title("min-max normalised average")
+    grouped_bars(right, ["average"], averages)
+    write_png(figure, place.with_suffix(".png"))
+
+
+def _gradients(report: dict[str, Any], place: Path) -> None:
+    keys = ("mean_norm2", "variance", "noise_variance")
+    lines = [
+        {
+            "step": entry["step"],
+            "sigma": entry["sigma"],
+            **{f"{kind}_{key}": entry[kind][key] for kind in ("closed_form", "ppo") for key in keys},
+            **{key: entry[key] for key in ("ratio", "distance2", "distance2_expected")},
+        }
+        for entry in report["steps"]
+    ]
+    write_csv(place.with_suffix(".csv"), lines)
+    steps = [entry["step"] for entry in report["steps"]]
+    figure, (left, right) = panels(2)
+    label = "step, from noise to picture"
+    left.set(title="total variance of the gradient", xlabel=label, yscale="log")
+    for name, kind in {"closed form": "closed_form", "PPO-style": "ppo"}.items():
+        left.plot(steps, [entry[kind]["variance"] for entry in report["steps"]], ".-", label=name)
+    right.set(title="ratio of the variances", xlabel=label, yscale="log")
+    ratios = [entry["ratio"] for entry in report["steps"]]
+    right.plot(steps, ratios, ".-", color="C2", label="PPO-style / closed form")
+    write_png(figure, place.with_suffix(".png"))
