@@ -1,6 +1,6 @@
 """One run, killed with SIGKILL while it writes checkpoints, again and again, until it is done.
 
-    python tests/crash_trials.py CONFIG KILLS SEED
+    python -m tests.crash_trials CONFIG KILLS SEED
 
 Libraries are imported once; each attempt is a fork, so that a trial takes seconds. The moment of a kill is random
 within the time a checkpoint takes to write, and every file operation of it is slowed, so that all its steps are hit.

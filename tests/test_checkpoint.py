@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,8 @@ from opd_ds.config.algorithms import DistilConfig
 from opd_ds.engine import Group, ShardReader
 from opd_ds.errors import DamagedCheckpointError, UserError
 from opd_ds.runs.train import train
-from tests.test_multirank import metrics
+from tests.ranks import launch
+from tests.runs import metrics
 from tests.tiny import run_settings, write_config
 
 STATE = {"round": 0, "shapes": {}}
@@ -164,19 +164,23 @@ def test_a_requeued_job_goes_on_from_what_it_made(
     assert "abandoned-2-round-000003" in names(tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"model__height": 8}, r"base\.latent_shape was \[4, 8, 8\] and is now \[4, 4, 8\]"),
-        ({"model__max_text_length": 8}, r"base\.max_text_length was 10 and is now 8"),
-    ],
-)
-def test_other_pictures_are_another_run(
-    run: Callable[..., list[dict[str, float]]], change: dict[str, int], said: str
+def test_a_resume_of_another_run_is_refused(
+    run: Callable[..., list[dict[str, float]]], tiny_world: Path, tmp_path: Path
 ) -> None:
+    """What decides a run's numbers: settings, sizes, and files by what is in them."""
     run("out", run__rounds=1)
-    with pytest.raises(UserError, match=said):
-        run("out", run__rounds=2, **change)
+    (tmp_path / "fewer.txt").write_text("a red 3\n")
+    others = {
+        r"rollout\.steps was 4 and is now 5": {"rollout__steps": 5},
+        r"optimizer\.lr was 0\.001 and is now 0\.002": {"optimizer__lr": 0.002},
+        r"base\.latent_shape was \[4, 8, 8\] and is now \[4, 4, 8\]": {"model__height": 8},
+        r"base\.max_text_length was 10 and is now 8": {"model__max_text_length": 8},
+        r"tasks\.one\.teacher_sha256 was": {"tasks__one__teacher__path": str(tiny_world / "base")},
+        r"tasks\.one\.prompts_sha256 was": {"tasks__one__prompts": str(tmp_path / "fewer.txt")},
+    }
+    for said, change in others.items():
+        with pytest.raises(UserError, match=said):
+            run("out", run__rounds=2, **change)
 
 
 def test_an_old_checkpoint_that_does_not_go_away_stops_nothing(
@@ -216,26 +220,20 @@ def test_a_rank_that_does_not_see_the_files_is_no_damage(
     assert names(tmp_path) == ["latest", "round-000001"]
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_kill_9_while_checkpoints_are_written(tiny_world: Path, tmp_path: Path, seed: int) -> None:
-    """Twenty random moments: nothing beyond the last published checkpoint is lost, and no number differs."""
-    changes = {"run__rounds": 24, "run__checkpoint_every": 1, "evaluation__steps": 1}
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_kill_9_while_checkpoints_are_written(tiny_world: Path, tmp_path: Path, kills: int) -> None:
+    """At random moments: nothing beyond the last published checkpoint is lost, and no number differs."""
+    changes = {"run__rounds": kills + 4, "run__checkpoint_every": 1, "evaluation__steps": 1}
     for name in ("whole", "killed"):
         write_config(tmp_path / f"{name}.yaml", run_settings(tiny_world, tmp_path / name, **changes))
-    kills = {"whole": 0, "killed": 20}
-    script = str(Path(__file__).parent / "crash_trials.py")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     reports = {}
-    for name, count in kills.items():
-        command = [sys.executable, script, str(tmp_path / f"{name}.yaml"), str(count), str(seed)]
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-        log = (tmp_path / f"{name}.log").read_text()
-        assert ended.returncode == 0, ended.stderr[-3000:] + log[-3000:]
-        reports[name] = json.loads(ended.stdout.splitlines()[-1])
-    assert reports["killed"]["kills"] == 20
+    for name, count in (("whole", 0), ("killed", kills)):
+        trials = launch(1, str(tmp_path / f"{name}.yaml"), str(count), "0", script="tests.crash_trials", timeout=600)
+        reports[name] = json.loads(trials.stdout.splitlines()[-1])
+    assert reports["killed"]["kills"] == kills
     assert reports["killed"]["status"] == 0
     began = reports["killed"]["began"]
-    assert len(began) == 21
+    assert len(began) == kills + 1
     # Each attempt went on where the newest published checkpoint was: one round a kill, at the most.
     log = (tmp_path / "killed.log").read_text()
     resumed = [int(line.split(", ")[-1].split()[0]) for line in log.splitlines() if line.startswith("resumed from")]

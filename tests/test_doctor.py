@@ -28,7 +28,8 @@ from opd_ds.doctor.meeting import Meeting, StoppedError
 from opd_ds.doctor.network import Measured
 from opd_ds.doctor.table import print_report
 from opd_ds.errors import UserError
-from tests.tiny import launch, run_settings, write_config
+from tests.ranks import fork, launch
+from tests.tiny import run_settings, write_config
 
 MIB = 2**20
 
@@ -392,19 +393,19 @@ def test_a_rank_that_dies_in_between(
 
 
 def test_missing_ranks_are_named_and_nobody_waits_for_ever(tmp_path: Path) -> None:
-    """Rank 0 of 3 alone, then rank 1 alone: real processes, real exit codes."""
+    """Rank 0 of 3 alone, then rank 1 alone: processes of their own, with exit codes."""
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
-    command = ["-m", "opd_ds.cli", "doctor", "--timeout", "2", "--output-dir", str(tmp_path)]
-    ended = run(environment | {"RANK": "0", "LOCAL_RANK": "0"}, *command, "--json")
-    report = json.loads(ended.stdout)
+    command = ("-m", "opd_ds.cli", "doctor", "--timeout", "2", "--output-dir", str(tmp_path))
+    first = fork(*command, "--json", environment=environment | {"RANK": "0", "LOCAL_RANK": "0"})
+    assert first.wait(120) == 1
+    report = report_in(first.output)
     (ranks,) = [item for item in report["findings"] if item["what"] == "ranks"]
     assert "ranks 1-2 did not arrive within 2 s" in ranks["problem"]
     assert any(item["what"] == "torch" and item["found"] for item in report["findings"])
-    assert ended.returncode == 1
-    ended = run(environment | {"RANK": "1", "LOCAL_RANK": "1"}, *command)
-    assert "cannot reach rank 0 within 2 s" in ended.stderr
-    assert "Traceback" not in ended.stderr
-    assert ended.returncode == 2
+    second = fork(*command, environment=environment | {"RANK": "1", "LOCAL_RANK": "1"})
+    assert second.wait(120) == 2
+    assert "cannot reach rank 0 within 2 s" in second.output
+    assert "Traceback" not in second.output
 
 
 # ---- the command ----
@@ -434,11 +435,11 @@ def test_an_unknown_recipe_is_a_finding_without_traceback() -> None:
     assert "recipe 'nonsense': unknown" in next(f for f in report["findings"] if f["what"] == "run config")["problem"]
 
 
-# ---- under the launcher ----
+# ---- on several ranks ----
 
 
 def report_in(output: str) -> dict[str, Any]:
-    """The JSON among the launcher's own lines."""
+    """The JSON among other lines."""
     begin = output.index('{\n "ok"')
     return json.JSONDecoder().raw_decode(output[begin:])[0]  # type: ignore[no-any-return]
 

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from opd_ds.config.algorithms import DistilConfig
 from opd_ds.engine import Group, consolidated_weights
 from opd_ds.runs.train import train
-from tests.test_multirank import assert_close, metrics
-from tests.tiny import ALL_SHARDED, TRAIN_MANY, launch, run_settings, write_config
+from tests.ranks import TRAIN_MANY, launch
+from tests.runs import assert_close, metrics
+from tests.tiny import ALL_SHARDED, run_settings, write_config
 
 pytestmark = pytest.mark.multirank
 ROUNDS, WRITTEN = 5, 2

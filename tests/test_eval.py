@@ -28,7 +28,8 @@ from opd_ds.runs import setup as preparation
 from opd_ds.runs.evaluate import Choice, evaluate
 from opd_ds.runs.model_specs import Requests
 from opd_ds.runs.train import train
-from tests.tiny import PROMPTS, launch, run_settings, write_config
+from tests.ranks import launch
+from tests.tiny import PROMPTS, run_settings, write_config
 
 Evaluate = Callable[..., Results]
 

@@ -21,7 +21,7 @@ from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.evaluation.tables import gain_kept
 from opd_ds.runs.train import train
-from tests.test_multirank import metrics
+from tests.runs import metrics
 from tests.tiny import run_settings, write_config
 
 Run = Callable[..., Path]

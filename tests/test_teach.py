@@ -26,8 +26,9 @@ from opd_ds.rewards import Needs
 from opd_ds.runs.setup import Parts, prepare
 from opd_ds.runs.train import train
 from opd_ds.training.rl.reward_worker import RewardScorer
-from tests.test_multirank import assert_close, metrics
-from tests.tiny import ALL_SHARDED, TRAIN_MANY, launch, run_settings, with_changes, write_config
+from tests.ranks import TRAIN_MANY, launch
+from tests.runs import assert_close, metrics
+from tests.tiny import ALL_SHARDED, run_settings, with_changes, write_config
 
 NFT: dict[str, Any] = {"algorithm": "nft", "group": 4}
 GUARD: dict[str, Any] = {"algorithm": "guard", "group": 4, "clip": 0.1}

@@ -18,7 +18,7 @@ from opd_ds.rewards import Needs
 from opd_ds.runs.reward_eval import AsyncRewardEval, RewardRecord
 from opd_ds.runs.train import train
 from opd_ds.training.trainer import RolloutResult
-from tests.test_multirank import metrics
+from tests.runs import metrics
 from tests.tiny import run_settings
 
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +13,11 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from opd_ds.models import lora
-from opd_ds.testing import train_many
 from opd_ds.testing.tiny.sd3 import PROMPTS
 from opd_ds.testing.tiny.sd3 import write as write_pipeline
 
 # Everything is under the default persistence threshold here and would never be partitioned.
 ALL_SHARDED = str(Path(__file__).parent / "all_sharded.json")
-# For `launch`: several configs in one process group.
-TRAIN_MANY = train_many.__name__
 TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
 
 
@@ -91,53 +84,3 @@ def with_changes(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any
 def write_config(file: Path, data: dict[str, Any]) -> Path:
     file.write_text(yaml.safe_dump(data))
     return file
-
-
-def command_line(ranks: int, *arguments: str, script: str | None = None, command: str = "train") -> list[str]:
-    """`opd-ds <command>`, or `script` (a file or a module), on `ranks` processes, several by the deepspeed launcher."""
-    if ranks == 1:
-        return [sys.executable, "-m", "opd_ds.cli", command, *arguments]
-    start = train_many.under_launcher(ranks)
-    if script is None:
-        return [*start, "--module", "opd_ds.cli", command, *arguments]
-    return [*start, *([] if script.endswith(".py") else ["--module"]), script, *arguments]
-
-
-def launch(
-    ranks: int,
-    *arguments: str,
-    script: str | None = None,
-    command: str = "train",
-    timeout: float = 300,
-    check: bool = True,
-) -> subprocess.CompletedProcess[str]:
-    """Run to the end; with `check` a failure shows the run's output."""
-    return finish(start(ranks, *arguments, script=script, command=command), timeout, check)
-
-
-def finish(process: subprocess.Popen[str], timeout: float, check: bool) -> subprocess.CompletedProcess[str]:
-    """Wait for a process that leads its own group; past `timeout` seconds the whole group is killed."""
-    try:
-        out, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, _ = process.communicate()
-        raise AssertionError(f"{process.args}: still running after {timeout} s:\n{out[-4000:]}") from None
-    if check:
-        assert process.returncode == 0, out[-6000:]
-    return subprocess.CompletedProcess(process.args, process.returncode, out)
-
-
-def start(ranks: int, *arguments: str, script: str | None = None, command: str = "train") -> subprocess.Popen[str]:
-    """Start in a process group of its own."""
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    return subprocess.Popen(
-        command_line(ranks, *arguments, script=script, command=command),
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )

@@ -53,8 +53,8 @@ class _Beat:
 class Watchdog:
     """One rank's view of the others. `progress` and `claim` are for the main thread, the rest is its own thread's."""
 
-    def __init__(self, world: World, beat_seconds: float = BEAT_SECONDS, lost_seconds: float = LOST_SECONDS) -> None:
-        self._world, self._beat_seconds, self._lost_seconds = world, beat_seconds, lost_seconds
+    def __init__(self, world: World) -> None:
+        self._world, self._beat_seconds, self._lost_seconds = world, BEAT_SECONDS, LOST_SECONDS
         self._host = socket.gethostname()
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         client = TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT, wait_for_workers=False)

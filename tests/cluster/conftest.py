@@ -16,8 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import finish
-
 HERE = Path(__file__).parent
 COMMANDS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "sshd", "ssh-keygen", "pdsh", "unshare", "nsenter")
 
@@ -117,6 +115,19 @@ class Cluster:
 
     def _process_1(self, node: str) -> int:
         return int((self.folder / "pids" / node).read_text().split()[0])
+
+
+def finish(process: subprocess.Popen[str], timeout: float, check: bool) -> subprocess.CompletedProcess[str]:
+    """Wait for a process that leads its own group; past `timeout` seconds the whole group is killed."""
+    try:
+        out, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, _ = process.communicate()
+        raise AssertionError(f"{process.args}: still running after {timeout} s:\n{out[-4000:]}") from None
+    if check:
+        assert process.returncode == 0, out[-6000:]
+    return subprocess.CompletedProcess(process.args, process.returncode, out)
 
 
 def up(folder: Path) -> None:

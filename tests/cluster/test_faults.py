@@ -20,9 +20,10 @@ from opd_ds.checkpoint.store import latest_checkpoint
 from opd_ds.config.paths import package_root
 from tests.cluster.conftest import Cluster
 from tests.crash_trials import drafts
+from tests.ranks import launch
+from tests.runs import assert_close, metrics, wait_for_rounds
 from tests.test_checkpoint import bit_flip
-from tests.test_multirank import _wait_for_rounds, assert_close, metrics
-from tests.tiny import ALL_SHARDED, launch, run_settings, write_config
+from tests.tiny import ALL_SHARDED, run_settings, write_config
 
 SCRIPT = package_root().resolve().parent / "launchers" / "slurm_train.sbatch"
 PATIENCE = 300  # seconds: a start of two ranks is a minute on busy cores
@@ -48,7 +49,7 @@ class Survivor:
     def after(self, rounds: int, fault: str, act: Callable[[], object]) -> None:
         """Let the job get on by some rounds, do it harm, wait until it runs again."""
         file = self.folder / "metrics.jsonl"
-        _wait_for_rounds(self.folder, len(file.read_text().splitlines()) + rounds if file.is_file() else rounds)
+        wait_for_rounds(self.folder, len(file.read_text().splitlines()) + rounds if file.is_file() else rounds)
         self._harm(fault, act)
 
     def while_writing(self, fault: str, act: Callable[[], object], delay: float) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from opd_ds.config.paths import package_root
 from tests.cluster.conftest import Cluster
-from tests.test_multirank import metrics
-from tests.tiny import launch
+from tests.ranks import launch
+from tests.runs import metrics
 
 LAUNCHERS = package_root().resolve().parent / "launchers"
 TASKS = ("text", "composition", "look")
