@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.family_checks import KINDS, Trial
+from benchmarks.family_trial import KINDS, Trial
 from opd_ds.config.paths import package_root
 from opd_ds.errors import UserError, nearest
 from opd_ds.models import FAMILIES

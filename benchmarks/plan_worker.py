@@ -90,8 +90,8 @@ def _tiny(config: RunConfig, folder: Path) -> RunConfig:
     """The same run of the family's tiny pipeline; all its teachers are the base."""
     import torch
 
-    from benchmarks.family_checks import tiny_module
     from opd_ds.models import build_family
+    from opd_ds.testing.family_checks import tiny_module
 
     name = config.model.family
     base = tiny_module(name).write(folder)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from opd_ds.errors import UserError
+from opd_ds.testing import family_checks as checks
 from opd_ds.testing.tiny import flux as tiny
-from tests import family_checks as checks
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +29,10 @@ def test_guidance_is_an_input_and_costs_no_pass(base: Path) -> None:
     family = checks.build("flux", base)
     network, cond, passes = family.load_transformer(), family.encode(checks.PROMPTS), []
     network.register_forward_pre_hook(lambda m, a, k: passes.append(k["guidance"].tolist()), with_kwargs=True)
-    x, sigma = checks.noise(family).draw(slice(None)), torch.tensor([0.5, 0.9, 0.1])
+    x, sigma = checks.noise(family).draw(slice(None)), torch.tensor([0.5, 0.9, 0.1, 0.3])
     family.guided_velocity(network, x, sigma, cond, cond[:1], 3.5)
     family.velocity(network, x, sigma, cond)
-    assert passes == [[3.5] * 3, [1.0] * 3]
+    assert passes == [[3.5] * 4, [1.0] * 4]
     assert family.passes(3.5) == 1
 
 
@@ -53,7 +53,7 @@ def test_exports_draw_the_same_in_diffusers(base: Path, tmp_path: Path) -> None:
 
 
 def test_finite_at_both_ends(base: Path) -> None:
-    checks.check_finite_at_both_ends("flux", base)
+    assert checks.finite_at_both_ends(lambda dtype: checks.build("flux", base, dtype))
 
 
 def test_refusals(base: Path, tmp_path: Path) -> None:

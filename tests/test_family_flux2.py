@@ -11,8 +11,8 @@ from opd_ds.config.loading import parse_config
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.runs.setup import prepare
+from opd_ds.testing import family_checks as checks
 from opd_ds.testing.tiny import flux2 as tiny
-from tests import family_checks as checks
 from tests.tiny import run_settings
 
 
@@ -38,7 +38,7 @@ def test_exports_draw_the_same_in_diffusers(base: Path, tmp_path: Path) -> None:
 
 
 def test_finite_at_both_ends(base: Path) -> None:
-    checks.check_finite_at_both_ends("flux2", base)
+    assert checks.finite_at_both_ends(lambda dtype: checks.build("flux2", base, dtype))
 
 
 def test_the_distilled_model_is_drawn_without_guidance(tmp_path: Path) -> None:

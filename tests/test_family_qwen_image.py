@@ -10,8 +10,8 @@ import torch
 from opd_ds.errors import UserError
 from opd_ds.models import ModelFamily
 from opd_ds.models.qwen_image import pack, unpack
+from opd_ds.testing import family_checks as checks
 from opd_ds.testing.tiny import qwen_image as tiny
-from tests import family_checks as checks
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_exports_draw_the_same_in_diffusers(family: ModelFamily, tmp_path: Path)
 
 
 def test_finite_at_both_ends(base: Path) -> None:
-    checks.check_finite_at_both_ends("qwen_image", base)
+    assert checks.finite_at_both_ends(lambda dtype: checks.build("qwen_image", base, dtype))
 
 
 def test_refusals(base: Path, family: ModelFamily, tmp_path: Path) -> None:

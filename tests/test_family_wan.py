@@ -13,7 +13,6 @@ from diffusers import UniPCMultistepScheduler, WanPipeline
 from peft import LoraConfig
 from torch import Tensor
 
-from benchmarks.family_checks import trajectory
 from opd_ds.config.algorithms import DistilConfig
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.engine import Group
@@ -21,6 +20,7 @@ from opd_ds.errors import UserError
 from opd_ds.models import lora
 from opd_ds.models.wan import Wan
 from opd_ds.runs.setup import prepare
+from opd_ds.testing.family_checks import trajectory
 from opd_ds.testing.tiny import wan
 from tests.tiny import ALL_SHARDED
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from opd_ds.models import ModelFamily
+from opd_ds.testing import family_checks as checks
 from opd_ds.testing.tiny import z_image as tiny
-from tests import family_checks as checks
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +31,11 @@ def test_it_draws_what_the_pipeline_draws(family: ModelFamily) -> None:
 def test_guidance_is_the_pipelines_scale_plus_one(family: ModelFamily) -> None:
     network, cond, rows = family.load_transformer(), family.encode(checks.PROMPTS), []
     network.register_forward_pre_hook(lambda m, a, k: rows.append(len(k["x"])), with_kwargs=True)
-    x, sigma = checks.noise(family).draw(slice(None)), torch.tensor([0.5, 0.9, 0.1])
+    x, sigma = checks.noise(family).draw(slice(None)), torch.tensor([0.5, 0.9, 0.1, 0.3])
     with torch.no_grad():
         for guidance in (1.0, 1.5):
             family.guided_velocity(network, x, sigma, cond, family.encode([""]), guidance)
-    assert rows == [3, 3, 3]  # guided in two calls: texts of one length need no mask
+    assert rows == [4, 4, 4]  # guided in two calls: texts of one length need no mask
     uncond, own = torch.randn(2, 1, *family.latent_shape)
     torch.testing.assert_close(family.combine(uncond, own, 3.0), own + 2.0 * (own - uncond))
 
@@ -51,7 +51,7 @@ def test_texts_are_as_long_as_they_are_and_prompts_stay_untouched(family: ModelF
     network, seen = family.load_transformer(), []
     network.register_forward_pre_hook(lambda m, a, k: seen.extend(map(len, k["cap_feats"])), with_kwargs=True)
     with torch.no_grad():
-        family.velocity(network, checks.noise(family).draw(slice(None)), torch.ones(3), cond)
+        family.velocity(network, checks.noise(family).draw(slice(3)), torch.ones(3), cond)
     assert seen == lengths
 
 
@@ -68,7 +68,7 @@ def test_exports_draw_the_same_in_diffusers(family: ModelFamily, tmp_path: Path)
 
 
 def test_finite_at_both_ends(base: Path) -> None:
-    checks.check_finite_at_both_ends("z_image", base)
+    assert checks.finite_at_both_ends(lambda dtype: checks.build("z_image", base, dtype))
 
 
 def test_refusals(base: Path, tmp_path: Path) -> None:

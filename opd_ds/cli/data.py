@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +14,7 @@ from opd_ds.errors import UserError
 app = typer.Typer(no_args_is_help=True, help="Prompt sets: check them, make them, encode them ahead of a run.")
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     geneval = "geneval"
     ocr = "ocr"
 

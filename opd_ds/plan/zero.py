@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import StrEnum
 from math import ceil
 from typing import Any
 
@@ -14,7 +14,7 @@ FP32 = 4
 _DEFAULT_BUCKET, _PLAIN_BUCKET = 500_000_000, 500_000_000  # elements; the second is fixed in DeepSpeed's stage 0
 
 
-class Phase(str, Enum):
+class Phase(StrEnum):
     """Stretches of a run in which other things are alive; the plan takes the worst."""
 
     ENCODE = "encode"

@@ -68,7 +68,7 @@ async def _read(request: Request, limits: Limits) -> bytearray:
 
     try:
         await asyncio.wait_for(receive(), limits.seconds)
-    except asyncio.TimeoutError as error:
+    except TimeoutError as error:
         raise RefusedError(408, f"the body did not arrive within {limits.seconds} s") from error
     except ClientDisconnect as error:
         raise RefusedError(400, "the client left before the end of its body") from error

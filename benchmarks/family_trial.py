@@ -1,4 +1,4 @@
-"""What a model family has to do, on a tiny random pipeline of its own: draw as diffusers, train under ZeRO-3, save."""
+"""One family on a tiny random pipeline of its own, measured: drawn as by diffusers, trained under ZeRO-3, saved."""
 
 from __future__ import annotations
 
@@ -6,31 +6,25 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from weakref import WeakSet
 
-import diffusers
 import torch
 import yaml
 from torch import Tensor, nn
 
 from opd_ds.checkpoint.export_student import EXPORT_FOLDER
 from opd_ds.checkpoint.store import CHECKPOINTS_FOLDER
-from opd_ds.diffusion import kernel, velocity_error
+from opd_ds.diffusion import velocity_error
 from opd_ds.diffusion.noise import SampleNoise
-from opd_ds.diffusion.rollout import Trajectory, rollout
 from opd_ds.models import ModelFamily, build_family, family_class
 from opd_ds.plan.inputs import network_inputs, squared_sum
 from opd_ds.plan.metering import held_tensors, training_cost
 from opd_ds.runs.export import checkpointed_student
+from opd_ds.testing import family_checks as checks
 
-CPU = torch.device("cpu")
 KINDS = ("full", "lora")
-PROMPTS = ["a red 3 on blue", "a neat 8 beside a black square on a white square", "the number 5", "a green 7"]
-STEPS = 4
 GUIDANCES = (1.0, 3.5)
 _TEXTS = ("encoder_hidden_states", "cap_feats")  # how networks name the prompt's states
 DS_CONFIG = {
@@ -38,34 +32,6 @@ DS_CONFIG = {
     "zero_optimization": {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0},
     "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
 }
-
-
-def tiny_module(name: str) -> ModuleType:
-    """The module that writes the family's tiny pipelines; ModuleNotFoundError where there is none."""
-    return import_module(f"opd_ds.testing.tiny.{name}")
-
-
-@torch.no_grad()
-def trajectory(
-    family: ModelFamily,
-    network: Any,
-    prompts: list[str],
-    noise: SampleNoise,
-    guidance: float,
-    steps: int,
-    keep: torch.dtype | None = None,
-) -> Trajectory:
-    """A network's `euler` rollout; an empty negative prompt. States are kept where `keep` names a dtype."""
-    cond, uncond, sigmas = family.encode(prompts), family.encode([""]), family.sigmas(steps)
-    return rollout(
-        lambda x, sigma, rows, step: family.guided_velocity(network, x, sigma, cond[rows], uncond, guidance),
-        noise,
-        kernel("euler").coefficients(sigmas),
-        sigmas,
-        micro_batch=len(prompts),
-        device=family.device,
-        keep=keep,
-    )
 
 
 @dataclass(frozen=True)
@@ -77,11 +43,11 @@ class Trial:
 
     def write(self) -> None:
         """Pipelines, prompts and the configs of one round, full and LoRA."""
-        tiny = tiny_module(self.name)
+        tiny = checks.tiny_module(self.name)
         self.folder.mkdir(parents=True)
         tiny.write(self._base)
         tiny.write(self.folder / "teacher", seed=5)
-        (self.folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+        (self.folder / "prompts.txt").write_text("\n".join(checks.PROMPTS) + "\n", encoding="utf-8")
         (self.folder / "zero3.json").write_text(json.dumps(DS_CONFIG), encoding="utf-8")
         for kind in KINDS:
             self.config(kind).write_text(yaml.safe_dump(self._settings(kind)), encoding="utf-8")
@@ -93,7 +59,9 @@ class Trial:
         """Largest difference of our latents to those of the base's own pipeline, over guidances."""
         network = self.family.load_transformer()
         return max(
-            _distance(self._draw(self._pipeline(self._base), guidance), self._roll_out(network, guidance))
+            _distance(
+                self._draw(checks.load_pipeline(self.family, self._base), guidance), self._roll_out(network, guidance)
+            )
             for guidance in GUIDANCES
         )
 
@@ -106,10 +74,10 @@ class Trial:
         run, guidance = self.folder / kind, GUIDANCES[-1]
         (checkpoint,) = (run / CHECKPOINTS_FOLDER).glob("round-*")
         if kind == "lora":
-            pipeline = self._pipeline(self._base)
+            pipeline = checks.load_pipeline(self.family, self._base)
             pipeline.load_lora_weights(run / EXPORT_FOLDER)
         else:
-            pipeline = self._pipeline(run / EXPORT_FOLDER)
+            pipeline = checks.load_pipeline(self.family, run / EXPORT_FOLDER)
         ours = self._roll_out(checkpointed_student(self.family, checkpoint), guidance)
         distance = _distance(self._draw(pipeline, guidance), ours)
         moved = _distance(ours, self._roll_out(self.family.load_transformer(), guidance))
@@ -120,22 +88,22 @@ class Trial:
     def bf16_difference(self) -> float:
         """Median over pairs (state, step) of |loss in bf16 - loss in fp32| / loss in fp32, at the same states."""
         guidance = GUIDANCES[-1]
-        rolled = trajectory(
-            self.family, self.family.load_transformer(), PROMPTS, self._noise, guidance, STEPS, torch.float32
+        rolled = checks.trajectory(
+            self.family,
+            self.family.load_transformer(),
+            checks.PROMPTS,
+            checks.noise(self.family),
+            guidance,
+            checks.STEPS,
+            torch.float32,
         )
         assert rolled.states is not None
         exact, rounded = (self._losses(self._build(dtype), rolled.states) for dtype in (torch.float32, torch.bfloat16))
         return float(((rounded - exact).abs() / exact).median())
 
-    @torch.no_grad()
     def finite_at_both_ends(self) -> bool:
         """Whether no velocity at sigma 1 or 0 is NaN or infinite, in fp32 and bf16."""
-        found = []
-        for dtype in (torch.float32, torch.bfloat16):
-            family = self._build(dtype)
-            network, cond, x = family.load_transformer(), family.encode(PROMPTS), self._noise.draw(slice(None))
-            found += [family.velocity(network, x, torch.full((len(x),), sigma), cond) for sigma in (1.0, 0.0)]
-        return all(bool(velocity.isfinite().all()) for velocity in found)
+        return checks.finite_at_both_ends(self._build)
 
     def plan_error(self) -> float:
         """Relative error of what the plan expects each further row to keep for the backward, in bytes.
@@ -159,34 +127,25 @@ class Trial:
     @cached_property
     def _size(self) -> dict[str, int]:
         """Four by six patches, so that height and width could not be confused; two frames of latents or more."""
-        unit = build_family(self.name, self._base, dtype=torch.float32, device=CPU).size_unit
+        unit = build_family(self.name, self._base, dtype=torch.float32, device=checks.CPU).size_unit
         frames = {} if family_class(self.name).default_frames is None else {"frames": 9}
         return {"height": 4 * unit, "width": 6 * unit, **frames}
 
-    @property
-    def _noise(self) -> SampleNoise:
-        return SampleNoise(list(range(len(PROMPTS))), self.family.latent_shape)
-
     def _build(self, dtype: torch.dtype) -> ModelFamily:
-        return build_family(self.name, self._base, dtype=dtype, device=CPU, text_encoders="resident", **self._size)
-
-    def _pipeline(self, folder: Path) -> Any:
-        pipeline = getattr(diffusers, self.family.pipeline_class).from_pretrained(folder)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-    def _draw(self, pipeline: Any, guidance: float) -> Tensor:
-        return tiny_module(self.name).draw(
-            pipeline, self.family, PROMPTS, self._noise.draw(slice(None)), guidance, STEPS
+        return build_family(
+            self.name, self._base, dtype=dtype, device=checks.CPU, text_encoders="resident", **self._size
         )
 
+    def _draw(self, pipeline: Any, guidance: float) -> Tensor:
+        return checks.draw(checks.tiny_module(self.name), self.family, pipeline, guidance)
+
     def _roll_out(self, network: nn.Module, guidance: float) -> Tensor:
-        return trajectory(self.family, network, PROMPTS, self._noise, guidance, STEPS).final
+        return checks.roll_out(self.family, network, guidance)
 
     def _kept_of(self, rows: int) -> tuple[float, int]:
         """Bytes kept for the backward of so many rows: by the plan, and really."""
         family, network = self.family, self.family.load_transformer()
-        cond, noise = family.encode(PROMPTS[:1] * rows), SampleNoise(list(range(rows)), family.latent_shape)
+        cond, noise = family.encode(checks.PROMPTS[:1] * rows), SampleNoise(list(range(rows)), family.latent_shape)
         x, sigma = noise.draw(slice(None)), torch.full((rows,), 0.5)
         kept, seen = _bytes_kept(network, lambda: family.velocity(network, x, sigma, cond))
         (text,) = (held_tensors(value)[0].shape[-2] for name, value in seen.items() if name in _TEXTS)
@@ -198,7 +157,7 @@ class Trial:
     def _losses(self, family: ModelFamily, states: Tensor) -> Tensor:
         """The student's and the teacher's squared distance at `states` [B, T, ...]: [B, T]. Weights would cancel."""
         networks = family.load_transformer(), family.load_transformer(self.folder / "teacher")
-        cond, uncond, sigmas = family.encode(PROMPTS), family.encode([""]), family.sigmas(STEPS).float()
+        cond, uncond, sigmas = family.encode(checks.PROMPTS), family.encode([""]), family.sigmas(checks.STEPS).float()
 
         def velocity(network: nn.Module, step: int, guidance: float) -> Tensor:
             x = states[:, step]
@@ -206,7 +165,7 @@ class Trial:
             return family.guided_velocity(network, x, sigma, cond, uncond, guidance)
 
         columns = []
-        for step in range(STEPS):
+        for step in range(checks.STEPS):
             student, teacher = (velocity(network, step, GUIDANCES[-1]) for network in networks)
             columns.append(velocity_error(student, teacher))
         return torch.stack(columns, dim=1)
@@ -220,7 +179,7 @@ class Trial:
             "deepspeed": str(self.folder / "zero3.json"),
             "student": {"kind": kind, "lora": {"rank": 4, "alpha": 8}, "ema": {"decay": 0}},
             "optimizer": {"lr": 1e-2},
-            "rollout": {"samples": 4, "steps": STEPS, "guidance": GUIDANCES[-1], "micro_batch": 2},
+            "rollout": {"samples": 4, "steps": checks.STEPS, "guidance": GUIDANCES[-1], "micro_batch": 2},
             "train": {"micro_batch": 4},
             "tasks": {"one": {"teacher": teacher, "prompts": str(self.folder / "prompts.txt")}},
             "evaluation": {"baselines": False},

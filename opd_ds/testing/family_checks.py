@@ -1,27 +1,34 @@
-"""What every model family has to do: behave as diffusers' pipeline of the same folder."""
+"""What every model family has to do: behave as diffusers' pipeline of the same folder. For tests and benchmarks."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import diffusers
-import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.family_checks import trajectory
+from opd_ds.diffusion import kernel
 from opd_ds.diffusion.noise import SampleNoise
+from opd_ds.diffusion.rollout import Trajectory, rollout
 from opd_ds.errors import UserError
 from opd_ds.models import ModelFamily, build_family, lora
 
 CPU = torch.device("cpu")
-PROMPTS = ["a red 3 on blue", "a neat 8 beside a black square on a white square", "the number 5"]
-SEEDS, STEPS = [1, 2, 3], 5
+PROMPTS = ["a red 3 on blue", "a neat 8 beside a black square on a white square", "the number 5", "a green 7"]
+STEPS = 4
+
+
+def tiny_module(name: str) -> ModuleType:
+    """The module that writes the family's tiny pipelines; ModuleNotFoundError where there is none."""
+    return import_module(f"opd_ds.testing.tiny.{name}")
 
 
 def build(name: str, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> ModelFamily:
@@ -37,7 +44,31 @@ def load_pipeline(family: ModelFamily, folder: Path) -> Any:
 
 
 def noise(family: ModelFamily) -> SampleNoise:
-    return SampleNoise(SEEDS, family.latent_shape)
+    """One noise a prompt of `PROMPTS`."""
+    return SampleNoise(list(range(len(PROMPTS))), family.latent_shape)
+
+
+@torch.no_grad()
+def trajectory(
+    family: ModelFamily,
+    network: Any,
+    prompts: list[str],
+    noise: SampleNoise,
+    guidance: float,
+    steps: int,
+    keep: torch.dtype | None = None,
+) -> Trajectory:
+    """A network's `euler` rollout; an empty negative prompt. States are kept where `keep` names a dtype."""
+    cond, uncond, sigmas = family.encode(prompts), family.encode([""]), family.sigmas(steps)
+    return rollout(
+        lambda x, sigma, rows, step: family.guided_velocity(network, x, sigma, cond[rows], uncond, guidance),
+        noise,
+        kernel("euler").coefficients(sigmas),
+        sigmas,
+        micro_batch=len(prompts),
+        device=family.device,
+        keep=keep,
+    )
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
@@ -50,6 +81,7 @@ def roll_out(family: ModelFamily, network: nn.Module, guidance: float) -> Tensor
 
 
 def draw(tiny: ModuleType, family: ModelFamily, pipeline: Any, guidance: float, **options: Any) -> Tensor:
+    """The pipeline's final latents of the same noise; `tiny` is the family's module."""
     return tiny.draw(pipeline, family, PROMPTS, noise(family).draw(slice(None)), guidance, STEPS, **options)
 
 
@@ -69,7 +101,7 @@ def check_grid(family: ModelFamily) -> None:
     assert sigmas.dtype == torch.float64
     assert sigmas.shape == (STEPS + 1,)
     assert (sigmas.diff() < 0).all()
-    assert (sigmas[0], sigmas[-1]) == (1, 0)
+    assert sigmas[[0, -1]].tolist() == [1, 0]
 
 
 def check_timesteps(tiny: ModuleType, name: str, folder: Path, guidance: float) -> None:
@@ -90,7 +122,7 @@ def check_timesteps(tiny: ModuleType, name: str, folder: Path, guidance: float) 
 @torch.no_grad()
 def check_prompts_do_not_mix(family: ModelFamily) -> None:
     """A prompt's velocity is the same among longer and shorter ones as alone, and no other prompt's."""
-    network, x, sigma = family.load_transformer(), noise(family).draw(slice(None)), torch.tensor([0.9, 0.5, 0.2])
+    network, x, sigma = family.load_transformer(), noise(family).draw(slice(None)), torch.tensor([0.9, 0.5, 0.2, 0.7])
     together = family.velocity(network, x, sigma, family.encode(PROMPTS))
     for row, prompt in enumerate(PROMPTS):
         alone = family.velocity(network, x[row : row + 1], sigma[row : row + 1], family.encode([prompt]))
@@ -143,24 +175,34 @@ def check_exports(tiny: ModuleType, family: ModelFamily, other: Path, folder: Pa
 
 
 @torch.no_grad()
-def check_finite_at_both_ends(name: str, folder: Path) -> None:
+def finite_at_both_ends(build: Callable[[torch.dtype], ModelFamily]) -> bool:
+    """Whether no velocity at sigma 1 or 0 is NaN or infinite, in fp32 and bf16."""
+    found = []
     for dtype in (torch.float32, torch.bfloat16):
-        family = build(name, folder, dtype)
-        network, cond = family.load_transformer(), family.encode(PROMPTS)
-        for sigma in (0.0, 1.0):
-            found = family.velocity(network, noise(family).draw(slice(None)), torch.full((3,), sigma), cond)
-            assert found.dtype == dtype
-            assert found.shape == (3, *family.latent_shape)
-            assert found.isfinite().all()
+        family = build(dtype)
+        network, cond, x = family.load_transformer(), family.encode(PROMPTS), noise(family).draw(slice(None))
+        found += [family.velocity(network, x, torch.full((len(x),), sigma), cond) for sigma in (1.0, 0.0)]
+        assert all(velocity.shape == x.shape and velocity.dtype == dtype for velocity in found[-2:])
+    return all(bool(velocity.isfinite().all()) for velocity in found)
 
 
 def check_refusals(name: str, folder: Path, empty: Path) -> None:
+    """Sizes that are no whole patches, and a folder of another layout."""
     family = build(name, folder)
-    for side in ("height", "width"):
-        with pytest.raises(UserError, match=f"multiples of {family.size_unit}"):
-            build(name, folder, **{side: family.size_unit + family.size_unit // 2})
-    with pytest.raises(UserError, match=f"{family.pipeline_class} layout"):
-        build(name, empty)
+    odd = family.size_unit + family.size_unit // 2
+    refused: list[tuple[Path, dict[str, int], str]] = [
+        (folder, {"height": odd}, f"multiples of {family.size_unit}"),
+        (folder, {"width": odd}, f"multiples of {family.size_unit}"),
+        (empty, {}, f"{family.pipeline_class} layout"),
+    ]
+    for place, size, said in refused:
+        try:
+            build(name, place, torch.float32, **size)
+        except UserError as error:
+            message = str(error)
+        else:
+            message = "nothing"
+        assert said in message
 
 
 def change(file: Path, **entries: object) -> None:
