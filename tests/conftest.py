@@ -44,6 +44,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByFile(config, log)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start ranks go first: they take longest, and a worker should not be left with one at the end."""
+    long = {item.path for item in items if item.get_closest_marker("multirank")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
     quiet_libraries()

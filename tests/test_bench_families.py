@@ -13,6 +13,14 @@ from benchmarks.__main__ import app
 from benchmarks.families import TOLERANCE, bench_families, train_all
 from opd_ds.errors import UserError
 from opd_ds.testing.tiny import sd3
+from tests.ranks import TRAIN_MANY, launch
+
+
+def train_in_forks(configs: list[Path], log: Path) -> str:
+    """In place of the deepspeed launcher, under which `.ci/run` measures a family."""
+    ended = launch(families.RANKS, *map(str, configs), script=TRAIN_MANY, check=False)
+    log.write_text(ended.stdout)
+    return f"the ranks ended with exit code {ended.returncode}"
 
 
 @pytest.mark.multirank
@@ -21,6 +29,7 @@ def test_a_family_goes_through_and_one_that_fails_stops_it_not(tmp_path: Path, m
         raise RuntimeError("this pipeline is broken\nand here is how")
 
     monkeypatch.setattr(sd3, "write", broken)
+    monkeypatch.setattr(families, "_run_group", train_in_forks)
     result = CliRunner().invoke(app, ["families", "--output-dir", str(tmp_path), "--family", "sd3", "--family", "wan"])
     assert result.exit_code == 1
     failed, good = json.loads((tmp_path / "families.json").read_text())
