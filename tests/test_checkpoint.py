@@ -42,7 +42,7 @@ def names(folder: Path) -> list[str]:
 
 def bit_flip(file: Path) -> None:
     data = bytearray(file.read_bytes())
-    data[-100] ^= 1
+    data[len(data) // 2] ^= 1
     file.write_bytes(data)
 
 
@@ -77,24 +77,18 @@ def run(tiny_world: Path, tmp_path: Path, group: Group) -> Callable[..., list[di
     return start
 
 
+@pytest.mark.parametrize("kind", ["flipped bit", "no manifest"])
 def test_a_run_goes_on_from_the_newest_whole_checkpoint(
-    run: Callable[..., list[dict[str, float]]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Callable[..., list[dict[str, float]]], tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
-    """Every kind of damage, one after the other: the one before is taken, said in the log, and no number differs."""
+    """The one before is taken, said in the log, and no number differs. All kinds of damage: with the store, below."""
     expected = run("out")
-    for kind, (file, damage) in DAMAGES.items():
-        caplog.clear()
-        damage(tmp_path / "out" / "checkpoints" / "round-000004" / file)
-        assert run("out") == expected, kind
-        assert "round-000004 is damaged" in caplog.text, kind
-        assert names(tmp_path / "out") == [
-            "damaged-round-000004",
-            "latest",
-            "round-000002",
-            "round-000003",
-            "round-000004",
-        ]
-        shutil.rmtree(tmp_path / "out" / "checkpoints" / "damaged-round-000004")
+    file, damage = DAMAGES[kind]
+    damage(tmp_path / "out" / "checkpoints" / "round-000004" / file)
+    assert run("out") == expected
+    assert "round-000004 is damaged" in caplog.text
+    kept = ["round-000002", "round-000003", "round-000004"]
+    assert names(tmp_path / "out") == ["damaged-round-000004", "latest", *kept]
 
 
 def test_when_all_are_damaged_the_run_does_not_start_from_scratch(
@@ -260,6 +254,20 @@ def test_a_checkpoint_names_its_files(tmp_path: Path, group: Group) -> None:
     bit_flip(folder / SHARD)
     with pytest.raises(UserError, match=f"{SHARD} is not what was written"):
         refuse_damaged(folder)
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_every_damage_is_found_and_set_aside(
+    tmp_path: Path, group: Group, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    kept = store(tmp_path, group)
+    for done in (1, 2):
+        kept.save(done, STATE, ENTRIES)
+    file, damage = DAMAGES[kind]
+    damage(tmp_path / "checkpoints" / "round-000002" / file)
+    assert kept.newest_whole() == tmp_path / "checkpoints" / "round-000001"
+    assert "round-000002 is damaged" in caplog.text
+    assert names(tmp_path) == ["damaged-round-000002", "latest", "round-000001"]
 
 
 @settings(max_examples=30, deadline=None)
