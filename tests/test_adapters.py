@@ -253,7 +253,7 @@ def test_a_single_file_is_the_checkpoint_it_was_made_of(
     base, file = family(tiny_world), single_files[which]
     assert not lora.is_adapter(file)
     check_weights(base, "tasks.one.teacher.path", str(file), file, "base", trust_base=False)
-    settings = TeacherSection(path=str(file))
+    settings = TeacherSection(path=str(file), placement="resident")
     pool = TeacherPool(base, {"one": TeacherSpec(settings, file)}, CPU)
     start = student_module(StudentSection(kind="full", start=str(file)), 0, base, file)
     wanted = answer(SD3Transformer2DModel.from_pretrained(tiny_world / "other", subfolder="transformer"))

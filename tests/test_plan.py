@@ -296,6 +296,15 @@ def test_teachers_by_placement(configured: Callable[..., DistilConfig], tiny_wor
     streamed = placed("stream")
     assert teachers_in(streamed, Phase.SCORE) == 4 * (costs.streamed + costs.base().buffers)
     assert sum(part.nbytes for part in streamed.host if "teachers" in part.name) == base + adapters
+    # LoRAs beside a LoRA student stand in its network.
+    lora = both | {"student__kind": "lora"}
+    for deepspeed, ranks in (("zero2", 1), ("zero3", 2)):
+        shared = run_memory(configured(**lora, deepspeed=deepspeed), costs, gpu)
+        assert teachers_in(shared, Phase.TRAIN) == adapters / ranks
+    separate = lora | {f"tasks__{task}__teacher__placement": "resident" for task in ("one", "two")}
+    assert (
+        teachers_in(run_memory(configured(**separate, deepspeed="zero2"), costs, gpu), Phase.TRAIN) == base + adapters
+    )
     # At the default threshold every parameter of the tiny model stays whole on every rank.
     sharding = tmp_path / "sharding.json"
     sharding.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))

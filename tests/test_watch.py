@@ -100,6 +100,42 @@ def test_a_slow_reward_drops_looks_instead_of_piling_up_pictures(
     assert caplog.text.count("this look is left out") == 3
 
 
+def test_rollouts_are_decoded_between_rounds_and_a_failure_is_a_gap(
+    tiny_world: Path, watch: AsyncRewardEval, reward: Brightness, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not in the worker: beside the training there may be no room for it."""
+    threads = []
+
+    def decoding(latents: torch.Tensor) -> torch.Tensor:
+        threads.append((threading.current_thread(), len(latents)))
+        if len(threads) > 2:
+            raise torch.OutOfMemoryError
+        return decode(latents)
+
+    watch._pool._decode = decoding
+    for done in (1, 2):
+        watch.submit(done, {"one": grey([0.2, 0.6], ["a", "b"])}, {})
+    assert threads == [(threading.current_thread(), 1)] * 3
+    assert [(look.round, look.judged) for look in watch.close(lambda: None)] == [(1, 2)]
+    assert "round 2: the pictures of task one were not decoded" in caplog.text
+
+
+def test_the_thread_of_rewards_has_the_ranks_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread begins on device 0."""
+    chosen = []
+    monkeypatch.setattr(
+        torch.accelerator,
+        "set_device_index",
+        lambda device: chosen.append((device, threading.current_thread().name)),
+    )
+    pool = RewardPool({}, decode, torch.device("cuda", 3))
+    pool.submit(lambda: None).result()
+    pool.submit(lambda: None).result()
+    ((device, thread),) = chosen
+    assert device == torch.device("cuda", 3)
+    assert thread.startswith("rewards")
+
+
 @pytest.mark.parametrize("mode", ["buffered", "fused"])
 def test_a_watched_run_trains_what_an_unwatched_one_trains(
     tiny_world: Path, tmp_path: Path, group: Group, mode: str

@@ -95,11 +95,11 @@ class DistilConfig(RunConfig):
         if self.rollout.mode != "fused":
             return self
         for name, teacher in self.all_teachers.items():
-            if teacher.placement != "resident":
+            if teacher.placement not in ("auto", "resident", "shared"):
                 raise ValueError(
                     f"rollout.mode = 'fused' asks every teacher at every step, but {self.teacher_key(name)}.placement "
-                    f"= {teacher.placement!r} is brought in once a round; set it to 'resident' or rollout.mode to "
-                    "'buffered'"
+                    f"= {teacher.placement!r} is brought in once a round; set it to 'resident' or 'shared', or "
+                    "rollout.mode to 'buffered'"
                 )
         if self.train.inner_epochs > 1:
             raise ValueError(

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from opd_ds.errors import UserError
+
 STOCHASTIC_KERNELS = ("flow", "dance", "ddim", "cps")
 # The name under which the anchor is asked; no task can have it.
 ANCHOR = "(anchor)"
@@ -171,10 +173,11 @@ class ScoringSection(Section):
 class TeacherSection(Section):
     path: str = Field(description="LoRA or full checkpoint: folder, safetensors file, hub id or package:<path>")
     guidance: float = Field(4.5, ge=0, description="the teacher's own, apart from the student's")
-    placement: Literal["resident", "offload", "stream", "zero_inference"] = Field(
-        "resident",
-        description="on the device; on the host, there while it is asked; on the host, block by block with every "
-        "forward, the next one on its way; sharded over the ranks",
+    placement: Literal["auto", "resident", "shared", "offload", "stream", "zero_inference"] = Field(
+        "auto",
+        description="on the device; a further adapter in the LoRA student's network; on the host, on the device while "
+        "it is asked; on the host, block by block with every forward, the next one on its way; sharded over the "
+        "ranks. auto: shared where student and teacher are LoRAs, else resident",
     )
     deepspeed: str | None = Field(None, description="ds_config of a zero_inference teacher; default zero_inference_gpu")
     trust_base: bool = Field(False, description="accept a LoRA that names another base (a renamed copy of ours)")
@@ -189,6 +192,27 @@ class TeacherSection(Section):
         if self.deepspeed is not None and self.placement != "zero_inference":
             raise ValueError(f"deepspeed is read only with placement = 'zero_inference', not {self.placement!r}")
         return self
+
+    def placed(self, key: str, student: str, *, is_lora: bool) -> TeacherSection:
+        """The section with its placement decided, where that is `auto`.
+
+        Args:
+            key: of the section in the run config.
+            student: `student.kind`. All LoRAs of a run stand on its base, in its precision.
+
+        Raises:
+            UserError: `shared` where it is not possible.
+        """
+        possible = is_lora and student == "lora"
+        if self.placement == "shared" and not possible:
+            found = "the teacher is a full checkpoint" if not is_lora else f"student.kind = {student!r}"
+            raise UserError(
+                f"{key}.placement = 'shared' makes the teacher an adapter in a LoRA student's network, but {found}; "
+                "set it to resident, offload, stream or zero_inference"
+            )
+        if self.placement != "auto":
+            return self
+        return self.model_copy(update={"placement": "shared" if possible else "resident"})
 
 
 class AnchorSection(TeacherSection):

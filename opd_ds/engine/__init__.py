@@ -5,6 +5,7 @@ from opd_ds.engine.consolidate import consolidated_weights
 from opd_ds.engine.ds_config import frozen_ds_config, read_ds_config, student_ds_config, zero_stage
 from opd_ds.engine.frozen import FrozenEngine
 from opd_ds.engine.memory import empty_cache, free_memory
+from opd_ds.engine.node_memory import NodeMemory
 from opd_ds.engine.snapshots import ShardedEma, WeightSnapshot
 from opd_ds.engine.state import OLD_POLICY, START, ShardReader, write_shard
 from opd_ds.engine.student import StudentEngine
@@ -14,6 +15,7 @@ __all__ = [
     "START",
     "FrozenEngine",
     "Group",
+    "NodeMemory",
     "ShardReader",
     "ShardedEma",
     "StudentEngine",

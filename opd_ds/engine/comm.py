@@ -78,6 +78,19 @@ class Group:
         comm.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
+    def all_to_all(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Rows [n, ...] to the ranks that want them.
+
+        Args:
+            rows: for rank 0 the first `sent[0]`, for rank 1 the next, and so on; equal in dtype and shape on all ranks.
+            received: how many come from each rank; they are returned in the order of ranks.
+        """
+        from deepspeed import comm
+
+        arrived = rows.new_empty(sum(received), *rows.shape[1:])
+        comm.all_to_all_single(arrived, rows.contiguous(), received, sent)
+        return arrived
+
     def barrier(self) -> None:
         from deepspeed import comm
 

@@ -19,6 +19,7 @@ from opd_ds.engine.ds_config import parameters_on_nvme, zero_stage
 from opd_ds.engine.fragments import Fragment, check_cover, fragments
 from opd_ds.engine.replica import UnshardedReplica, fits
 from opd_ds.engine.state import ShardReader
+from opd_ds.models import lora
 
 
 class StudentEngine:
@@ -50,6 +51,7 @@ class StudentEngine:
                 logging.getLogger("opd_ds").info("parameters are on NVMe: rollouts gather weights layer by layer")
         self._twin = UnshardedReplica(module) if self.zero_stage == 3 and gather != "per_layer" else None
         self._decided = gather != "auto"
+        self._whole: nn.Module | None = None  # the twin, while it has weights
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._engine, *_ = deepspeed.initialize(
             model=module, model_parameters=trainable, config=ds_config, dist_init_required=False
@@ -67,14 +69,29 @@ class StudentEngine:
 
     @contextmanager
     def gathered(self) -> Iterator[Callable[..., Any]]:
-        """The network to ask many times without a gradient while its weights stay what they are. Collective."""
+        """The network to ask many times without a gradient while its weights stay what they are. Collective.
+
+        Within another `gathered` nothing more is gathered.
+        """
         if self._twin is not None and not self._decided:
             self._decide()
-        if self._twin is None:
-            yield self
+        if self._twin is None or self._whole is not None:
+            yield self._whole or self
             return
         with self._twin.materialized(self.module) as network:
-            yield network
+            self._whole = network
+            try:
+                yield network
+            finally:
+                self._whole = None
+
+    @contextmanager
+    def using(self, adapter: str) -> Iterator[Callable[..., Any]]:
+        """The network with another adapter of it, to ask without a gradient: inside `gathered` the whole network, else
+        the sharded one, whose forwards are collective.
+        """
+        with lora.using(self._whole or self.module, adapter):
+            yield self._whole or self
 
     def _decide(self) -> None:
         self._decided = True

@@ -22,7 +22,7 @@ class RewardPool:
 
     Args:
         rewards: by label.
-        decode: latents [B, C, ...] to images [B, 3, H, W] in [0, 1]; called in the thread.
+        decode: latents [B, C, ...] to images [B, 3, H, W] in [0, 1].
         device: of the run; a thread begins on device 0, whatever the rank's is. None: the CPU.
     """
 
@@ -44,5 +44,5 @@ class RewardPool:
         return self._worker.submit(work, *args, **kwargs)
 
     def images(self, latents: Tensor) -> list[Image.Image]:
-        """Decoded; call it in the thread."""
+        """Decoded, in the caller's thread."""
         return [to_image(image) for image in self._decode(latents).cpu()]

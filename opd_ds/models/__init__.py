@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from opd_ds.errors import UserError, nearest
-from opd_ds.models.base import Conditioning, ModelFamily
-from opd_ds.models.compilation import compile_blocks, log_compiled
+from opd_ds.models.base import ENCODED_AT_ONCE, Conditioning, ModelFamily
+from opd_ds.models.compilation import block_names, compile_blocks, compile_forwards, log_compiled
 
 # name: (module, class). Imported when named: diffusers' classes are heavy.
 FAMILIES: dict[str, tuple[str, str]] = {
@@ -44,11 +44,14 @@ def build_family(name: str, path: Path, *, dtype: torch.dtype, device: torch.dev
 
 
 __all__ = [
+    "ENCODED_AT_ONCE",
     "FAMILIES",
     "Conditioning",
     "ModelFamily",
+    "block_names",
     "build_family",
     "compile_blocks",
+    "compile_forwards",
     "family_class",
     "log_compiled",
 ]

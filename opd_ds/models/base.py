@@ -10,6 +10,7 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -18,11 +19,13 @@ from typing import Any, ClassVar, Literal
 import diffusers
 import numpy as np
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from opd_ds.errors import UserError
 from opd_ds.models import lora, privates
+from opd_ds.models.host_weights import HostMemory, HostWeights
 from opd_ds.models.weight_files import (
     network_files,
     read_header,
@@ -55,7 +58,8 @@ JOINT_ATTENTION = (
     "attn.to_add_out",
 )
 
-_ENCODED_AT_ONCE = 8  # prompts
+ENCODED_AT_ONCE = 8  # prompts
+_NETWORK_CONFIGS = ("transformer/config.json", "config.json")  # where a checkpoint may have it
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,9 @@ class ModelFamily(ABC):
         self.frames = frames or self.default_frames
         self._check_size()
         self.encoded: Callable[[list[str]], Conditioning] | None = None  # asked instead of the text encoders
+        self.host_memory: HostMemory | None = None  # where offloaded encoders stand; default: this process's own
         self._encoders: Any = None
+        self._encoder_weights: HostWeights | None = None
         self._vae: Any = None
         self._vae_lock = Lock()  # pictures are also decoded beside the training
 
@@ -290,13 +296,23 @@ class ModelFamily(ABC):
             parameter.data = parameter.data.to(self.dtype)
         return network
 
+    def without_weights(self, path: Path | None = None) -> nn.Module:
+        """The network of `load_transformer`, its parameters on the meta device: another process loads them."""
+        source, network_class = path or self.path, _diffusers_class(self.transformer_class)
+        file = next((source / name for name in _NETWORK_CONFIGS if (source / name).is_file()), None)
+        config = self._transformer_config if file is None else json.loads(file.read_text())
+        with init_empty_weights():  # tables that a network computes for itself are there
+            network = network_class.from_config(config)
+        return network.to(self.dtype)
+
     def empty_transformer(self) -> nn.Module:
         """The denoising network without weights, on the meta device."""
         with torch.device("meta"):
             return _diffusers_class(self.transformer_class).from_config(self._transformer_config)
 
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Encode prompts on the device; encoders leave the device afterwards when configured so.
+        """Encode prompts on the device; encoders leave the device afterwards when configured so. Where `host_memory` is
+        of several processes, their first calls are collective.
 
         Every pass takes equally many prompts: a matrix product of another size may round differently, and a prompt's
         numbers should not depend on how many others are encoded with it.
@@ -304,16 +320,21 @@ class ModelFamily(ABC):
         if self.encoded is not None:
             return self.encoded(prompts).to(self.device)
         if self._encoders is None:
-            pipeline = _diffusers_class(self.pipeline_class)
-            self._encoders = pipeline.from_pretrained(self.path, **self.pipeline_parts, dtype=self.dtype)
-        self._encoders.to(self.device)
-        filled = prompts + prompts[-1:] * (-len(prompts) % _ENCODED_AT_ONCE)
-        blocks = [filled[first : first + _ENCODED_AT_ONCE] for first in range(0, len(filled), _ENCODED_AT_ONCE)]
-        with torch.no_grad():
+            self._load_encoders()
+        filled = prompts + prompts[-1:] * (-len(prompts) % ENCODED_AT_ONCE)
+        blocks = [filled[first : first + ENCODED_AT_ONCE] for first in range(0, len(filled), ENCODED_AT_ONCE)]
+        with torch.no_grad(), self._encoder_weights.on_device() if self._encoder_weights else nullcontext():
             cond = Conditioning.cat([self.encode_with(self._encoders, block) for block in blocks])
-        if not self._keep_encoders:
-            self._encoders.to("cpu")
         return cond[slice(len(prompts))]
+
+    def _load_encoders(self) -> None:
+        pipeline = _diffusers_class(self.pipeline_class)
+        self._encoders = pipeline.from_pretrained(self.path, **self.pipeline_parts, dtype=self.dtype)
+        if self._keep_encoders:
+            self._encoders.to(self.device)
+            return
+        networks = [part for part in self._encoders.components.values() if isinstance(part, nn.Module)]
+        self._encoder_weights = HostWeights(nn.ModuleList(networks), self.device, self.host_memory)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, ...] to pictures [B, 3, H, W], float32 in [0, 1]; of a video its middle frame."""

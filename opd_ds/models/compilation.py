@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 import torch._dynamo
 from torch import nn
 from torch._dynamo.utils import counters
@@ -13,15 +14,31 @@ from torch._dynamo.utils import counters
 _GRAPHS_PER_CODE, _GRAPHS = 256, 1024
 
 
+def block_names(network: nn.Module) -> list[str]:
+    """The blocks of a transformer, in order: the elements of its lists of modules."""
+    lists = {name: child for name, child in network.named_children() if isinstance(child, nn.ModuleList)}
+    return [f"{name}.{index}" for name, blocks in lists.items() for index in range(len(blocks))]
+
+
 def compile_blocks(network: nn.Module) -> None:
     """Each block of a transformer by itself, at its first call (regional compilation): blocks of a kind share code."""
+    _raise_limits()
+    for name in block_names(network):
+        network.get_submodule(name).compile()
+
+
+def compile_forwards(network: nn.Module) -> None:
+    """The same without the blocks' hooks, which stay as they are, outside of the graphs."""
+    _raise_limits()
+    for name in block_names(network):
+        block = network.get_submodule(name)
+        block.forward = torch.compile(block.forward)
+
+
+def _raise_limits() -> None:
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, _GRAPHS_PER_CODE)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, _GRAPHS)
-    for child in network.children():
-        if isinstance(child, nn.ModuleList):
-            for block in child:
-                block.compile()
 
 
 def log_compiled() -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,20 @@ def _adapted(transformer: nn.Module) -> dict[str, Any]:
     return found
 
 
+@contextmanager
+def using(transformer: nn.Module, name: str) -> Iterator[None]:
+    """Inside, `name` is the only active adapter. Which parameters have gradients stays as it is."""
+    layers = list(_adapted(transformer).values())
+    before = [layer.active_adapters for layer in layers]
+    try:
+        for layer in layers:
+            privates.switch_adapter(layer, [name])
+        yield
+    finally:
+        for layer, names in zip(layers, before, strict=True):
+            privates.switch_adapter(layer, names)
+
+
 def adapter_parameters(transformer: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The adapter's parameters, keys as `<module>.lora_A.weight`."""
     found = {}
@@ -188,4 +204,5 @@ __all__ = [
     "same_base",
     "save_peft",
     "strip_adapter_name",
+    "using",
 ]

@@ -73,6 +73,18 @@ def tuner_layer_class() -> type[Any]:
     return private("peft.tuners.tuners_utils", "BaseTunerLayer")
 
 
+def switch_adapter(layer: Any, names: list[str]) -> None:
+    """Make `names` a layer's active adapters, and no more: `set_adapter` also decides which parameters have gradients,
+    which an engine around the network has counted on since its start.
+
+    Raises:
+        UserError: this version keeps the names elsewhere.
+    """
+    layer._active_adapter = names
+    if layer.active_adapters != names:
+        raise changed("peft", "a layer's active adapters are not in `_active_adapter`")
+
+
 def pattern_key() -> Callable[[list[str], str], str]:
     """Which entry of a `rank_pattern` is a module's."""
     return private("peft.utils.other", "get_pattern_key")

@@ -41,6 +41,7 @@ class Teacher:
 
     Attributes:
         adapters: elements of its LoRAs together.
+        zero: how it is sharded; of LoRAs in the student's network (`shared`), how that is under ZeRO-3.
     """
 
     tasks: tuple[str, ...]
@@ -112,7 +113,7 @@ def layout(config: RunConfig, costs: Costs, devices: Devices) -> Layout:
     template, source = costs.ds_config(config.deepspeed, "deepspeed")
     zero = Zero.of(student_ds_config(template, config, devices.world, source), devices.count)
     notes: list[str] = []
-    teachers = _find_teachers(config, costs, devices, notes)
+    teachers = _find_teachers(config, costs, devices, zero, notes)
     return Layout(zero, teachers, _gathered(config, costs, devices, zero, teachers), notes)
 
 
@@ -180,7 +181,7 @@ def _without_empty(parts: list[Part]) -> list[Part]:
 # ---- teachers ----
 
 
-def _find_teachers(config: RunConfig, costs: Costs, devices: Devices, notes: list[str]) -> list[Teacher]:
+def _find_teachers(config: RunConfig, costs: Costs, devices: Devices, student: Zero, notes: list[str]) -> list[Teacher]:
     """As `TeacherPool` loads them. A teacher that is not on disk is a LoRA when its name says so, else a full
     checkpoint; what is assumed is added to `notes`.
     """
@@ -190,12 +191,14 @@ def _find_teachers(config: RunConfig, costs: Costs, devices: Devices, notes: lis
             named = costs.adapter(teacher.path) is not None
             kind = f"a LoRA of rank {config.student.lora.rank}" if named else "a full checkpoint"
             notes.append(f"teacher of {task}: {teacher.path} is not on disk; taken for {kind}")
-        kind = "lora" if costs.adapter(teacher.path) is not None else teacher.path
-        shared.setdefault((kind, teacher.placement, str(teacher.deepspeed)), {})[task] = teacher
+        is_lora = costs.adapter(teacher.path) is not None
+        placed = teacher.placed(config.teacher_key(task), config.student.kind, is_lora=is_lora)
+        kind = "lora" if is_lora else teacher.path
+        shared.setdefault((kind, placed.placement, str(teacher.deepspeed)), {})[task] = placed
     found = []
     for (_, placement, _), tasks in shared.items():
         first = next(iter(tasks.values()))
-        zero = None
+        zero = student if placement == "shared" and student.stage == 3 else None
         if placement == "zero_inference":
             template, source = costs.ds_config(first.deepspeed or "zero_inference_gpu", "teacher.deepspeed")
             zero = Zero.of(frozen_ds_config(template, config.precision, devices.count, source), devices.count)
@@ -234,6 +237,8 @@ def _teacher(config: RunConfig, teacher: Teacher, costs: Costs, element: int, *,
         Phase.ROLLOUT if config.algorithm.drawn_by == "teacher" and task != ANCHOR else Phase.SCORE
         for task in teacher.tasks
     }
+    if teacher.placement == "shared":
+        return Placed([Part("teachers", shared_bytes(teacher, element))], [])
     if teacher.zero is not None:
         held = Counts(0, counts.parameters + teacher.adapters, counts.buffers, 0, counts.small)
         return frozen_weights(held, element, teacher.zero, asked)
@@ -241,6 +246,11 @@ def _teacher(config: RunConfig, teacher: Teacher, costs: Costs, element: int, *,
         there = whole if teacher.placement == "offload" else element * (costs.streamed + counts.buffers)
         return Placed([Part(_WHILE_ASKED, there, frozenset(asked))], [Part("teachers (offloaded)", whole)])
     return Placed([Part("teachers", whole)], [])
+
+
+def shared_bytes(teacher: Teacher, element: int) -> float:
+    """On a device, of LoRAs in the student's network: their adapters, which ZeRO-3 shards with the rest."""
+    return element * teacher.adapters / (teacher.zero.world if teacher.zero else 1)
 
 
 # ---- what a round keeps and computes ----

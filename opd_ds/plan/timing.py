@@ -139,7 +139,8 @@ def _teacher_gather(config: RunConfig, costs: Costs, placed_as: Layout, devices:
         if placed_as.gathered:  # with the rollout
             return 0.0
         return _gather_seconds(costs.base(placed_as.zero.threshold), element, placed_as.zero, devices)
-    each = [_gather_seconds(costs.base(), element, one.zero, devices) for one in placed_as.teachers if one.zero]
+    sharded = [t for t in placed_as.teachers if t.zero and not (t.placement == "shared" and placed_as.gathered)]
+    each = [_gather_seconds(costs.base(), element, one.zero, devices) for one in sharded if one.zero]
     if not devices.kind.is_cpu:
         streamed = element * costs.base().parameters / devices.kind.host
         each += [streamed for one in placed_as.teachers if one.placement == "stream"]
@@ -147,21 +148,21 @@ def _teacher_gather(config: RunConfig, costs: Costs, placed_as: Layout, devices:
 
 
 def _teacher_transfer(costs: Costs, placed_as: Layout, devices: Devices, element: int) -> float:
-    """Of offloaded teachers: the weights come once for each task."""
+    """Of offloaded teachers: the weights come once a round, with all LoRAs of one base."""
     if devices.kind.is_cpu:
         return 0.0
     weights = element * costs.base().parameters
-    uses = sum(len(t.tasks) for t in placed_as.teachers if t.placement == "offload")
+    uses = sum(t.placement == "offload" for t in placed_as.teachers)
     return uses * weights / devices.kind.host
 
 
 def _encode_seconds(config: RunConfig, model: Model, element: int, devices: Devices) -> float:
-    """Text encoders over a rank's prompts, and their way to the device and back."""
+    """Text encoders over a rank's prompts, and their way to the device."""
     if config.model.text_encoders == "cached":
         return 0.0
     prompts = rows_per_rank(config, devices) * config.tasks_per_round
     work = 2 * model.encoders * model.tokens * prompts
     seconds = work / (ACHIEVED * devices.kind.flops * PRECISION_FACTOR[config.precision])
     if config.model.text_encoders == "offload" and not devices.kind.is_cpu:
-        seconds += 2 * element * model.encoders / devices.kind.host
+        seconds += element * model.encoders / devices.kind.host
     return seconds

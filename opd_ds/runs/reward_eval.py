@@ -38,7 +38,7 @@ class _Pictures:
     source: Source
     task: str
     asked: list[Item]
-    images: Callable[[], list[Image.Image]]
+    images: list[Image.Image]
 
 
 class AsyncRewardEval:
@@ -64,7 +64,7 @@ class AsyncRewardEval:
                 done,
             )
             return
-        parts = [self._of_rollouts(task, drawn) for task, drawn in rolled.items()]
+        parts = [self._of_rollouts(done, task, drawn) for task, drawn in rolled.items() if self._labels[task]]
         parts += [self._of_held_out(task, shown) for task, shown in held_out.items()]
         self._pending.append(self._pool.submit(self._judge, done, parts))
 
@@ -80,15 +80,20 @@ class AsyncRewardEval:
             waiting()
         return self.finished()
 
-    def _of_rollouts(self, task: str, drawn: RolloutResult) -> _Pictures:
+    def _of_rollouts(self, done: int, task: str, drawn: RolloutResult) -> _Pictures:
+        """Decoded here, between two rounds, and one by one: in the thread it would take the training's memory."""
         count = min(self._settings.rollouts, len(drawn.prompts))
-        final = drawn.final[:count].clone()  # the round's other latents may go
         asked = [Item(i, 0, drawn.prompts[i], drawn.metadata[i], i) for i in range(count)]
-        return _Pictures("rollout", task, asked, lambda: self._pool.images(final))
+        try:
+            images = [self._pool.images(latents)[0] for latents in drawn.final[:count].split(1)]
+        except Exception:  # a gap, not the end of the run
+            logging.getLogger("opd_ds").exception("round %d: the pictures of task %s were not decoded", done, task)
+            return _Pictures("rollout", task, [], [])
+        return _Pictures("rollout", task, asked, images)
 
     @staticmethod
     def _of_held_out(task: str, shown: list[Shown]) -> _Pictures:
-        return _Pictures("held_out", task, [item for item, _ in shown], lambda: [image for _, image in shown])
+        return _Pictures("held_out", task, [item for item, _ in shown], [image for _, image in shown])
 
     def _judge(self, done: int, parts: list[_Pictures]) -> list[RewardRecord]:
         looks = []
@@ -96,15 +101,8 @@ class AsyncRewardEval:
             labels = self._labels[part.task]
             if not labels or not part.asked:
                 continue
-            try:
-                images = part.images()
-            except Exception:  # decoding beside the training may run out of memory: a gap, not the end of the run
-                logging.getLogger("opd_ds").exception(
-                    "round %d: the pictures of task %s were not decoded", done, part.task
-                )
-                continue
             for label in labels:
-                scores = judge(self._pool.rewards[label], label, images, part.asked)
+                scores = judge(self._pool.rewards[label], label, part.images, part.asked)
                 good = scores[torch.isfinite(scores)]
                 mean = float(good.mean()) if len(good) else None
                 failed = len(scores) - len(good)

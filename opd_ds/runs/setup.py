@@ -18,7 +18,16 @@ from opd_ds.config.rl import LearnedSection, WeightedReward
 from opd_ds.config.schema import ANCHOR, AnchorSection, RewardSection, RunConfig, TeacherSection
 from opd_ds.data import PromptSet
 from opd_ds.data.text_cache import TextCache, encoders_identity
-from opd_ds.engine import Group, ShardedEma, StudentEngine, frozen_ds_config, read_ds_config, student_ds_config
+from opd_ds.engine import (
+    Group,
+    NodeMemory,
+    ShardedEma,
+    StudentEngine,
+    frozen_ds_config,
+    read_ds_config,
+    student_ds_config,
+    zero_stage,
+)
 from opd_ds.errors import UserError, about
 from opd_ds.evaluation.benchmark import Benchmark, EvaluationSet
 from opd_ds.evaluation.evaluator import Evaluator
@@ -27,7 +36,7 @@ from opd_ds.evaluation.reward_pool import RewardPool
 from opd_ds.models import ModelFamily, compile_blocks, lora
 from opd_ds.rewards import Reward, build, check
 from opd_ds.training.networks import load_family, student_module
-from opd_ds.training.teachers import TeacherPool, TeacherSpec, check_weights
+from opd_ds.training.teachers import TeacherPool, TeacherSpec, check_weights, load_shared
 from opd_ds.training.trainer import Components, Trainer
 from opd_ds.utils.hashing import weights_sha256
 
@@ -91,6 +100,7 @@ def find_files(config: RunConfig, world: World) -> RunFiles:
         name: _find_teacher(config, config.teacher_key(name), teacher, world)
         for name, teacher in config.all_teachers.items()
     }
+    _refuse_uneven_forwards(config, teachers, zero_stage(ds_config))
     return RunFiles(model, start, teachers, prompts, eval_prompts, ds_config)
 
 
@@ -134,10 +144,26 @@ def _say_repeats(config: RunConfig, prompts: dict[str, PromptSet], eval_prompts:
 
 def _find_teacher(config: RunConfig, key: str, teacher: TeacherSection, world: World) -> TeacherSpec:
     ds_config = None
+    place = resolve_path(teacher.path, f"{key}.path")
+    with about(f"{key}.path = {teacher.path!r}"):
+        is_lora = lora.is_adapter(place)
+    teacher = teacher.placed(key, config.student.kind, is_lora=is_lora)
     if teacher.placement == "zero_inference":
         path = resolve_ds_config(teacher.deepspeed or "zero_inference_gpu", f"{key}.deepspeed")
         ds_config = frozen_ds_config(read_ds_config(path), config.precision, world.size, str(path))
-    return TeacherSpec(teacher, resolve_path(teacher.path, f"{key}.path"), ds_config)
+    return TeacherSpec(teacher, place, ds_config)
+
+
+def _refuse_uneven_forwards(config: RunConfig, teachers: dict[str, TeacherSpec], stage: int) -> None:
+    """Each rank finds its own `scoring.micro_batch: auto`, and layers that are gathered one by one need all ranks."""
+    if config.scoring.micro_batch != "auto" or stage < 3 or config.rollout.gather == "once":
+        return
+    if any(spec.settings.placement == "shared" for spec in teachers.values()):
+        raise UserError(
+            "scoring.micro_batch = 'auto' may come out differently on each rank, but with rollout.gather = "
+            f"{config.rollout.gather!r} under ZeRO-3 the forwards of teachers with placement = 'shared' may be "
+            "collective; give a number, or rollout.gather = 'once', or another placement"
+        )
 
 
 def prepare(config: RunConfig, group: Group) -> Parts:
@@ -146,20 +172,25 @@ def prepare(config: RunConfig, group: Group) -> Parts:
     Raises:
         UserError: on every rank, with the message of the first rank that failed.
     """
+    memory = NodeMemory(group)
     with group.raise_on_any_rank():
         files = find_files(config, group.world)
         family = load_family(config, files.model, group.device)
+        family.host_memory = memory
         _check_weights(config, files, family)
         identity = run_identity(config, files, family) if group.world.is_main else None
     with group.raise_on_any_rank():
         module = student_module(config.student, config.run.seed, family, files.start)
+        load_shared(module, files.teachers.values(), family)
         if config.model.compile_blocks:
             compile_blocks(module)
         if group.device.type == "cuda":
             module.to(group.device)
     student = StudentEngine(module, files.student_ds_config, group, config.rollout.gather)
     ema = ShardedEma(student, config.student.ema) if config.student.ema.decay > 0 else None
-    teachers = TeacherPool(family, files.teachers, group.device, compiled=config.model.compile_blocks)
+    teachers = TeacherPool(
+        family, files.teachers, group.device, student=student, memory=memory, compiled=config.model.compile_blocks
+    )
     rewards = build_rewards(config.rewards, group.device)
     pool = RewardPool(rewards, family.decode, group.device)
     trainer = build_trainer(Components(config, group, family, student, ema, files.prompts, teachers, pool))

@@ -191,7 +191,7 @@ def _baselines(config: RunConfig, parts: Parts, session: _Session, *, fresh: boo
             f"teacher:{task}",
             tasks[task]["teacher_sha256"],
             dict.fromkeys(benchmark.sets, parts.teachers.guidance(task)),
-            partial(parts.teachers.active, task),
+            partial(parts.teachers.drawing, task),
         )
         for task in config.teachers
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -69,12 +70,14 @@ class Distillation(BufferedTrainer):
         self.loss = self.loss_class(self._config, self._coefficients, self._sigmas, parts.group.device)
 
     def _collect(self, index: int, batches: dict[str, TaskBatch], meter: RoundMeter) -> Experience[TeacherVelocities]:
-        with meter.phase("rollout"):
-            trajectories = self._roll_out_tasks(batches, meter)
-            buffers = {task: _buffer(trajectories[task], batch) for task, batch in batches.items()}
-        with meter.phase("score"):
-            teachers = self._query_teachers(buffers, meter)
-            anchors = self._query_anchor(buffers, meter)
+        with ExitStack() as stack:
+            with meter.phase("rollout"):
+                stack.enter_context(self._teachers.gathered())  # for both
+                trajectories = self._roll_out_tasks(batches, meter)
+                buffers = {task: _buffer(trajectories[task], batch) for task, batch in batches.items()}
+            with meter.phase("score"):
+                teachers = self._query_teachers(buffers, meter)
+                anchors = self._query_anchor(buffers, meter)
         data = {
             task: TrainingData(
                 buffers[task], self._known(trajectories[task], teachers[task], anchors.get(task)), batches[task].pairs
@@ -97,12 +100,13 @@ class Distillation(BufferedTrainer):
     def _query_teachers(self, buffers: dict[str, TrajectoryBuffer], meter: RoundMeter) -> dict[str, PerPair]:
         """One pass per teacher over all steps and samples of the round."""
         found = {}
-        following = [*list(buffers)[1:], ANCHOR if self._config.anchor else None]
-        for (task, buffer), then in zip(buffers.items(), following, strict=True):
+        tasks = self._teachers.in_turn(buffers)
+        following = [*tasks[1:], ANCHOR if self._config.anchor else None]
+        for task, then in zip(tasks, following, strict=True):
             with self._teachers.active(task) as teacher:
                 if then is not None:
                     self._teachers.prefetch(then)
-                found[task] = self._query_frozen(teacher, buffer, self._teachers.guidance(task), meter)
+                found[task] = self._query_frozen(teacher, buffers[task], self._teachers.guidance(task), meter)
         return found
 
     def _query_anchor(self, buffers: dict[str, TrajectoryBuffer], meter: RoundMeter) -> dict[str, PerPair]:

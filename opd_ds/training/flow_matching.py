@@ -21,7 +21,7 @@ class FlowMatching(Distillation):
         with meter.phase("rollout"):
             final, noised = {}, {}
             for task, batch in batches.items():
-                with self._teachers.active(task) as teacher:
+                with self._teachers.drawing(task) as teacher:
                     guidance = self._teachers.guidance(task)
                     final[task] = self._roll_out(teacher, batch.cond, batch.noise, guidance, meter).final
                 seeds = [sample_seed(self._config.run.seed, index, f"{task}/noised", i) for i in batch.part.indices]

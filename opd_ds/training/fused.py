@@ -64,20 +64,24 @@ class FusedDistillation(Trainer):
 
         def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
             state, cond = x.to(self._family.dtype), group.cond[rows]
-            with torch.set_grad_enabled(step in trained):
+            if step not in trained:
+                with torch.no_grad():
+                    return self._velocity(self._student, state, sigma, cond, group.guidance, meter)
+            # Before the student's forward, whose activations wait for its backward: a teacher in the student's network
+            # would come between the two.
+            anchor = self._query(ANCHOR, state, sigma, cond, meter) if self._config.anchor else None
+            known = TeacherVelocities(self._query_each(group, state, sigma, cond, rows, meter), anchor)
+            with torch.enable_grad():
                 velocity = self._velocity(self._student, state, sigma, cond, group.guidance, meter)
-            if step in trained:
-                anchor = self._query(ANCHOR, state, sigma, cond, meter) if self._config.anchor else None
-                known = TeacherVelocities(self._query_each(group, state, sigma, cond, rows, meter), anchor)
-                at = torch.full((len(x),), step, device=x.device)
-                losses, measured = self.loss(velocity, at, known)
-                terms = []
-                for task in group.rows:
-                    own = group.of(task, rows)
-                    of_task = {name: values[own] for name, values in measured.items()}
-                    weight = weights[rows, step][own]
-                    terms.append(LossTerm(task, losses[own], of_task, at[own], weight, batches[task].pairs))
-                accumulator.add(*terms)
+            at = torch.full((len(x),), step, device=x.device)
+            losses, measured = self.loss(velocity, at, known)
+            terms = []
+            for task in group.rows:
+                own = group.of(task, rows)
+                of_task = {name: values[own] for name, values in measured.items()}
+                weight = weights[rows, step][own]
+                terms.append(LossTerm(task, losses[own], of_task, at[own], weight, batches[task].pairs))
+            accumulator.add(*terms)
             return velocity.detach()
 
         return predict

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.hooks import apply_group_offloading
-from torch import Tensor, nn
+from torch import nn
 
+from opd_ds.checkpoint.export_student import STUDENT_ADAPTER
 from opd_ds.config.schema import TeacherSection
-from opd_ds.engine import FrozenEngine, free_memory
+from opd_ds.engine import StudentEngine
 from opd_ds.errors import UserError, about
 from opd_ds.models import ModelFamily, compile_blocks, lora
+from opd_ds.models.host_weights import HostMemory
+from opd_ds.training.frozen_networks import FrozenNetwork, InStudent, Offloaded, Resident, Sharded, Streamed
 
 _CONFIGS = ("transformer/config.json", "config.json")
 
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """A task's teacher, or the anchor, with its files found: `path` on disk, `ds_config` for ZeRO-Inference."""
+    """A task's teacher, or the anchor, with its files found: `path` on disk, `ds_config` for ZeRO-Inference. The
+    placement in `settings` is decided.
+    """
 
     settings: TeacherSection
     path: Path
@@ -36,144 +38,109 @@ class TeacherSpec:
         return lora.is_adapter(self.path)
 
 
-@cache
-def _side_stream(device: torch.device) -> torch.Stream:
-    """The one on which weights travel. The allocator keeps freed memory for the stream that it came from (torch 2.13):
-    with a new stream at each fetch a network's room would be left behind in every one of them.
-    """
-    return torch.Stream(device=device)
-
-
-class _Network:
-    """A frozen network with its placement. LoRA teachers of one placement share one base."""
-
-    def __init__(
-        self, module: nn.Module, placement: str, device: torch.device, ds_config: dict[str, Any] | None
-    ) -> None:
-        module.requires_grad_(False).eval()
-        self._placement, self._device = placement, device
-        self._coming: tuple[torch.Stream, list[Tensor]] | None = None
-        self.module = module
-        self.forward: Any = module
-        if placement == "resident":
-            module.to(device)
-        elif placement == "zero_inference":
-            assert ds_config is not None
-            self.forward = FrozenEngine(module, ds_config)
-        elif device.type != "cpu":
-            self._leave_on_host(device)
-
-    def _leave_on_host(self, device: torch.device) -> None:
-        """In pinned memory, from which copies need not be waited for."""
-        if self._placement == "stream":
-            apply_group_offloading(
-                self.module,
-                onload_device=device,
-                offload_device=torch.device("cpu"),
-                offload_type="block_level",
-                num_blocks_per_group=1,
-                use_stream=True,  # the next block travels while this one computes
-                record_stream=True,
-            )
-            return
-        for tensor in self._tensors():
-            tensor.data = tensor.data.pin_memory()
-
-    def _tensors(self) -> list[Tensor]:
-        return [*self.module.parameters(), *self.module.buffers()]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._tensors())
-
-    @property
-    def needs_transfer(self) -> bool:
-        """Whether the weights have to come to the device, all together, before it is asked."""
-        return self._placement == "offload" and self._device.type != "cpu"
-
-    def fetch(self) -> None:
-        """Weights set out for the device, on a stream beside, while the device goes on computing."""
-        if not self.needs_transfer or self._coming is not None:
-            return
-        stream = _side_stream(self._device)
-        with stream:
-            copies = [tensor.data.to(self._device, non_blocking=True, copy=True) for tensor in self._tensors()]
-        self._coming = stream, copies
-
-    @contextmanager
-    def on_device(self) -> Iterator[None]:
-        """Inside, an offloaded network's weights are on the device. They never change, so nothing is copied back."""
-        if not self.needs_transfer:
-            yield
-            return
-        self.fetch()
-        assert self._coming is not None
-        stream, copies = self._coming
-        here = torch.accelerator.current_stream(self._device)
-        here.wait_stream(stream)
-        home = [tensor.data for tensor in self._tensors()]
-        try:
-            for tensor, copied in zip(self._tensors(), copies, strict=True):
-                copied.record_stream(here)  # or the allocator could hand it out again before it has been used
-                tensor.data = copied
-            yield
-        finally:
-            self._coming = None
-            for tensor, host in zip(self._tensors(), home, strict=True):
-                tensor.data = host
-
-
 class TeacherPool:
-    """Routes tasks to teachers. All ranks call it in the same order with equally many rows (ZeRO-Inference)."""
+    """Routes tasks to teachers. All ranks call it in the same order with equally many rows (collective forwards).
+
+    Args:
+        student: holds the adapters of `load_shared`; needed where a placement is `shared`.
+        memory: where offloaded and streamed weights stand on the host; default: in memory of this process alone.
+    """
 
     def __init__(
-        self, family: ModelFamily, specs: dict[str, TeacherSpec], device: torch.device, *, compiled: bool = False
+        self,
+        family: ModelFamily,
+        specs: dict[str, TeacherSpec],
+        device: torch.device,
+        *,
+        student: StudentEngine | None = None,
+        memory: HostMemory | None = None,
+        compiled: bool = False,
     ) -> None:
-        self._family, self._specs, self._device = family, specs, device
-        self._networks: dict[str, _Network] = {}
-        self._adapters: dict[str, str | None] = {}
-        for tasks in self._shared_networks():
-            spec = specs[tasks[0]]
-            module = self._family.load_transformer(None if spec.is_lora else spec.path)
-            if spec.is_lora:
-                for name, path in self._adapter_names(tasks).items():
-                    lora.load_adapter(module, name, path, family.pipeline_class)
-            if compiled:
-                compile_blocks(module)
-            network = _Network(module, spec.settings.placement, device, spec.ds_config)
-            for task in tasks:
-                self._networks[task] = network
-                self._adapters[task] = _adapter_name(specs[task].path) if spec.is_lora else None
+        self._family, self._specs, self._device, self._student = family, specs, device, student
+        self._memory = memory
+        self._networks: dict[str, FrozenNetwork] = {}
+        for tasks in self._by_network():
+            network = self._build(tasks, compiled=compiled)
+            self._networks |= dict.fromkeys(tasks, network)
 
-    def _shared_networks(self) -> list[list[str]]:
+    def _by_network(self) -> list[list[str]]:
         """Tasks whose teachers can live in one network: adapters of one placement, or the same checkpoint."""
-        shared: dict[tuple[str, ...], list[str]] = {}
+        together: dict[tuple[str, ...], list[str]] = {}
         for task, spec in self._specs.items():
             where = (spec.settings.placement, str(spec.settings.deepspeed))
-            shared.setdefault(("lora" if spec.is_lora else str(spec.path), *where), []).append(task)
-        return list(shared.values())
+            together.setdefault(("lora" if spec.is_lora else str(spec.path), *where), []).append(task)
+        return list(together.values())
 
-    def _adapter_names(self, tasks: list[str]) -> dict[str, Path]:
-        return {_adapter_name(self._specs[task].path): self._specs[task].path for task in tasks}
+    def _build(self, tasks: list[str], *, compiled: bool) -> FrozenNetwork:
+        spec = self._specs[tasks[0]]
+        placement = spec.settings.placement
+        if placement == "shared":
+            assert self._student is not None
+            return InStudent(self._student)
+        elsewhere = placement in ("offload", "stream") and self._memory is not None and not self._memory.fills
+        path = None if spec.is_lora else spec.path
+        module = self._family.without_weights(path) if elsewhere else self._family.load_transformer(path)
+        if spec.is_lora:
+            _add_adapters(module, [self._specs[task] for task in tasks], self._family)
+        if placement == "stream":
+            return Streamed(module, self._device, self._memory, compiled=compiled)
+        if compiled:
+            compile_blocks(module)
+        if placement == "zero_inference":
+            assert spec.ds_config is not None
+            return Sharded(module, spec.ds_config)
+        if placement == "offload":
+            return Offloaded(module, self._device, self._memory)
+        return Resident(module, self._device)
 
     @contextmanager
     def active(self, task: str) -> Iterator[Any]:
-        """The callable network of the task's teacher, on the device, its adapter switched on."""
-        network, adapter = self._networks[task], self._adapters[task]
-        if adapter is not None:
-            lora.activate(network.module, adapter)
-        with network.on_device():
-            yield network.forward
+        """The callable network of the task's teacher, on the device, its adapter switched on; to be asked without a
+        gradient.
+        """
+        spec = self._specs[task]
+        with self._networks[task].asked(_adapter_name(spec.path) if spec.is_lora else None) as network:
+            yield network
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside, teachers in the student's network are asked in its unsharded replica, if it has one. Collective."""
+        if self._student is None or not any(isinstance(network, InStudent) for network in self._networks.values()):
+            yield
+            return
+        with self._student.gathered():
+            yield
+
+    @contextmanager
+    def drawing(self, task: str) -> Iterator[Any]:
+        """`active`, to be asked very often. Collective."""
+        with self.gathered(), self.active(task) as network:
+            yield network
 
     def prefetch(self, task: str) -> None:
         """`task` is asked next: what has to travel sets out, where the device has room for it beside what is there."""
-        network = self._networks[task]
-        if network.needs_transfer and free_memory(self._device) > 2 * network.nbytes:
-            with contextlib.suppress(torch.OutOfMemoryError):  # free, but in pieces: it comes when it is asked
-                network.fetch()
+        self._networks[task].prefetch()
+
+    def in_turn(self, tasks: Iterable[str]) -> list[str]:
+        """`tasks` in an order in which those of one network are neighbours."""
+        networks = list(dict.fromkeys(self._networks.values()))
+        return sorted(tasks, key=lambda task: networks.index(self._networks[task]))
 
     def guidance(self, task: str) -> float:
         return self._specs[task].settings.guidance
+
+
+def load_shared(module: nn.Module, specs: Iterable[TeacherSpec], family: ModelFamily) -> None:
+    """Add the teachers whose placement is `shared` to the LoRA student's network, as frozen adapters beside its own."""
+    shared = [spec for spec in specs if spec.settings.placement == "shared"]
+    if shared:
+        _add_adapters(module, shared, family)
+        lora.activate(module, STUDENT_ADAPTER, trainable=True)
+
+
+def _add_adapters(module: nn.Module, specs: Iterable[TeacherSpec], family: ModelFamily) -> None:
+    for name, path in {_adapter_name(spec.path): spec.path for spec in specs}.items():
+        lora.load_adapter(module, name, path, family.pipeline_class)
 
 
 def _adapter_name(path: Path) -> str:

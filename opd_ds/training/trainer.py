@@ -23,6 +23,7 @@ from opd_ds.models import Conditioning, ModelFamily
 from opd_ds.training.accumulator import Loss, LossTerm, RoundAccumulator, RoundLosses
 from opd_ds.training.auto_batch import AutoMicroBatch
 from opd_ds.training.buffer import Pairs, PerPair, TrajectoryBuffer, choose_steps
+from opd_ds.training.encoding import encode_over_ranks
 from opd_ds.training.meter import RoundMeter
 from opd_ds.training.teachers import TeacherPool
 from opd_ds.utils.transfer import to_device
@@ -199,7 +200,7 @@ class Trainer(ABC):
         }
         drawn = {task: [rows[task][i // settings.group_size] for i in part.indices] for task in rows}
         prompts = {task: [self._prompts[task].prompts[row] for row in drawn[task]] for task in drawn}
-        conds = self._encode(prompts)
+        conds = self._encode(prompts, part.indices)
         return {
             task: TaskBatch(
                 part,
@@ -217,13 +218,14 @@ class Trainer(ABC):
         settings = self._settings.rollout
         return choose_steps(settings.trained_steps, settings.steps, self._settings.run.seed, index, task, samples)
 
-    def _encode(self, prompts: dict[str, list[str]]) -> dict[str, Conditioning]:
-        """All tasks' prompts in one pass, each once, so that encoders which are offloaded travel once a round."""
-        places: dict[str, int] = {}
-        for own in prompts.values():
-            for prompt in own:
-                places.setdefault(prompt, len(places))
-        everything = self._family.encode(list(places))
+    def _encode(self, prompts: dict[str, list[str]], samples: list[int]) -> dict[str, Conditioning]:
+        """All tasks' prompts together, each once, so that encoders which are offloaded travel once a round."""
+        asked: dict[str, tuple[int, int]] = {}
+        for task, own in enumerate(prompts.values()):
+            for prompt, sample in zip(own, samples, strict=True):
+                asked.setdefault(prompt, (task, sample))
+        everything = encode_over_ranks(self._family, self._group, asked)
+        places = {prompt: row for row, prompt in enumerate(asked)}
         rows = {task: [places[prompt] for prompt in own] for task, own in prompts.items()}
         return {
             task: everything.select(to_device(torch.tensor(own), self._group.device), own) for task, own in rows.items()
