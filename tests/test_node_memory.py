@@ -17,7 +17,7 @@ from opd_ds.models.host_weights import HostWeights
 from opd_ds.testing.tiny.sd3 import PROMPTS
 from opd_ds.training.encoding import encode_over_ranks
 from opd_ds.training.teachers import TeacherPool, TeacherSpec
-from tests.tiny import launch
+from tests.ranks import launch
 
 CPU = torch.device("cpu")
 # By rank: prompts with their places; the third is asked on both, and one rank encodes what the other wants alone.

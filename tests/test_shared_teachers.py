@@ -19,8 +19,9 @@ from opd_ds.config.schema import RunConfig, TeacherSection
 from opd_ds.errors import UserError
 from opd_ds.models import lora
 from opd_ds.runs.setup import Parts
-from tests.test_multirank import metrics
-from tests.tiny import ALL_SHARDED, TRAIN_MANY, launch, run_settings, write_config
+from tests.ranks import TRAIN_MANY, launch
+from tests.runs import metrics
+from tests.tiny import ALL_SHARDED, run_settings, write_config
 
 Build = Callable[..., tuple[RunConfig, Parts]]
 
