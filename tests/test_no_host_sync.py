@@ -6,8 +6,8 @@ the host (or raise) on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,7 @@ class Student:
     """An engine without DeepSpeed."""
 
     learning_rate = 0.0
+    skipped_steps = 0
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.backwards = module, 0
@@ -175,6 +176,12 @@ class Teachers:
 
     def prefetch(self, task: str) -> None:
         pass
+
+    def gathered(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def in_turn(self, tasks: Iterable[str]) -> list[str]:
+        return list(tasks)
 
     def guidance(self, task: str) -> float:
         return 1.0
