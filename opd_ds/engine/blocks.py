@@ -20,6 +20,8 @@ from deepspeed import DeepSpeedEngine
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from opd_ds.engine.ds_config import NetworkSizes, fill_sizes
+
 
 def initialize(
     network: nn.Module, ds_config: dict[str, Any], parameters: Iterable[nn.Parameter] | None = None
@@ -29,6 +31,7 @@ def initialize(
     Modules stay as they are in networks with compiled blocks, whose compiled calls contain their hooks, and where
     weights are on NVMe: a block has more parameters than DeepSpeed has buffers for reading them.
     """
+    ds_config = fill_sizes(ds_config, NetworkSizes.of(network))
     zero = ds_config.get("zero_optimization", {})
     by_block = zero.get("stage") == 3 and zero.get("offload_param", {}).get("device") != "nvme"
     blocks = [block for block in _blocks(network) if block._compiled_call_impl is None] if by_block else []
