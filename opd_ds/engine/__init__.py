@@ -10,6 +10,7 @@ from opd_ds.engine.ds_config import (
     student_ds_config,
     zero_stage,
 )
+from opd_ds.engine.fake import fake_group
 from opd_ds.engine.frozen import FrozenEngine
 from opd_ds.engine.memory import empty_cache, free_memory
 from opd_ds.engine.snapshots import ShardedEma, WeightSnapshot
@@ -29,6 +30,7 @@ __all__ = [
     "consolidated_weights",
     "counted_collectives",
     "empty_cache",
+    "fake_group",
     "fill_sizes",
     "free_memory",
     "frozen_ds_config",

@@ -182,7 +182,9 @@ def _sharded_weights(
     live = min(whole, counts.unit + coming + stays) + min(whole, max(counts.unit, coming))
     device = [Part(name, element * ((0 if zero.offload_param else share) + small + counts.buffers))]
     if zero.gather > 1:
-        device.append(Part(f"{name}: second shard (hpZ)", element * counts.parameters / zero.gather))
+        # Of trained weights it ends with the step that changes them, and comes with the next gather.
+        until = frozenset(set(Phase) - {Phase.LOAD, Phase.ENCODE}) if trained else None
+        device.append(Part(f"{name}: second shard (hpZ)", element * counts.parameters / zero.gather, until))
     called = Part(f"{name}: whole", element * whole) if gathered else Part(f"{name}: gathered", element * live)
     device.append(replace(called, phases=frozenset(passes)))
     if trained:
