@@ -39,7 +39,7 @@ def initialize(
     for block in blocks:
         block.register_forward_pre_hook(partial(_by_position, inspect.signature(block.forward)), with_kwargs=True)
         if recomputing:  # inside the hooks: a recomputation with hooks releases weights before the backward
-            block.forward = partial(_recomputed, block.forward)  # type: ignore[method-assign]
+            block.forward = partial(_recomputed, block.forward)
     if recomputing:
         network.enable_gradient_checkpointing(_call)  # type: ignore[operator]
     engine, *_ = deepspeed.initialize(
