@@ -23,13 +23,13 @@ from opd_ds.plan.memory import Memory, run_memory
 from opd_ds.plan.network import find_model
 from opd_ds.utils.markdown import markdown_table
 
-# 59 million parameters: large beside what allocators round, small enough for a laptop.
-_SIZES = Sizes(layers=3, heads=12, head_dim=64)
+# Large beside what allocators round, small enough for a laptop; and smaller, where many ranks have to fit into it.
+_MODELS = {"59M": Sizes(layers=3, heads=12, head_dim=64), "21M": Sizes(layers=6, heads=5, head_dim=64)}
 _PROMPTS = ["a red 3 on blue", "a green 7 on white", "a blue 0 on red", "the number 5"]
 # Large tensors get pages of their own and give them back when they are freed: what is resident is what is alive.
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 _MIB = 2**20
-_RESULTS = ("device", "predicted", "measured", "error", "phase", "parts")
+_RESULTS = ("device", "predicted", "measured", "error", "phase", "parts", "loading")
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,15 @@ class Case:
     kind: str
     checkpointing: bool
     ranks: int
+    teachers: str = "resident"
+    gather: str = "auto"
+    sizes: str = "59M"
 
     @property
     def name(self) -> str:
         recompute = "recompute" if self.checkpointing else "keep"
-        return f"{self.precision}-zero{self.stage}-{self.kind}-{recompute}-{self.ranks}"
+        name = f"{self.precision}-zero{self.stage}-{self.kind}-{recompute}-{self.ranks}"
+        return name if self.sizes == "59M" else f"{name}-{self.teachers}-{self.gather}-{self.sizes}"
 
     @property
     def pairs(self) -> int:
@@ -54,17 +58,20 @@ class Case:
 
     def write(self, world: Path) -> None:
         """A random model in float32 and in bfloat16, and prompts."""
-        if not (world / "prompts.txt").is_file():
-            pipeline = make_pipeline(_PROMPTS, _SIZES, seed=0)
-            pipeline.save_pretrained(world / "fp32")
-            pipeline.to(torch.bfloat16).save_pretrained(world / "bf16")
-            (world / "prompts.txt").write_text("\n".join(_PROMPTS) + "\n", encoding="utf-8")
+        folder = world / self.sizes
+        if not (folder / "prompts.txt").is_file():
+            pipeline = make_pipeline(_PROMPTS, _MODELS[self.sizes], seed=0)
+            pipeline.save_pretrained(folder / "fp32")
+            pipeline.to(torch.bfloat16).save_pretrained(folder / "bf16")
+            (folder / "prompts.txt").write_text("\n".join(_PROMPTS) + "\n", encoding="utf-8")
 
     def config(self, world: Path) -> RunConfig:
         """Two micro-batches a round."""
         # Weights in the other dtype are converted as they are read; in the same one they stay in the file's pages.
-        base = str(world / ("bf16" if self.precision == "fp32" else "fp32"))
-        task = {"teacher": {"path": base, "guidance": 1.0}, "prompts": str(world / "prompts.txt")}
+        folder = world / self.sizes
+        base = str(folder / ("bf16" if self.precision == "fp32" else "fp32"))
+        teacher = {"path": base, "guidance": 1.0, "placement": self.teachers}
+        task = {"teacher": teacher, "prompts": str(folder / "prompts.txt")}
         return parse_config(
             {
                 "run": {"rounds": 2, "output_dir": str(world / "run")},
@@ -72,7 +79,13 @@ class Case:
                 "precision": self.precision,
                 "deepspeed": f"zero{self.stage}",
                 "student": {"kind": self.kind, "gradient_checkpointing": self.checkpointing, "lora": {"rank": 8}},
-                "rollout": {"samples": self.pairs * self.ranks, "steps": 2, "guidance": 1.0, "micro_batch": self.pairs},
+                "rollout": {
+                    "samples": self.pairs * self.ranks,
+                    "steps": 2 if self.sizes == "59M" else 4,
+                    "guidance": 1.0,
+                    "micro_batch": self.pairs,
+                    "gather": self.gather,
+                },
                 "train": {"micro_batch": self.pairs},
                 "tasks": {"one": task},
             }
@@ -101,6 +114,13 @@ CASES = tuple(
 )
 
 
+def at_world_sizes(sizes: Iterable[int]) -> tuple[Case, ...]:
+    """The smaller model on so many ranks: everything sharded and gathered layer by layer; ZeRO-2."""
+    sharded = [Case("fp32", 3, "full", True, ranks, "zero_inference", "per_layer", "21M") for ranks in sizes]
+    plain = [Case("fp32", 2, "full", True, ranks, "resident", "auto", "21M") for ranks in sizes]
+    return (*sharded, *plain)
+
+
 def bench(folder: Path, say: Callable[[str], None], cases: Iterable[Case | FullSize] = CASES) -> None:
     """Measure what is missing in `folder`, then write plan.json and plan.md there.
 
@@ -110,8 +130,8 @@ def bench(folder: Path, say: Callable[[str], None], cases: Iterable[Case | FullS
     world = folder.resolve() / "world"
     found = []
     for case in cases:
-        if case.ranks > _devices():
-            say(f"{case.name}: left out, there are {_devices()} devices")
+        if torch.cuda.is_available() and case.ranks > torch.cuda.device_count():
+            say(f"{case.name}: left out, there are {torch.cuda.device_count()} devices")
             continue
         case.write(world)
         measured = _measure(case, world, folder)
@@ -124,6 +144,7 @@ def bench(folder: Path, say: Callable[[str], None], cases: Iterable[Case | FullS
             "measured": peak,
             "error": memory.peak / peak - 1,
             "phase": memory.worst.value,
+            "loading": max(rank["loading"] for rank in measured["ranks"]),
             "parts": {part.name: part.nbytes for part in memory.device if part.alive(memory.worst)},
         }
         found.append(row)
@@ -159,10 +180,6 @@ def as_markdown(found: list[dict[str, Any]]) -> str:
 
 def _cell(value: Any) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
-
-
-def _devices() -> int:
-    return torch.cuda.device_count() if torch.cuda.is_available() else 2
 
 
 def _planned(case: Case | FullSize, *, on_cpu: bool) -> Devices:

@@ -57,7 +57,13 @@ def warm_up(config: RunConfig, group: Group) -> None:
 
     group.sum(torch.ones(1 << 21, device=group.device))
     with tempfile.TemporaryDirectory() as folder:
-        prepare(_tiny(config, Path(folder)), group).trainer.run_round(0)
+        # One for all: where there is a process group transformers 5 saves weights on rank 0 only.
+        shared = Path(group.gather(folder)[0])
+        if group.world.is_main:
+            _write_tiny(config, shared)
+        group.barrier()
+        prepare(_tiny(config, shared), group).trainer.run_round(0)
+        group.barrier()
 
 
 def baseline_memory(group: Group) -> int:
@@ -86,15 +92,19 @@ def peak_memory(group: Group) -> int:
     return torch.cuda.max_memory_allocated()
 
 
+def _write_tiny(config: RunConfig, folder: Path) -> None:
+    from benchmarks.family_checks import tiny_module
+
+    tiny_module(config.model.family).write(folder)
+
+
 def _tiny(config: RunConfig, folder: Path) -> RunConfig:
     """The same run of the family's tiny pipeline; all its teachers are the base."""
     import torch
 
     from opd_ds.models import build_family
-    from opd_ds.testing.family_checks import tiny_module
 
-    name = config.model.family
-    base = tiny_module(name).write(folder)
+    name, base = config.model.family, folder
     side = 4 * build_family(name, base, dtype=torch.float32, device=torch.device("cpu")).size_unit
     data = config.model_dump(mode="json")
     data["model"] |= {"path": str(base), "height": side, "width": side, "text_encoders": "offload"}

@@ -13,7 +13,7 @@ from opd_ds.cluster.world import World
 from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.loading import load_config, recipe_names
 from opd_ds.config.paths import package_root, resolve_ds_config, resolve_path
-from opd_ds.engine import frozen_ds_config, read_ds_config, student_ds_config
+from opd_ds.engine import NetworkSizes, fill_sizes, frozen_ds_config, read_ds_config, student_ds_config
 from opd_ds.errors import UserError
 from tests.tiny import run_settings, write_config
 
@@ -166,7 +166,7 @@ def test_every_shipped_ds_config_completes(config_file: Path) -> None:
             assert ds_config["optimizer"]["params"]["lr"] == 1e-3
         batch = ds_config["train_micro_batch_size_per_gpu"] * ds_config["gradient_accumulation_steps"] * 4
         assert ds_config["train_batch_size"] == batch
-        assert '"auto"' not in json.dumps(ds_config)
+        assert '"auto"' not in json.dumps(fill_sizes(ds_config, NetworkSizes(1000, 500, 100, 100)))
 
 
 @pytest.mark.parametrize(
@@ -256,3 +256,22 @@ def test_hierarchical_sharding_follows_the_nodes(config_file: Path, world: World
 def test_layouts_that_do_not_fit_are_refused(config_file: Path, zero: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         completed(config_file, {"zero_optimization": zero})
+
+
+def test_auto_sizes_follow_the_network_and_numbers_stand() -> None:
+    shipped = {path.stem: read_ds_config(path) for path in sorted((package_root() / "ds_configs").glob("*.json"))}
+    small = NetworkSizes(parameters=16_000_000, trained=8_000_000, largest=300_000, largest_trained=200_000)
+    large = NetworkSizes(12 * 10**9, 12 * 10**9, 50_000_000, 50_000_000)
+    for ds_config in shipped.values():
+        assert "auto" not in json.dumps(fill_sizes(ds_config, small).get("zero_optimization"))
+    sizes = fill_sizes(shipped["zero3"], small)["zero_optimization"]
+    assert (sizes["reduce_bucket_size"], sizes["stage3_prefetch_bucket_size"]) == (1_000_000, 2_000_000)
+    assert sizes["stage3_max_live_parameters"] == sizes["stage3_max_reuse_distance"] == 4_000_000
+    sizes = fill_sizes(shipped["zero3"], large)["zero_optimization"]
+    assert (sizes["reduce_bucket_size"], sizes["stage3_max_live_parameters"]) == (50_000_000, 10**9)
+    adapters = NetworkSizes(parameters=10**9, trained=80_000, largest=10**7, largest_trained=50_000)
+    assert fill_sizes(shipped["zero2"], adapters)["zero_optimization"]["reduce_bucket_size"] == 50_000
+    swapped = fill_sizes(shipped["zero3_offload_nvme"], adapters)["zero_optimization"]["offload_param"]
+    assert swapped["buffer_size"] == 10**7
+    own = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 7}}
+    assert fill_sizes(own, large) == own

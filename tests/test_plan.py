@@ -238,7 +238,8 @@ def test_state_by_hand(
     if weights is None:
         shard = 1200 / world
         weights = element * (shard + (40 if world > 1 else 0) + 10)
-        live = 500 + 100 if world > 1 else 0
+        # Used again within a long way, weights stay until the backward; what is on its way is there twice.
+        live = shard * world - 40 + 100 if world > 1 else 0
         assert found.get("student weights: gathered", 0) == element * live
     share = 1000 if stage == 0 else 1000 / world
     assert found["student weights"] == weights
@@ -280,7 +281,7 @@ def test_teachers_by_placement(configured: Callable[..., DistilConfig], tiny_wor
     offload = placed("offload")
     assert teachers_in(offload, Phase.TRAIN) == 0
     assert teachers_in(offload, Phase.SCORE) == base + adapters
-    assert sum(part.nbytes for part in offload.host if "teachers" in part.name) == base + adapters
+    assert sum(part.nbytes for part in offload.node) == base + adapters
     two_checkpoints = both | {f"tasks__{task}__teacher__placement": "offload" for task in ("one", "two")}
     two_checkpoints |= {
         "tasks__one__teacher__path": str(tiny_world / "other"),
@@ -289,18 +290,22 @@ def test_teachers_by_placement(configured: Callable[..., DistilConfig], tiny_wor
     one_after_the_other = run_memory(configured(**two_checkpoints, deepspeed="zero2"), costs, gpu)
     assert teachers_in(one_after_the_other, Phase.SCORE) == base
     assert teachers_in(one_after_the_other, Phase.ROLLOUT) == 0
-    assert sum(part.nbytes for part in one_after_the_other.host if "teachers" in part.name) == 2 * base
+    assert sum(part.nbytes for part in one_after_the_other.node) == 2 * base
+    assert (
+        one_after_the_other.host_peak(2) - one_after_the_other.host_peak(1)
+        == one_after_the_other.host_peak(1) - 2 * base
+    )
     drawing = run_memory(configured(**two_checkpoints, deepspeed="zero2", objective={"method": "sft"}), costs, gpu)
     assert teachers_in(drawing, Phase.ROLLOUT) == base
     assert teachers_in(drawing, Phase.SCORE) == 0
     streamed = placed("stream")
     assert teachers_in(streamed, Phase.SCORE) == 4 * (costs.streamed + costs.base().buffers)
-    assert sum(part.nbytes for part in streamed.host if "teachers" in part.name) == base + adapters
+    assert sum(part.nbytes for part in streamed.node) == base + adapters
     # LoRAs beside a LoRA student stand in its network.
     lora = both | {"student__kind": "lora"}
-    for deepspeed, ranks in (("zero2", 1), ("zero3", 2)):
+    for deepspeed in ("zero2", "zero3"):  # ZeRO-3 keeps what is that small whole
         shared = run_memory(configured(**lora, deepspeed=deepspeed), costs, gpu)
-        assert teachers_in(shared, Phase.TRAIN) == adapters / ranks
+        assert teachers_in(shared, Phase.TRAIN) == adapters
     separate = lora | {f"tasks__{task}__teacher__placement": "resident" for task in ("one", "two")}
     assert (
         teachers_in(run_memory(configured(**separate, deepspeed="zero2"), costs, gpu), Phase.TRAIN) == base + adapters

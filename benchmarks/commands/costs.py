@@ -19,6 +19,9 @@ def plan_memory(
     ] = None,
     lora_layers: Annotated[int, typer.Option(help="with --full-size: of LoRA students, each kind of block")] = 24,
     full_layers: Annotated[int, typer.Option(help="with --full-size: of full-parameter students")] = 24,
+    world_sizes: Annotated[
+        str | None, typer.Option(help="on so many ranks, as in 1,2,4,8, with 21 M parameters; not with --full-size")
+    ] = None,
 ) -> None:
     """Is a plan's memory right? Against processes that run it; the same command goes on."""
     from opd_ds.cluster.rendezvous import prepare_environment
@@ -26,12 +29,33 @@ def plan_memory(
 
     prepare_environment(World())
     from benchmarks.full_size import DEFAULT_MODEL, cases
-    from benchmarks.plan_memory import CASES, bench
+    from benchmarks.plan_memory import CASES, at_world_sizes, bench
     from opd_ds.utils.logging import quiet_libraries
 
     quiet_libraries()
-    chosen = cases(model or [DEFAULT_MODEL], lora_layers, full_layers) if full_size else CASES
-    bench(output_dir, typer.echo, chosen)
+    if full_size:
+        bench(output_dir, typer.echo, cases(model or [DEFAULT_MODEL], lora_layers, full_layers))
+    else:
+        bench(output_dir, typer.echo, at_world_sizes(_ranks(world_sizes)) if world_sizes else CASES)
+
+
+def _ranks(text: str) -> list[int]:
+    from opd_ds.errors import UserError
+
+    parts = text.split(",")
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"--world-sizes {text}: needs numbers of ranks, as in 1,2,4")
+    return [int(part) for part in parts]
+
+
+def fake_world(
+    output_dir: Annotated[Path, typer.Option(help="fake_world.json and fake_world.md go here")],
+    ranks: Annotated[int, typer.Option(help="of the world that one process plays rank 0 of")] = 512,
+) -> None:
+    """What does one of hundreds of ranks hold and receive? Counted, beside the formulas."""
+    from benchmarks.fake_world import bench
+
+    bench(ranks, output_dir, typer.echo)
 
 
 def speed(
@@ -50,7 +74,6 @@ def speed(
     """How much faster than the public loop, on the same work? The same command goes on."""
     from opd_ds.cluster.rendezvous import prepare_environment
     from opd_ds.cluster.world import World
-    from opd_ds.errors import UserError
 
     prepare_environment(World())
     from dataclasses import replace
@@ -63,10 +86,8 @@ def speed(
     quiet_libraries()
     require_plots()
     chosen = measured.size_named(size)
-    parts = (world_sizes or measured.usual_worlds()).split(",")
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise UserError(f"--world-sizes {world_sizes}: needs numbers of ranks, as in 1,2,4")
-    plan = measured.quick(chosen) if quick else measured.Bench(chosen, worlds=tuple(map(int, parts)))
+    worlds = tuple(_ranks(world_sizes or measured.usual_worlds()))
+    plan = measured.quick(chosen) if quick else measured.Bench(chosen, worlds=worlds)
     found = measured.bench(replace(plan, samples=samples), output_dir, typer.echo)
     write_report(found, output_dir)
     typer.echo(f"table: {output_dir / 'speed.md'}")

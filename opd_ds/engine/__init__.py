@@ -2,7 +2,15 @@
 
 from opd_ds.engine.comm import Group, counted_collectives, init_group
 from opd_ds.engine.consolidate import consolidated_weights
-from opd_ds.engine.ds_config import frozen_ds_config, read_ds_config, student_ds_config, zero_stage
+from opd_ds.engine.ds_config import (
+    NetworkSizes,
+    fill_sizes,
+    frozen_ds_config,
+    read_ds_config,
+    student_ds_config,
+    zero_stage,
+)
+from opd_ds.engine.fake import fake_group
 from opd_ds.engine.frozen import FrozenEngine
 from opd_ds.engine.memory import empty_cache, free_memory
 from opd_ds.engine.node_memory import NodeMemory
@@ -15,6 +23,7 @@ __all__ = [
     "START",
     "FrozenEngine",
     "Group",
+    "NetworkSizes",
     "NodeMemory",
     "ShardReader",
     "ShardedEma",
@@ -23,6 +32,8 @@ __all__ = [
     "consolidated_weights",
     "counted_collectives",
     "empty_cache",
+    "fake_group",
+    "fill_sizes",
     "free_memory",
     "frozen_ds_config",
     "init_group",

@@ -1,17 +1,21 @@
-"""Completing a DeepSpeed JSON: batch sizes and precision are ours, the optimizer's "auto" entries come from the run."""
+"""Completing a DeepSpeed JSON: batch sizes and precision are ours; "auto" comes from the run and its network."""
 
 from __future__ import annotations
 
 import copy
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from opd_ds.cluster.world import World
 from opd_ds.config.schema import OptimizerSection, RunConfig
 from opd_ds.errors import UserError
 
 AUTO = "auto"
+_LARGEST_BUCKET, _LARGEST_LIVE = 50_000_000, 1_000_000_000
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _OWNED_BY = {
     "train_batch_size": "rollout.samples",
@@ -33,6 +37,55 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"ds_config {path}: needs an object at the top level")
     return data
+
+
+@dataclass(frozen=True)
+class NetworkSizes:
+    """Elements of a network: of all its parameters, of the trained ones, of the largest of all and of the trained."""
+
+    parameters: int
+    trained: int
+    largest: int
+    largest_trained: int
+
+    @staticmethod
+    def of(network: nn.Module) -> NetworkSizes:
+        """Of a whole network, also on meta, or of one that DeepSpeed has partitioned."""
+        sizes = [(getattr(value, "ds_numel", value.numel()), value.requires_grad) for value in network.parameters()]
+        trained = [size for size, is_trained in sizes if is_trained]
+        return NetworkSizes(
+            sum(size for size, _ in sizes), sum(trained), max(size for size, _ in sizes), max(trained, default=0)
+        )
+
+
+def fill_sizes(ds_config: dict[str, Any], sizes: NetworkSizes) -> dict[str, Any]:
+    """A copy of `ds_config` with its "auto" sizes in elements of this network; numbers stand.
+
+    DeepSpeed's own defaults, 5e8 and 1e9 elements, are allocated or kept whole however small the network is. Here
+    buckets are an eighth of what goes through them, at most 5e7 (which no link takes notice of any more) and at least
+    the largest parameter; weights stay gathered from forward to backward where they are used again within a quarter of
+    the network, at most 1e9.
+    """
+
+    def bucket(elements: int, largest: int) -> int:
+        return max(min(elements // 8, _LARGEST_BUCKET), largest)
+
+    reduced, gathered = bucket(sizes.trained, sizes.largest_trained), bucket(sizes.parameters, sizes.largest)
+    live = max(min(sizes.parameters // 4, _LARGEST_LIVE), gathered)
+    wanted = {
+        "reduce_bucket_size": reduced,
+        "sub_group_size": reduced,  # updated at once by the optimizer
+        "stage3_prefetch_bucket_size": gathered,
+        "stage3_max_live_parameters": live,
+        "stage3_max_reuse_distance": live,
+    }
+    ds = copy.deepcopy(ds_config)
+    zero = ds.get("zero_optimization", {})
+    zero |= {key: value for key, value in wanted.items() if zero.get(key) == AUTO}
+    swapped = zero.get("offload_param", {})
+    if swapped.get("buffer_size") == AUTO:
+        swapped["buffer_size"] = sizes.largest
+    return ds
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:

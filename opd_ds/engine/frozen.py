@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import deepspeed
 from torch import nn
+
+from opd_ds.engine.blocks import initialize
 
 
 class FrozenEngine:
@@ -13,7 +14,7 @@ class FrozenEngine:
 
     def __init__(self, module: nn.Module, ds_config: dict[str, Any]) -> None:
         module.requires_grad_(False)
-        self._engine, *_ = deepspeed.initialize(model=module, config=ds_config, dist_init_required=False)
+        self._engine = initialize(module, ds_config)
         self._engine.eval()
 
     def __call__(self, **inputs: Any) -> Any:

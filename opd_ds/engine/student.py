@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from opd_ds.engine import privates, state
+from opd_ds.engine.blocks import initialize
 from opd_ds.engine.comm import Group
 from opd_ds.engine.ds_config import parameters_on_nvme, zero_stage
 from opd_ds.engine.fragments import Fragment, check_cover, fragments
@@ -53,9 +54,7 @@ class StudentEngine:
         self._decided = gather != "auto"
         self._whole: nn.Module | None = None  # the twin, while it has weights
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._engine, *_ = deepspeed.initialize(
-            model=module, model_parameters=trainable, config=ds_config, dist_init_required=False
-        )
+        self._engine = initialize(module, ds_config, trainable)
         self._engine.train()
         check_cover(self.owned, {name: math.prod(shape) for name, shape in self.shapes.items()}, group)
         self.scalar_state()  # what a checkpoint asks of DeepSpeed is there, or the run ends here

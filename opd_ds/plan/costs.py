@@ -13,7 +13,7 @@ from torch import nn
 
 from opd_ds.config.paths import PACKAGE_PREFIX, resolve_ds_config, resolve_path
 from opd_ds.config.schema import LoraSection, RunConfig
-from opd_ds.engine import read_ds_config
+from opd_ds.engine import NetworkSizes, read_ds_config
 from opd_ds.models import lora
 from opd_ds.plan.inputs import network_inputs, squared_sum
 from opd_ds.plan.metering import Cost, Meter, forward_cost, held_tensors, training_cost
@@ -41,6 +41,16 @@ class Costs:
     def base(self, threshold: float = 0) -> Counts:
         """Elements of a full checkpoint."""
         return self._count(None, threshold)
+
+    @cached_property
+    def student_sizes(self) -> NetworkSizes:
+        """What "auto" sizes of the student's ds_config follow."""
+        return NetworkSizes.of(self.network)
+
+    @cached_property
+    def base_sizes(self) -> NetworkSizes:
+        """The same of a full checkpoint that is not trained."""
+        return NetworkSizes.of(self.model.network().requires_grad_(False))
 
     @cached_property
     def streamed(self) -> int:

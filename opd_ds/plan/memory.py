@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import ceil, prod
 
 from opd_ds.config.schema import ANCHOR, RunConfig, TeacherSection
-from opd_ds.engine import frozen_ds_config, student_ds_config
+from opd_ds.engine import fill_sizes, frozen_ds_config, student_ds_config
 from opd_ds.models import family_class
 from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import GIB, Devices
@@ -52,7 +52,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part: on one device, and on the host of one rank.
+    """Bytes by part: on one device, on the host of one rank, and on the host once for all ranks of a node.
 
     Attributes:
         notes: what had to be assumed.
@@ -60,6 +60,7 @@ class Memory:
 
     device: list[Part]
     host: list[Part]
+    node: list[Part] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def in_phase(self, phase: Phase) -> float:
@@ -79,7 +80,7 @@ class Memory:
         """Bytes on a node: what stays, and the largest of what comes and goes."""
         stays = sum(part.nbytes for part in self.host if part.phases is None)
         passing = max((part.nbytes for part in self.host if part.phases is not None), default=0.0)
-        return per_node * (stays + passing)
+        return per_node * (stays + passing) + sum(part.nbytes for part in self.node)
 
 
 def allowance(memory: Memory, devices: Devices) -> float:
@@ -111,7 +112,8 @@ def layout(config: RunConfig, costs: Costs, devices: Devices) -> Layout:
         UserError: as a start would, for what the ds_configs say.
     """
     template, source = costs.ds_config(config.deepspeed, "deepspeed")
-    zero = Zero.of(student_ds_config(template, config, devices.world, source), devices.count)
+    completed = student_ds_config(template, config, devices.world, source)
+    zero = Zero.of(fill_sizes(completed, costs.student_sizes), devices.count)
     notes: list[str] = []
     teachers = _find_teachers(config, costs, devices, zero, notes)
     return Layout(zero, teachers, _gathered(config, costs, devices, zero, teachers), notes)
@@ -161,6 +163,8 @@ def run_memory(
     teachers = _teachers(config, placed_as.teachers, costs, element, on_cpu=on_cpu)
     device += teachers.device
     host += teachers.host
+    # Weights are read tensor by tensor, under ZeRO-3 only this rank's share: beside what stays there is one.
+    device.append(Part("loading: one tensor", element * costs.student_sizes.largest, frozenset({Phase.LOAD})))
     device += buffer_parts(config, costs, devices)
     device += _activations(config, costs, devices, alive_when_reduced(counts.trained, zero), not rounds_only)
     encoders = _text_encoders(config, element * model.encoders, on_cpu=on_cpu)
@@ -170,8 +174,8 @@ def run_memory(
         device += _vae(config, costs, devices, element, evaluating=not rounds_only)
     device += _rewards(config)
     if not rounds_only:
-        host += _host(config, counts, zero, element)
-    return Memory(_without_empty(device), _without_empty(host), placed_as.notes)
+        host += _host(config, costs, counts, zero, element)
+    return Memory(_without_empty(device), _without_empty(host), _without_empty(teachers.node), placed_as.notes)
 
 
 def _without_empty(parts: list[Part]) -> list[Part]:
@@ -201,7 +205,8 @@ def _find_teachers(config: RunConfig, costs: Costs, devices: Devices, student: Z
         zero = student if placement == "shared" and student.stage == 3 else None
         if placement == "zero_inference":
             template, source = costs.ds_config(first.deepspeed or "zero_inference_gpu", "teacher.deepspeed")
-            zero = Zero.of(frozen_ds_config(template, config.precision, devices.count, source), devices.count)
+            completed = frozen_ds_config(template, config.precision, devices.count, source)
+            zero = Zero.of(fill_sizes(completed, costs.base_sizes), devices.count)
         adapters = sum(costs.adapter(path) or 0 for path in {teacher.path for teacher in tasks.values()})
         found.append(Teacher(tuple(tasks), placement, adapters, zero))
     return found
@@ -227,7 +232,8 @@ def _teachers(config: RunConfig, teachers: Iterable[Teacher], costs: Costs, elem
                 largest[phase] = max(largest.get(phase, part), part, key=lambda one: one.nbytes)
     coming = [Part(_WHILE_ASKED, part.nbytes, frozenset({phase})) for phase, part in largest.items()]
     staying = [part for part in device if part.name != _WHILE_ASKED]
-    return Placed(staying + coming, [part for one in placed for part in one.host])
+    host = [part for one in placed for part in one.host]
+    return Placed(staying + coming, host, [part for one in placed for part in one.node])
 
 
 def _teacher(config: RunConfig, teacher: Teacher, costs: Costs, element: int, *, on_cpu: bool) -> Placed:
@@ -237,20 +243,16 @@ def _teacher(config: RunConfig, teacher: Teacher, costs: Costs, element: int, *,
         Phase.ROLLOUT if config.algorithm.drawn_by == "teacher" and task != ANCHOR else Phase.SCORE
         for task in teacher.tasks
     }
-    if teacher.placement == "shared":
-        return Placed([Part("teachers", shared_bytes(teacher, element))], [])
+    if teacher.placement == "shared":  # adapters in the student's network; ZeRO-3 keeps what is that small whole
+        return Placed([Part("teachers (adapters)", element * teacher.adapters)], [])
     if teacher.zero is not None:
-        held = Counts(0, counts.parameters + teacher.adapters, counts.buffers, 0, counts.small)
+        held = Counts(0, counts.parameters + teacher.adapters, counts.buffers, 0, counts.small, counts.unit)
         return frozen_weights(held, element, teacher.zero, asked)
     if teacher.placement in ("offload", "stream") and not on_cpu:
         there = whole if teacher.placement == "offload" else element * (costs.streamed + counts.buffers)
-        return Placed([Part(_WHILE_ASKED, there, frozenset(asked))], [Part("teachers (offloaded)", whole)])
+        # Packed into one piece of pinned memory that the ranks of a node share.
+        return Placed([Part(_WHILE_ASKED, there, frozenset(asked))], [], [Part("teachers (offloaded)", whole)])
     return Placed([Part("teachers", whole)], [])
-
-
-def shared_bytes(teacher: Teacher, element: int) -> float:
-    """On a device, of LoRAs in the student's network: their adapters, which ZeRO-3 shards with the rest."""
-    return element * teacher.adapters / (teacher.zero.world if teacher.zero else 1)
 
 
 # ---- what a round keeps and computes ----
@@ -372,17 +374,16 @@ def _rewards(config: RunConfig) -> list[Part]:
 # ---- the host ----
 
 
-def _host(config: RunConfig, counts: Counts, zero: Zero, element: int) -> list[Part]:
+def _host(config: RunConfig, costs: Costs, counts: Counts, zero: Zero, element: int) -> list[Part]:
     """Beside what is offloaded: the process, and what loading, checkpoints and the export need for a while."""
     owned = counts.trained / zero.world  # at stage 0 all hold everything and each writes its part
     saved = FP32 * owned * (3 + config.weight_snapshots)
     background = config.run.checkpoint_in_background
     passing = frozenset({Phase.EVALUATE})
-    loading = element * (counts.parameters + counts.buffers)
     exported = (element + FP32) * (counts.parameters + counts.buffers) if config.student.kind == "full" else 0
     return [
         Part("process", PROCESS),
-        Part("loading the network", loading, passing),
+        Part("loading: one tensor", element * costs.student_sizes.largest, passing),
         Part("checkpoint", saved, None if background else passing),
         # Rank 0 alone; counted on every rank of its node it would be eightfold.
         Part("export", exported / min(zero.world, 8), passing),

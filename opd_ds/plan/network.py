@@ -28,13 +28,14 @@ _ADAPTER = "plan"
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of elements: of parameters that are trained and that are not, of buffers, of the largest parameter."""
+    """Numbers of elements: of parameters that are trained and that are not, of buffers, of the largest trained one."""
 
     trained: int
     frozen: int
     buffers: int
     largest: int
     small: int  # of parameters below a persistence threshold
+    unit: int = 0  # of what ZeRO-3 gathers at once: the largest block, or the largest parameter where that is more
 
     @property
     def parameters(self) -> int:
@@ -101,7 +102,13 @@ def count(module: nn.Module, threshold: float = 0) -> Counts:
         buffers=sum(buffer.numel() for buffer in module.buffers()),
         largest=max((size for size, trained in sizes if trained), default=0),
         small=sum(size for size, _ in sizes if size < threshold),
+        unit=max(*_block_sizes(module), *(size for size, _ in sizes), 0, 0),
     )
+
+
+def _block_sizes(module: nn.Module) -> list[int]:
+    lists = [child for child in module.children() if isinstance(child, nn.ModuleList)]
+    return [sum(parameter.numel() for parameter in block.parameters()) for blocks in lists for block in blocks]
 
 
 def known_models() -> list[str]:

@@ -41,6 +41,7 @@ def as_json(plan: Plan, costs: Costs, setting: Setting | None) -> dict[str, Any]
         },
         "host_bytes_per_node": {
             "per_process": _by_name(memory.host),
+            "once": _by_name(memory.node),
             "processes": plan.devices.per_node,
             "peak": memory.host_peak(plan.devices.per_node),
         },
@@ -76,6 +77,7 @@ def as_text(found: dict[str, Any]) -> str:
         "",
         f"# memory of one node's host: GiB, of each of {host['processes']} processes",
         *_table(host["per_process"]),
+        *(["once for all of them:", *_table(host["once"])] if host["once"] else []),
         _row("at once, of all", host["peak"]),
         "",
         "# a round",

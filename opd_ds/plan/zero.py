@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import ceil
 from typing import Any
@@ -11,12 +11,16 @@ from typing import Any
 from opd_ds.plan.network import Counts
 
 FP32 = 4
+# torch's allocator of pinned memory rounds every tensor up to a power of two; what we pin ourselves is packed.
+PINNED = 1.5
+_OFFLOADS = ("offload_optimizer", "offload_param")
 _DEFAULT_BUCKET, _PLAIN_BUCKET = 500_000_000, 500_000_000  # elements; the second is fixed in DeepSpeed's stage 0
 
 
 class Phase(StrEnum):
     """Stretches of a run in which other things are alive; the plan takes the worst."""
 
+    LOAD = "load"
     ENCODE = "encode"
     ROLLOUT = "rollout"
     SCORE = "score"
@@ -63,7 +67,7 @@ class Zero:
         """From a ds_config, complete or not."""
         zero = ds_config.get("zero_optimization", {})
         stage = int(zero.get("stage", 0))
-        places = [zero.get(key, {}).get("device", "none") for key in ("offload_optimizer", "offload_param")]
+        places = [zero.get(key, {}).get("device", "none") for key in _OFFLOADS]
         overlap = zero.get("overlap_comm", stage == 3)
         plain = Zero(stage, world)
         return Zero(
@@ -86,10 +90,11 @@ class Zero:
 
 @dataclass(frozen=True)
 class Placed:
-    """A network's bytes on the device, and on the host of its rank."""
+    """A network's bytes on the device, on the host of its rank, and on the host once for all ranks of a node."""
 
     device: list[Part]
     host: list[Part]
+    node: list[Part] = field(default_factory=list)
 
 
 def frozen_weights(counts: Counts, element: int, zero: Zero, asked: Collection[Phase]) -> Placed:
@@ -128,8 +133,9 @@ def student_state(
         device.append(Part("student weights", element * (counts.parameters + counts.buffers)))
     states = host if zero.offload_optimizer else device
     masters = 0 if zero.stage == 0 and precision == "fp32" else FP32 * shard
-    states.append(Part("fp32 masters", masters))
-    states.append(Part("optimizer state", 2 * FP32 * shard))
+    pinned = PINNED if zero.offload_optimizer and zero.pinned else 1
+    states.append(Part("fp32 masters", pinned * masters))
+    states.append(Part("optimizer state", pinned * 2 * FP32 * shard))
     states.append(Part("weight copies", copies * FP32 * shard))
     gradients = _gradients(trained, shard, precision, element, zero)
     phases = {Phase.TRAIN, Phase.REDUCE, Phase.STEP}
@@ -159,28 +165,36 @@ def _sharded_weights(
 ) -> Placed:
     """ZeRO-3's: this rank's share; small parameters whole; buffers whole; and what is gathered while it works.
 
-    After the first rounds DeepSpeed knows the order of modules and leaves a parameter in place when it is used again
-    within `reuse` elements: the last half of that before the turn from forward to backward.
+    A block is gathered as one, with the next ones on their way, in a flat tensor that is copied out of. After the first
+    rounds DeepSpeed knows the order of modules and leaves a parameter in place when it is used again within `reuse`
+    elements: the last half of that before the turn from forward to backward. A forward without a gradient begins as
+    the one that it remembers, so there, too, they stay, and until the next backward.
     """
     if zero.world == 1:  # nothing is gathered, the shard is the parameter
-        live, share = 0.0, float(counts.parameters)
-        small, whole = 0, 0
+        share = float(counts.parameters)
+        small = whole = 0
     else:
         share = counts.parameters / zero.world
         small = counts.small
         whole = counts.parameters - small
-        live = min(whole, zero.max_live, zero.reuse / 2 + zero.prefetch)
-    coming = min(live, zero.prefetch)
+    coming = min(zero.prefetch, zero.max_live)
+    stays = min(whole, zero.reuse / 2) if trained else 0.0
+    live = min(whole, counts.unit + coming + stays) + min(whole, max(counts.unit, coming))
     device = [Part(name, element * ((0 if zero.offload_param else share) + small + counts.buffers))]
     if zero.gather > 1:
-        device.append(Part(f"{name}: second shard (hpZ)", element * counts.parameters / zero.gather))
-    asked = Part(f"{name}: whole", element * whole) if gathered else Part(f"{name}: gathered", element * 2 * coming)
-    device.append(replace(asked, phases=frozenset(passes)))
+        # Of trained weights it ends with the step that changes them, and comes with the next gather.
+        until = frozenset(set(Phase) - {Phase.LOAD, Phase.ENCODE}) if trained else None
+        device.append(Part(f"{name}: second shard (hpZ)", element * counts.parameters / zero.gather, until))
+    called = Part(f"{name}: whole", element * whole) if gathered else Part(f"{name}: gathered", element * live)
+    device.append(replace(called, phases=frozenset(passes)))
     if trained:
-        training, left = element * (live + coming), alive_when_reduced(counts.trained, zero)
-        device.append(Part(f"{name}: gathered", training, frozenset({Phase.TRAIN})))
-        device.append(Part(f"{name}: gathered", left * training, frozenset({Phase.REDUCE})))
-    host = [Part(f"{name} (offloaded)", element * share)] if zero.offload_param and not zero.nvme else []
+        left = alive_when_reduced(counts.trained, zero)
+        device.append(Part(f"{name}: gathered", element * live, frozenset({Phase.TRAIN})))
+        device.append(Part(f"{name}: gathered", element * left * live, frozenset({Phase.REDUCE})))
+        if not gathered:
+            device.append(Part(f"{name}: gathered", element * stays, frozenset({Phase.SCORE} - set(passes))))
+    nbytes = element * share * (PINNED if zero.pinned else 1)
+    host = [Part(f"{name} (offloaded)", nbytes)] if zero.offload_param and not zero.nvme else []
     return Placed(device, host)
 
 
