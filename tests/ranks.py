@@ -145,7 +145,9 @@ def fork(*arguments: str, environment: Mapping[str, str], written: IO[bytes] | N
     server = _server()
     socket.send_fds(server, [request], [written.fileno(), status])
     os.close(status)
-    return Process(arguments, int(server.recv(16)), ended, written)
+    pid = server.recv(16)
+    assert pid, "the server of ranks has ended; its last words are on stderr"
+    return Process(arguments, int(pid), ended, written)
 
 
 def start(ranks: int, *arguments: str, script: str | None = None, command: str = "train") -> Ranks:
@@ -188,6 +190,7 @@ def _server() -> socket.socket:
     for end in (ours, theirs):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * _LARGEST_REQUEST)
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # with more, torch 2.8 starts its pool when it is imported
     # Of its own session: Ctrl-C is for the tests, and the server ends with them.
     command = [sys.executable, "-m", "tests.ranks", str(theirs.fileno())]
     server = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], start_new_session=True)
