@@ -93,7 +93,7 @@ def peak_memory(group: Group) -> int:
 
 
 def _write_tiny(config: RunConfig, folder: Path) -> None:
-    from benchmarks.family_checks import tiny_module
+    from opd_ds.testing.family_checks import tiny_module
 
     tiny_module(config.model.family).write(folder)
 
