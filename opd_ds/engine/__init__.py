@@ -5,6 +5,7 @@ from opd_ds.engine.consolidate import consolidated_weights
 from opd_ds.engine.ds_config import frozen_ds_config, read_ds_config, student_ds_config, zero_stage
 from opd_ds.engine.frozen import FrozenEngine
 from opd_ds.engine.memory import empty_cache, free_memory
+from opd_ds.engine.sharded_loading import ShardedParameters, parameter_builder
 from opd_ds.engine.snapshots import ShardedEma, WeightSnapshot
 from opd_ds.engine.state import OLD_POLICY, START, ShardReader, write_shard
 from opd_ds.engine.student import StudentEngine
@@ -16,6 +17,7 @@ __all__ = [
     "Group",
     "ShardReader",
     "ShardedEma",
+    "ShardedParameters",
     "StudentEngine",
     "WeightSnapshot",
     "consolidated_weights",
@@ -24,6 +26,7 @@ __all__ = [
     "free_memory",
     "frozen_ds_config",
     "init_group",
+    "parameter_builder",
     "read_ds_config",
     "student_ds_config",
     "write_shard",

@@ -10,6 +10,7 @@ import torch
 from opd_ds.errors import UserError, nearest
 from opd_ds.models.base import Conditioning, ModelFamily
 from opd_ds.models.compilation import compile_blocks, log_compiled
+from opd_ds.models.stored_weights import ParameterBuilder, StoredTensor, WholeParameters
 
 # name: (module, class). Imported when named: diffusers' classes are heavy.
 FAMILIES: dict[str, tuple[str, str]] = {
@@ -47,6 +48,9 @@ __all__ = [
     "FAMILIES",
     "Conditioning",
     "ModelFamily",
+    "ParameterBuilder",
+    "StoredTensor",
+    "WholeParameters",
     "build_family",
     "compile_blocks",
     "family_class",

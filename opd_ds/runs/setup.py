@@ -18,7 +18,15 @@ from opd_ds.config.rl import LearnedSection, WeightedReward
 from opd_ds.config.schema import ANCHOR, AnchorSection, RewardSection, RunConfig, TeacherSection
 from opd_ds.data import PromptSet
 from opd_ds.data.text_cache import TextCache, encoders_identity
-from opd_ds.engine import Group, ShardedEma, StudentEngine, frozen_ds_config, read_ds_config, student_ds_config
+from opd_ds.engine import (
+    Group,
+    ShardedEma,
+    StudentEngine,
+    frozen_ds_config,
+    parameter_builder,
+    read_ds_config,
+    student_ds_config,
+)
 from opd_ds.errors import UserError, about
 from opd_ds.evaluation.benchmark import Benchmark, EvaluationSet
 from opd_ds.evaluation.evaluator import Evaluator
@@ -152,11 +160,10 @@ def prepare(config: RunConfig, group: Group) -> Parts:
         _check_weights(config, files, family)
         identity = run_identity(config, files, family) if group.world.is_main else None
     with group.raise_on_any_rank():
-        module = student_module(config.student, config.run.seed, family, files.start)
+        parameters = parameter_builder(files.student_ds_config, group.device)
+        module = student_module(config.student, config.run.seed, family, files.start, parameters)
         if config.model.compile_blocks:
             compile_blocks(module)
-        if group.device.type == "cuda":
-            module.to(group.device)
     student = StudentEngine(module, files.student_ds_config, group, config.rollout.gather)
     ema = ShardedEma(student, config.student.ema) if config.student.ema.decay > 0 else None
     teachers = TeacherPool(family, files.teachers, group.device, compiled=config.model.compile_blocks)

@@ -16,9 +16,9 @@ from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
 
 from opd_ds.config.schema import TeacherSection
-from opd_ds.engine import FrozenEngine, free_memory
+from opd_ds.engine import FrozenEngine, free_memory, parameter_builder
 from opd_ds.errors import UserError, about
-from opd_ds.models import ModelFamily, compile_blocks, lora
+from opd_ds.models import ModelFamily, ParameterBuilder, WholeParameters, compile_blocks, lora
 
 _CONFIGS = ("transformer/config.json", "config.json")
 
@@ -134,7 +134,8 @@ class TeacherPool:
         self._adapters: dict[str, str | None] = {}
         for tasks in self._shared_networks():
             spec = specs[tasks[0]]
-            module = self._family.load_transformer(None if spec.is_lora else spec.path)
+            build = _parameter_builder(spec, device)
+            module = self._family.load_transformer(None if spec.is_lora else spec.path, build)
             if spec.is_lora:
                 for name, path in self._adapter_names(tasks).items():
                     lora.load_adapter(module, name, path, family.pipeline_class)
@@ -174,6 +175,13 @@ class TeacherPool:
 
     def guidance(self, task: str) -> float:
         return self._specs[task].settings.guidance
+
+
+def _parameter_builder(spec: TeacherSpec, device: torch.device) -> ParameterBuilder:
+    if spec.settings.placement == "zero_inference":
+        assert spec.ds_config is not None
+        return parameter_builder(spec.ds_config, device)
+    return WholeParameters(device if spec.settings.placement == "resident" else torch.device("cpu"))
 
 
 def _adapter_name(path: Path) -> str:
