@@ -43,7 +43,8 @@ def main(folder: Path) -> None:
             for way in WAYS if name == "sd3" else ("plain",):
                 check_parts(family, group, config(group, way), way)
             check_lora_student(family, config(group, "plain"))
-            check_teacher(family, group, config(group, "plain"))
+            if name in ("sd3", "wan"):  # Wan has layers that diffusers keeps in float32
+                check_teacher(family, group, config(group, "plain"))
             done.append(name)
         if world.is_main:
             (folder / "done.json").write_text(json.dumps(done))

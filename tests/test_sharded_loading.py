@@ -18,7 +18,7 @@ from opd_ds.models import FAMILIES, ModelFamily, StoredTensor, WholeParameters, 
 from opd_ds.models.stored_weights import fill
 from opd_ds.testing.family_checks import tiny_module
 from tests import sharded_loading_ranks
-from tests.tiny import launch
+from tests.ranks import launch
 
 CPU = torch.device("cpu")
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -138,6 +138,7 @@ def test_an_adapter_is_merged_as_peft_merges_it(tiny_world: Path) -> None:
     assert sum(not torch.equal(value, plain[name]) for name, value in found.items()) == len(network.peft_config) * 8
 
 
+@pytest.mark.multirank
 def test_two_ranks_own_what_one_would_hold(tmp_path: Path) -> None:
     """Every family, plain, offloaded and with hpZ; a LoRA student; a `zero_inference` teacher. See the script."""
     launch(2, str(tmp_path), script=sharded_loading_ranks.__name__)

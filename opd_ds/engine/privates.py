@@ -57,7 +57,7 @@ def is_gathered(parameter: nn.Parameter) -> bool:
     return bool(private(parameter, "ds_status").name == "AVAILABLE")
 
 
-# ---- parameters that are sharded before `deepspeed.initialize`: `zero.Init` documents how to convert whole modules ----
+# ---- parameters sharded before `deepspeed.initialize`: `zero.Init` documents how to convert whole modules ----
 
 
 def shard_parameter(init: deepspeed.zero.Init, parameter: nn.Parameter) -> None:

@@ -122,7 +122,7 @@ def open_single_file(file: Path, transformer_class: str, config: dict[str, Any],
 
 
 def _convert(stored: Stored, transformer_class: str, config: dict[str, Any]) -> Stored:
-    return privates.single_file_converter(transformer_class)(checkpoint=stored, config=config)  # type: ignore[return-value]
+    return privates.single_file_converter(transformer_class)(checkpoint=stored, config=config)
 
 
 def shapes_of(stored: Stored) -> Shapes:
