@@ -129,6 +129,10 @@ class FullSize:
         cache.add(prompts, _random_texts(self.family, network, len(prompts), find_model(config).tokens))
         (folder / _COMPLETE).touch()
 
+    def weight_files(self, world: Path) -> list[Path]:
+        """Of the base's network, after `write`."""
+        return sorted((self._folder(world) / "base" / "transformer").glob("*.safetensors"))
+
     def _folder(self, world: Path) -> Path:
         return world / f"{self.model}-{self.layers}-layers"
 

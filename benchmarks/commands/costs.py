@@ -58,6 +58,26 @@ def fake_world(
     bench(ranks, output_dir, typer.echo)
 
 
+def loading(
+    output_dir: Annotated[Path, typer.Option(help="loading.json, loading.md and one folder per case go here")],
+    model: Annotated[
+        list[str] | None, typer.Option(help="whose, repeatable; default: SD3.5-M, FLUX.1, Qwen, Wan")
+    ] = None,
+    ranks: Annotated[str, typer.Option(help="how many processes, as in 1,2")] = "1,2,4,8",
+) -> None:
+    """What does a rank's host hold while true-width networks are loaded? The same command goes on."""
+    from opd_ds.cluster.rendezvous import prepare_environment
+    from opd_ds.cluster.world import World
+
+    prepare_environment(World())
+    from benchmarks.loading import MODELS, bench
+    from opd_ds.utils.logging import quiet_libraries
+
+    quiet_libraries()
+    chosen = {name: MODELS.get(name, 1) for name in model or MODELS}
+    bench(output_dir, typer.echo, chosen, [int(count) for count in ranks.split(",")])
+
+
 def speed(
     output_dir: Annotated[Path, typer.Option(help="speed.json, speed.md, plots and one folder per job go here")],
     size: Annotated[str, typer.Option(help="miniature, 50m or sd35m (GPU only)")] = "miniature",

@@ -14,6 +14,7 @@ from opd_ds.engine.fake import fake_group
 from opd_ds.engine.frozen import FrozenEngine
 from opd_ds.engine.memory import empty_cache, free_memory
 from opd_ds.engine.node_memory import NodeMemory
+from opd_ds.engine.sharded_loading import ShardedParameters, parameter_builder
 from opd_ds.engine.snapshots import ShardedEma, WeightSnapshot
 from opd_ds.engine.state import OLD_POLICY, START, ShardReader, write_shard
 from opd_ds.engine.student import StudentEngine
@@ -27,6 +28,7 @@ __all__ = [
     "NodeMemory",
     "ShardReader",
     "ShardedEma",
+    "ShardedParameters",
     "StudentEngine",
     "WeightSnapshot",
     "consolidated_weights",
@@ -37,6 +39,7 @@ __all__ = [
     "free_memory",
     "frozen_ds_config",
     "init_group",
+    "parameter_builder",
     "read_ds_config",
     "student_ds_config",
     "write_shard",

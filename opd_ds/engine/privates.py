@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 from torch import Tensor, nn
 
 from opd_ds.errors import UserError
@@ -54,6 +55,40 @@ def whole_shape(parameter: nn.Parameter) -> list[int]:
 def is_gathered(parameter: nn.Parameter) -> bool:
     """Whether the parameter is whole on this rank now, as small ("persistent") ones always are."""
     return bool(private(parameter, "ds_status").name == "AVAILABLE")
+
+
+# ---- parameters sharded before `deepspeed.initialize`: `zero.Init` documents how to convert whole modules ----
+
+
+def shard_parameter(init: deepspeed.zero.Init, parameter: nn.Parameter) -> None:
+    """Make `parameter` one of ZeRO-3, whole so far; `Init` itself would broadcast it from rank 0 at the same time."""
+    private(init, "_convert_to_deepspeed_param")(parameter)
+
+
+def parts_to_hold(init: deepspeed.zero.Init, parameter: nn.Parameter) -> Iterator[tuple[int, int]]:
+    """(first element, end) of what this rank will hold of a parameter of `shard_parameter`; hpZ holds a second part."""
+    parts = [(private(parameter, "ds_zero_partition_rank"), private(parameter, "ds_zero_partition_world_size"))]
+    if private(parameter, "ds_zero_param_process_group") is not None:
+        parts.append((private(init, "rank_in_group"), private(parameter, "ds_secondary_tensor_group_size")))
+    for rank, ranks in parts:
+        size = private(parameter, "aligned_size")() // ranks
+        yield rank * size, min((rank + 1) * size, whole_numel(parameter))
+
+
+def keep_own_parts(init: deepspeed.zero.Init, parameter: nn.Parameter) -> None:
+    """Copy them to where they live and let go of the rest; the parameter is gathered on the device from now on."""
+    private(parameter, "partition")()
+    parameter.data = torch.empty(0, dtype=parameter.dtype, device=device_of(init))
+
+
+def device_of(init: deepspeed.zero.Init) -> torch.device:
+    """Where parameters are gathered."""
+    return private(init, "local_device")
+
+
+def hpz_group() -> Any:
+    """The ranks among which hpZ gathers, or None where there is none so far; it may be made only once in a process."""
+    return private(deepspeed.utils.groups, "_get_zero_param_intra_parallel_group")()
 
 
 # ---- where the fp32 masters are ----

@@ -29,6 +29,7 @@ class StudentEngine:
     Every rank must make the same calls in the same order: under ZeRO-3 each forward is a collective.
 
     Args:
+        module: its parameters as `parameter_builder` of this ds_config makes them, those of an adapter whole.
         gather: how `gathered` works under ZeRO-3: the whole network at `once`, `per_layer` with every forward, or
             `auto`: at once where half of the free memory is enough for it. Parameters on NVMe are gathered per layer.
 

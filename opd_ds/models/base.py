@@ -23,16 +23,20 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from opd_ds.errors import UserError
+from opd_ds.errors import UserError, about
 from opd_ds.models import lora, privates
 from opd_ds.models.host_weights import HostMemory, HostWeights
-from opd_ds.models.weight_files import (
-    network_files,
-    read_header,
-    read_shapes,
-    refuse_other_shapes,
-    single_file_shapes,
+from opd_ds.models.stored_weights import (
+    ParameterBuilder,
+    Stored,
+    WholeParameters,
+    fill,
+    lacks_tables,
+    open_single_file,
+    open_weights,
+    shapes_of,
 )
+from opd_ds.models.weight_files import network_files, read_header, read_shapes, refuse_other_shapes
 
 # What makes two checkpoints comparable step by step: the same grid, beside the network interface and latents.
 SCHEDULER_KEYS = (
@@ -276,24 +280,53 @@ class ModelFamily(ABC):
         """How the family's pipeline mixes the two velocities."""
         return v_uncond + guidance * (v_cond - v_uncond)
 
-    def load_transformer(self, path: Path | None = None) -> nn.Module:
-        """The denoising network, of another checkpoint when `path` is given, on the CPU, in `dtype`.
+    def load_transformer(
+        self, path: Path | None = None, build: ParameterBuilder | None = None, adapter: Path | None = None
+    ) -> nn.Module:
+        """The denoising network, of another checkpoint when `path` is given, in `dtype`.
 
         Args:
             path: a folder, or a single file that `check_same_weights` accepts.
+            build: what of each parameter is kept, and where; default: all, on the CPU.
+            adapter: a LoRA to add to the weights.
+
+        Raises:
+            UserError: files that lack a weight or have another network's; see `lora.load_adapter`.
         """
-        source, network_class = path or self.path, _diffusers_class(self.transformer_class)
+        source, build = path or self.path, build or WholeParameters(torch.device("cpu"))
+        with about(str(source)):
+            config, stored = self._open(source)
+            network = self._unfilled(config, stored)
+            if adapter is not None:
+                stored = lora.merge_stored(stored, self.empty_transformer(), adapter, self.pipeline_class, self.dtype)
+            fill(network, stored, build, self.dtype)
+        return network.eval()
+
+    def _open(self, source: Path) -> tuple[dict[str, Any], Stored]:
+        """The configuration and the weights of the network at `source`."""
         if source.is_file():
-            network = network_class.from_single_file(
-                str(source), config=str(self.path), subfolder="transformer", local_files_only=True, dtype=self.dtype
-            )
-        else:
-            subfolder = "transformer" if (source / "transformer").is_dir() else None
-            network = network_class.from_pretrained(source, subfolder=subfolder, dtype=self.dtype)
-        # diffusers leaves some layers in float32; DeepSpeed has one dtype for the weights of an engine.
-        # With one dtype everywhere a student that is its own teacher has loss 0. Both leave buffers as they are.
-        for parameter in network.parameters():
-            parameter.data = parameter.data.to(self.dtype)
+            wanted = self.empty_transformer().state_dict()
+            config = self._transformer_config
+            return config, open_single_file(source, self.transformer_class, config, wanted)
+        files = network_files(source)
+        return json.loads((files[0].parent / "config.json").read_text(encoding="utf-8")), open_weights(files)
+
+    def _unfilled(self, config: dict[str, Any], stored: Stored) -> nn.Module:
+        """A network with parameters on meta, as `from_pretrained` of diffusers makes it: its buffers in their dtypes.
+
+        What modules compute when they are made is left out where a file has it: SD3's table of positions passes through
+        several gigabytes of float64.
+        """
+        network_class, before = _diffusers_class(self.transformer_class), torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            with torch.device("meta"):
+                network = network_class.from_config(config)
+            if lacks_tables(network, stored):
+                with init_empty_weights(include_buffers=False):
+                    network = network_class.from_config(config)
+        finally:
+            torch.set_default_dtype(before)
         return network
 
     def without_weights(self, path: Path | None = None) -> nn.Module:
@@ -362,7 +395,7 @@ class ModelFamily(ABC):
         """
         wanted = {key: tuple(value.shape) for key, value in self.empty_transformer().state_dict().items()}
         if path.is_file():
-            found = single_file_shapes(path, self.transformer_class, self._transformer_config, wanted)
+            found = shapes_of(open_single_file(path, self.transformer_class, self._transformer_config, wanted))
         else:
             found = read_shapes(network_files(path))
         refuse_other_shapes(found, wanted)

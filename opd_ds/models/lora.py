@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ from opd_ds.models.adapter_files import (
     read_adapter,
     same_base,
 )
+from opd_ds.models.stored_weights import Stored, StoredTensor
+
+_MERGED = "merged"
+_PARTS = ("lora_A", "lora_B")
 
 
 def new_adapter(transformer: nn.Module, name: str, config: LoraConfig) -> None:
@@ -72,6 +77,38 @@ def load_adapter(transformer: nn.Module, name: str, path: Path, pipeline_class: 
             )
         parameter.data.copy_(state[key])
         parameter.requires_grad_(False)
+
+
+def merge_stored(
+    stored: Stored, empty: nn.Module, path: Path, pipeline_class: str | None, dtype: torch.dtype
+) -> Stored:
+    """Stored weights with the adapter at `path` added where it adapts: in float32, each when it is read.
+
+    Args:
+        stored: the weights of the plain network.
+        empty: that network on meta; it is used up.
+        path, pipeline_class: as for `load_adapter`, which raises the same.
+        dtype: to which the network's and the adapter's weights are rounded before they are added, as in training.
+    """
+    load_adapter(empty, _MERGED, path, pipeline_class)
+    state = read_adapter(path, pipeline_class)[1]
+    found = dict(stored)
+    activate(empty, _MERGED)
+    for name, layer in _adapted(empty).items():
+        key = f"{name}.weight"
+        parts = {f"{part}.{_MERGED}.weight": state[f"{name}.{part}.weight"].to(dtype) for part in _PARTS}
+        found[key] = StoredTensor.of(stored[key], partial(_merge, layer, stored[key], parts, dtype))
+    return found
+
+
+def _merge(layer: Any, base: StoredTensor, parts: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    real = copy.deepcopy(layer).to_empty(device="cpu").float()
+    with torch.no_grad():
+        real.get_base_layer().weight.copy_(base.read().to(dtype))
+        for name, value in parts.items():
+            real.get_parameter(name).copy_(value)
+    real.merge()
+    return real.get_base_layer().weight.detach()
 
 
 def _inject(transformer: nn.Module, name: str, config: LoraConfig) -> None:
@@ -197,6 +234,7 @@ __all__ = [
     "config_fields",
     "is_adapter",
     "load_adapter",
+    "merge_stored",
     "merged_weights",
     "named_base",
     "new_adapter",

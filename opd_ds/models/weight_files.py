@@ -1,4 +1,4 @@
-"""Networks in safetensors files: what their headers say, and whole transformers in one file.
+"""Networks in safetensors files: what their headers say.
 
 A header is a few kilobytes at the start of a file. All that can be wrong with names and shapes is found there, before
 gigabytes are read.
@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from opd_ds.errors import UserError
-from opd_ds.models import privates
 
 NETWORK_WEIGHTS = "diffusion_pytorch_model.safetensors"
 Shapes = dict[str, tuple[int, ...]]
@@ -42,6 +40,13 @@ def read_header(file: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged or no safetensors file ({error}); copy or download it again") from error
     return header
+
+
+def stored_dtype(name: str, entry: Mapping[str, Any]) -> torch.dtype:
+    """Of the weight `name` by its header's `entry`; UserError for quantized ones."""
+    if entry["dtype"] not in _DTYPES:
+        raise UserError(f"{name!r} is stored as {entry['dtype']}; allowed are {', '.join(_DTYPES)}")
+    return _DTYPES[entry["dtype"]]
 
 
 def read_shapes(files: Iterable[Path]) -> Shapes:
@@ -80,43 +85,3 @@ def refuse_other_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[st
         differences.append(f"{len(wrong)} of another shape, the first: {wrong[0]!r} is {shapes}")
     if differences:
         raise UserError(f"its weights are not those of the base: {'; '.join(differences)}")
-
-
-def single_file_shapes(file: Path, transformer_class: str, config: dict[str, Any], wanted: Shapes) -> Shapes:
-    """What diffusers would make of a whole network in one file, found from the file's header.
-
-    Args:
-        file: the transformer alone or a whole model, in its authors' layout or with diffusers' names.
-        transformer_class: name of the diffusers class.
-        config: the network's configuration, as diffusers stores it.
-        wanted: the weights of that network.
-
-    Raises:
-        UserError: not such a file, quantized, or in a layout that diffusers does not convert for this class.
-    """
-    entries = {key: entry for key, entry in read_header(file).items() if key != "__metadata__"}
-    odd = next((key for key, entry in entries.items() if entry["dtype"] not in _DTYPES), None)
-    if odd is not None:
-        raise UserError(f"{odd!r} is stored as {entries[odd]['dtype']}; allowed are {', '.join(_DTYPES)}")
-    raw = {key: tuple(entry["shape"]) for key, entry in entries.items()}
-    if raw.keys() == wanted.keys():  # diffusers' names already
-        return raw
-    weights = {
-        key: torch.empty(raw[key], dtype=_DTYPES[entry["dtype"]], device="meta") for key, entry in entries.items()
-    }
-    try:
-        converted = {key: tuple(w.shape) for key, w in _converted(weights, transformer_class, config).items()}
-    except UserError:
-        raise
-    except Exception as error:  # the converters assume their layout and fail in as many ways as a file can differ
-        if 2 * len(wanted.keys() & raw.keys()) > len(wanted):  # diffusers' names, but not all of them
-            return raw
-        raise UserError(
-            f"neither a LoRA nor a whole {transformer_class} in a layout that diffusers reads from one file; its first "
-            f"key: {min(raw, default='-')!r}"
-        ) from error
-    return max(raw, converted, key=lambda shapes: len(wanted.keys() & shapes.keys()))
-
-
-def _converted(weights: dict[str, Tensor], transformer_class: str, config: dict[str, Any]) -> dict[str, Tensor]:
-    return privates.single_file_converter(transformer_class)(checkpoint=weights, config=config)

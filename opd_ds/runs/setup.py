@@ -24,6 +24,7 @@ from opd_ds.engine import (
     ShardedEma,
     StudentEngine,
     frozen_ds_config,
+    parameter_builder,
     read_ds_config,
     student_ds_config,
     zero_stage,
@@ -180,12 +181,11 @@ def prepare(config: RunConfig, group: Group) -> Parts:
         _check_weights(config, files, family)
         identity = run_identity(config, files, family) if group.world.is_main else None
     with group.raise_on_any_rank():
-        module = student_module(config.student, config.run.seed, family, files.start)
+        parameters = parameter_builder(files.student_ds_config, group.device)
+        module = student_module(config.student, config.run.seed, family, files.start, parameters)
         load_shared(module, files.teachers.values(), family)
         if config.model.compile_blocks:
             compile_blocks(module)
-        if group.device.type == "cuda":
-            module.to(group.device)
     student = StudentEngine(module, files.student_ds_config, group, config.rollout.gather)
     ema = ShardedEma(student, config.student.ema) if config.student.ema.decay > 0 else None
     teachers = TeacherPool(

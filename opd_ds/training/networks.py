@@ -11,7 +11,7 @@ from torch import nn
 from opd_ds.checkpoint.export_student import STUDENT_ADAPTER
 from opd_ds.config.schema import RunConfig, StudentSection
 from opd_ds.data.text_cache import TextCache
-from opd_ds.models import ModelFamily, build_family, lora
+from opd_ds.models import ModelFamily, ParameterBuilder, build_family, lora
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,20 +39,22 @@ def load_family(config: RunConfig, path: Path, device: torch.device, dtype: torc
     return family
 
 
-def student_module(settings: StudentSection, seed: int, family: ModelFamily, start: Path | None) -> nn.Module:
-    """The student's network as it is before the first round, on the CPU.
+def student_module(
+    settings: StudentSection,
+    seed: int,
+    family: ModelFamily,
+    start: Path | None,
+    build: ParameterBuilder | None = None,
+) -> nn.Module:
+    """The student's network as it is before the first round.
 
     Args:
         start: `settings.start`, found.
+        build: as for `ModelFamily.load_transformer`. An adapter's parameters are whole, beside the base's.
     """
     adapter = start if start is not None and lora.is_adapter(start) else None
-    module = family.load_transformer(start if adapter is None else None)
-    if adapter is not None and settings.kind == "full":
-        lora.load_adapter(module, STUDENT_ADAPTER, adapter, family.pipeline_class)
-        lora.activate(module, STUDENT_ADAPTER)
-        weights = lora.merged_weights(module)
-        module = family.load_transformer()
-        module.load_state_dict(weights)
+    merged = adapter if settings.kind == "full" else None
+    module = family.load_transformer(start if adapter is None else None, build, merged)
     if settings.gradient_checkpointing:
         module.enable_gradient_checkpointing()  # type: ignore[operator]
     if adapter is not None and settings.kind == "lora":

@@ -14,9 +14,9 @@ from torch import nn
 
 from opd_ds.checkpoint.export_student import STUDENT_ADAPTER
 from opd_ds.config.schema import TeacherSection
-from opd_ds.engine import StudentEngine
+from opd_ds.engine import StudentEngine, parameter_builder
 from opd_ds.errors import UserError, about
-from opd_ds.models import ModelFamily, compile_blocks, lora
+from opd_ds.models import ModelFamily, ParameterBuilder, WholeParameters, compile_blocks, lora
 from opd_ds.models.host_weights import HostMemory
 from opd_ds.training.frozen_networks import FrozenNetwork, InStudent, Offloaded, Resident, Sharded, Streamed
 
@@ -79,7 +79,10 @@ class TeacherPool:
             return InStudent(self._student)
         elsewhere = placement in ("offload", "stream") and self._memory is not None and not self._memory.fills
         path = None if spec.is_lora else spec.path
-        module = self._family.without_weights(path) if elsewhere else self._family.load_transformer(path)
+        if elsewhere:
+            module = self._family.without_weights(path)
+        else:
+            module = self._family.load_transformer(path, _parameter_builder(spec, self._device))
         if spec.is_lora:
             _add_adapters(module, [self._specs[task] for task in tasks], self._family)
         if placement == "stream":
@@ -128,6 +131,13 @@ class TeacherPool:
 
     def guidance(self, task: str) -> float:
         return self._specs[task].settings.guidance
+
+
+def _parameter_builder(spec: TeacherSpec, device: torch.device) -> ParameterBuilder:
+    if spec.settings.placement == "zero_inference":
+        assert spec.ds_config is not None
+        return parameter_builder(spec.ds_config, device)
+    return WholeParameters(device if spec.settings.placement == "resident" else torch.device("cpu"))
 
 
 def load_shared(module: nn.Module, specs: Iterable[TeacherSpec], family: ModelFamily) -> None:

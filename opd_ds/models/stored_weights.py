@@ -1,0 +1,190 @@
+"""A network's weights as they lie in safetensors files: opened by header, read tensor by tensor where they are wanted.
+
+Files are mapped, not read: the kernel keeps one copy of their pages for all processes of a node, and only the pages of
+elements that are asked for are touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from opd_ds.errors import UserError
+from opd_ds.models import privates
+from opd_ds.models.weight_files import Shapes, read_header, refuse_other_shapes, stored_dtype
+
+
+class StoredTensor(Tensor):
+    """A tensor on the meta device that knows where its values are; functions of it are such tensors again.
+
+    That way diffusers' converters of single files, which cut and join whole tensors, run without reading any.
+    """
+
+    _read: Callable[[], Tensor]
+
+    @staticmethod
+    def of(shape: Tensor, read: Callable[[], Tensor]) -> StoredTensor:
+        """Shaped as the meta tensor `shape`; `read` gives the values, on the CPU."""
+        with torch._C.DisableTorchFunctionSubclass():  # as torch's documentation does it
+            stored = shape.as_subclass(StoredTensor)
+        stored._read = read
+        return stored
+
+    def read(self) -> Tensor:
+        """The values on the CPU: where nothing has to be computed, the file's own pages."""
+        return self._read()
+
+    def elements(self, start: int, stop: int) -> Tensor:
+        """Those from `start` to `stop` in the flattened tensor, on the CPU."""
+        return self._read().reshape(-1)[start:stop]
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
+        if name.endswith("_") and not name.endswith("__"):
+            raise NotImplementedError(f"{name} would change weights in a file")
+        with torch._C.DisableTorchFunctionSubclass():
+            found = function(*args, **kwargs)
+        if isinstance(found, Tensor):
+            return cls.of(found, partial(_evaluate, function, args, kwargs))
+        if isinstance(found, (tuple, list)) and found and isinstance(found[0], Tensor):
+            parts = [partial(_evaluate, function, args, kwargs, index) for index in range(len(found))]
+            return type(found)(cls.of(part, read) for part, read in zip(found, parts, strict=True))
+        return found  # a shape, a dtype
+
+
+def _evaluate(function: Callable[..., Any], args: Any, kwargs: dict[str, Any], index: int | None = None) -> Tensor:
+    found = function(*_values(args), **{key: _values(value) for key, value in kwargs.items()})
+    return found if index is None else found[index]
+
+
+def _values(argument: Any) -> Any:
+    if isinstance(argument, StoredTensor):
+        return argument.read()
+    return type(argument)(map(_values, argument)) if type(argument) in (tuple, list) else argument
+
+
+Stored = dict[str, StoredTensor]
+
+
+def open_weights(files: Iterable[Path]) -> Stored:
+    """All tensors in `files`, by name.
+
+    Raises:
+        UserError: a file is no whole safetensors file, or holds other than floating-point numbers of 16 bits or more.
+    """
+    stored: Stored = {}
+    for file in files:
+        header = read_header(file)
+        mapped = safe_open(file, framework="pt")
+        for name, entry in header.items():
+            if name != "__metadata__":
+                shape = torch.empty(entry["shape"], dtype=stored_dtype(name, entry), device="meta")
+                stored[name] = StoredTensor.of(shape, partial(mapped.get_tensor, name))
+    return stored
+
+
+def open_single_file(file: Path, transformer_class: str, config: dict[str, Any], wanted: Collection[str]) -> Stored:
+    """A whole network in one file, under diffusers' names.
+
+    Args:
+        file: the transformer alone or a whole model, in its authors' layout or with diffusers' names.
+        transformer_class: name of the diffusers class.
+        config: the network's configuration, as diffusers stores it.
+        wanted: the names of that network's weights.
+
+    Raises:
+        UserError: not such a file, quantized, or in a layout that diffusers does not convert for this class.
+    """
+    raw = open_weights([file])
+    if raw.keys() == set(wanted):  # diffusers' names already
+        return raw
+    try:
+        converted = _convert(dict(raw), transformer_class, config)
+    except UserError:
+        raise
+    except Exception as error:  # the converters assume their layout and fail in as many ways as a file can differ
+        if 2 * len(raw.keys() & set(wanted)) > len(wanted):  # diffusers' names, but not all of them
+            return raw
+        raise UserError(
+            f"neither a LoRA nor a whole {transformer_class} in a layout that diffusers reads from one file; its first "
+            f"key: {min(raw, default='-')!r}"
+        ) from error
+    return max(raw, converted, key=lambda stored: len(stored.keys() & set(wanted)))
+
+
+def _convert(stored: Stored, transformer_class: str, config: dict[str, Any]) -> Stored:
+    return privates.single_file_converter(transformer_class)(checkpoint=stored, config=config)
+
+
+def shapes_of(stored: Stored) -> Shapes:
+    """By name."""
+    return {name: tuple(tensor.shape) for name, tensor in stored.items()}
+
+
+class ParameterBuilder(Protocol):
+    """Decides what of a parameter this process keeps, and where."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes; its buffers go there, whole."""
+
+    def __call__(self, stored: StoredTensor, dtype: torch.dtype) -> nn.Parameter:
+        """The parameter whose values are `stored`."""
+
+
+class WholeParameters:
+    """Every parameter whole on `device`. On a CPU and in the file's own dtype it is the file's pages until changed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, stored: StoredTensor, dtype: torch.dtype) -> nn.Parameter:
+        return nn.Parameter(stored.read().to(self.device, dtype).contiguous())
+
+
+def fill(network: nn.Module, stored: Stored, build: ParameterBuilder, dtype: torch.dtype) -> None:
+    """Give `network`, whose parameters are on meta, its weights in `dtype`, one after the other.
+
+    diffusers leaves some layers in float32; DeepSpeed has one dtype for the weights of an engine. With one dtype
+    everywhere a student that is its own teacher has loss 0. Stored buffers are of that dtype too, computed ones stay.
+
+    Raises:
+        UserError: a parameter is missing or of another shape.
+    """
+    aliases: dict[int, list[str]] = {}  # the names of a tied parameter; mostly one
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    sources = {id_: next((name for name in names if name in stored), names[0]) for id_, names in aliases.items()}
+    wanted = {sources[id(parameter)]: tuple(parameter.shape) for parameter in network.parameters()}
+    wanted |= {name: tuple(buffer.shape) for name, buffer in network.named_buffers() if name in stored}
+    refuse_other_shapes(shapes_of({name: stored[name] for name in wanted if name in stored}), wanted)
+    built: dict[str, nn.Parameter] = {}
+    for prefix, owner in list(network.named_modules()):
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            source = sources[id(parameter)]
+            if source not in built:
+                built[source] = build(stored[source], dtype)
+            setattr(owner, name, built[source])
+        for name, buffer in list(owner.named_buffers(recurse=False)):
+            key = f"{prefix}.{name}" if prefix else name
+            value = stored[key].read() if key in stored else buffer
+            setattr(owner, name, value.to(build.device, dtype if key in stored else None))
+
+
+def lacks_tables(network: nn.Module, stored: Stored) -> bool:
+    """Whether a network built on meta has buffers or other tensors, computed by its modules, that no file has."""
+    for prefix, owner in network.named_modules():
+        for name, value in (*owner.named_buffers(prefix, recurse=False), *vars(owner).items()):
+            parts = value if isinstance(value, (tuple, list)) else [value]
+            if name not in stored and any(isinstance(part, Tensor) for part in parts):
+                return True
+    return False
