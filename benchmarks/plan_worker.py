@@ -93,7 +93,7 @@ def peak_memory(group: Group) -> int:
 
 
 def _write_tiny(config: RunConfig, folder: Path) -> None:
-    from benchmarks.family_checks import tiny_module
+    from opd_ds.testing.family_checks import tiny_module
 
     tiny_module(config.model.family).write(folder)
 
@@ -103,7 +103,6 @@ def _tiny(config: RunConfig, folder: Path) -> RunConfig:
     import torch
 
     from opd_ds.models import build_family
-    from opd_ds.testing.family_checks import tiny_module
 
     name, base = config.model.family, folder
     side = 4 * build_family(name, base, dtype=torch.float32, device=torch.device("cpu")).size_unit

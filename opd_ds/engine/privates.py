@@ -34,7 +34,7 @@ def private(owner: Any, name: str) -> Any:
     except AttributeError as error:
         raise UserError(
             f"DeepSpeed {deepspeed.__version__}: {type(owner).__name__} has no {name!r}, without which opd-ds cannot "
-            f"save and average the trained weights; {REMEDY}"
+            f"gather, save and average weights; {REMEDY}"
         ) from error
 
 
@@ -54,6 +54,14 @@ def whole_shape(parameter: nn.Parameter) -> list[int]:
 def is_gathered(parameter: nn.Parameter) -> bool:
     """Whether the parameter is whole on this rank now, as small ("persistent") ones always are."""
     return bool(private(parameter, "ds_status").name == "AVAILABLE")
+
+
+def module_hooks(engine: Any) -> list[Any]:
+    """Handles of the hooks by which ZeRO-3 gathers and releases weights, of all modules; without an optimizer it is the
+    "optimizer" that has them.
+    """
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    return [*private(offload, "forward_hooks"), *private(offload, "backward_hooks")]
 
 
 # ---- where the fp32 masters are ----
