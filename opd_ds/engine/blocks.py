@@ -20,7 +20,8 @@ from deepspeed import DeepSpeedEngine
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from opd_ds.engine.ds_config import NetworkSizes, fill_sizes
+from opd_ds.engine import privates
+from opd_ds.engine.ds_config import NetworkSizes, fill_sizes, parameters_on_nvme, zero_stage
 
 
 def initialize(
@@ -32,8 +33,7 @@ def initialize(
     weights are on NVMe: a block has more parameters than DeepSpeed has buffers for reading them.
     """
     ds_config = fill_sizes(ds_config, NetworkSizes.of(network))
-    zero = ds_config.get("zero_optimization", {})
-    by_block = zero.get("stage") == 3 and zero.get("offload_param", {}).get("device") != "nvme"
+    by_block = zero_stage(ds_config) == 3 and not parameters_on_nvme(ds_config)
     blocks = [block for block in _blocks(network) if block._compiled_call_impl is None] if by_block else []
     recomputing = bool(blocks and getattr(network, "gradient_checkpointing", False))
     for block in blocks:
@@ -46,7 +46,7 @@ def initialize(
         model=network, model_parameters=parameters, config=ds_config, dist_init_required=False
     )
     if blocks:
-        _unhook_inside(blocks, getattr(engine.optimizer, "parameter_offload", engine.optimizer))
+        _unhook_inside(blocks, engine)
     return engine
 
 
@@ -56,11 +56,11 @@ def _blocks(network: nn.Module) -> Iterator[nn.Module]:
             yield from child
 
 
-def _unhook_inside(blocks: list[nn.Module], offload: Any) -> None:
+def _unhook_inside(blocks: list[nn.Module], engine: DeepSpeedEngine) -> None:
     """Take DeepSpeed's hooks from the modules in `blocks`; the parameters belong to the blocks from then on."""
     inside = [module for block in blocks for module in block.modules() if module is not block]
     theirs = {id(hooks) for module in inside for hooks in (module._forward_hooks, module._forward_pre_hooks)}
-    for handle in (*offload.forward_hooks, *offload.backward_hooks):
+    for handle in privates.module_hooks(engine):
         if id(handle.hooks_dict_ref()) in theirs:
             handle.remove()
     for block in blocks:

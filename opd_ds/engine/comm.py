@@ -22,6 +22,7 @@ from opd_ds.cluster.watchdog import Watchdog, start_watchdog
 from opd_ds.cluster.world import World
 from opd_ds.engine import privates
 from opd_ds.engine.build_lock import guard_builds
+from opd_ds.engine.memory import return_freed_memory
 from opd_ds.errors import Interrupted, UserError
 from opd_ds.utils.determinism import make_deterministic
 
@@ -29,7 +30,13 @@ HANG_FOLDER = "hang"
 
 
 class Group:
-    """All ranks of the run."""
+    """All ranks of the run.
+
+    Attributes:
+        exchanges: whether collectives carry what other ranks have; not in a `fake_group`.
+    """
+
+    exchanges = True
 
     def __init__(self, world: World, device: torch.device, peers: Watchdog | None = None) -> None:
         self.world, self.device, self._peers = world, device, peers
@@ -143,6 +150,7 @@ def init_group(world: World, timeout: timedelta = timedelta(minutes=30), *, dete
     """
     if deterministic:
         make_deterministic()
+    return_freed_memory()
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "OMP_NUM_THREADS" not in os.environ:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from opd_ds.cluster.world import World
 from opd_ds.config.schema import OptimizerSection, RunConfig
+from opd_ds.engine.privates import whole_shape
 from opd_ds.errors import UserError
 
 AUTO = "auto"
@@ -51,7 +53,7 @@ class NetworkSizes:
     @staticmethod
     def of(network: nn.Module) -> NetworkSizes:
         """Of a whole network, also on meta, or of one that DeepSpeed has partitioned."""
-        sizes = [(getattr(value, "ds_numel", value.numel()), value.requires_grad) for value in network.parameters()]
+        sizes = [(math.prod(whole_shape(value)), value.requires_grad) for value in network.parameters()]
         trained = [size for size, is_trained in sizes if is_trained]
         return NetworkSizes(
             sum(size for size, _ in sizes), sum(trained), max(size for size, _ in sizes), max(trained, default=0)

@@ -10,6 +10,10 @@ from opd_ds.cluster.world import World
 from opd_ds.engine.comm import Group
 
 
+class _FakeGroup(Group):
+    exchanges = False
+
+
 def fake_group(world: World) -> Group:
     """This process as `world.rank`, on the CPU. Collectives return at once with tensors of the right shapes, and what
     is in them is undefined; `Group.gather` cannot be used. One such group per process, and no other beside it.
@@ -21,4 +25,4 @@ def fake_group(world: World) -> Group:
 
     torch.distributed.init_process_group("fake", rank=world.rank, world_size=world.size, store=FakeStore())
     deepspeed.init_distributed("fake", auto_mpi_discovery=False)
-    return Group(world, torch.device("cpu"))
+    return _FakeGroup(world, torch.device("cpu"))

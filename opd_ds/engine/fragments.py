@@ -99,6 +99,8 @@ def check_cover(owned: list[Fragment], numels: dict[str, int], group: Group) -> 
     Raises:
         UserError: some elements belong to no rank, or to several.
     """
+    if not group.exchanges:
+        return
     counts = dict.fromkeys(numels, 0)
     for fragment in owned:
         counts[fragment.name] += fragment.numel

@@ -35,7 +35,7 @@ def private(owner: Any, name: str) -> Any:
     except AttributeError as error:
         raise UserError(
             f"DeepSpeed {deepspeed.__version__}: {type(owner).__name__} has no {name!r}, without which opd-ds cannot "
-            f"save and average the trained weights; {REMEDY}"
+            f"gather, save and average weights; {REMEDY}"
         ) from error
 
 
@@ -89,6 +89,14 @@ def device_of(init: deepspeed.zero.Init) -> torch.device:
 def hpz_group() -> Any:
     """The ranks among which hpZ gathers, or None where there is none so far; it may be made only once in a process."""
     return private(deepspeed.utils.groups, "_get_zero_param_intra_parallel_group")()
+
+
+def module_hooks(engine: Any) -> list[Any]:
+    """Handles of the hooks by which ZeRO-3 gathers and releases weights, of all modules; without an optimizer it is the
+    "optimizer" that has them.
+    """
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    return [*private(offload, "forward_hooks"), *private(offload, "backward_hooks")]
 
 
 # ---- where the fp32 masters are ----

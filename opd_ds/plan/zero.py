@@ -52,6 +52,7 @@ class Zero:
     offload_optimizer: bool = False
     offload_param: bool = False
     nvme: bool = False
+    pinned: bool = False  # what is offloaded to the host, by DeepSpeed
     parameters_on_nvme: bool = False
     reduce_bucket: int = _DEFAULT_BUCKET
     buffers: int = 1
@@ -76,6 +77,7 @@ class Zero:
             offload_optimizer=places[0] in ("cpu", "nvme"),
             offload_param=places[1] in ("cpu", "nvme"),
             nvme="nvme" in places,
+            pinned=any(zero[key].get("pin_memory", True) for key in _OFFLOADS if key in zero),
             parameters_on_nvme=places[1] == "nvme",
             reduce_bucket=int(zero.get("reduce_bucket_size", plain.reduce_bucket)),
             buffers=2 if overlap and stage in (1, 2) else 1,
