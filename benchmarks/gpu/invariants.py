@@ -107,11 +107,15 @@ def _own_teacher(session: Session, world: _World) -> None:
     for precision in _PRECISIONS if session.on_gpu else _PRECISIONS[1:]:
         for placement in (*placements(), "fused"):
             with session.check(f"own teacher, {placement}, {precision}") as found:
-                own = world.task(world.base, "resident" if placement == "fused" else placement, 2.0)
+                shares = placement == "shared"  # only a LoRA can: here the one that the student starts from
+                path = world.loras[TASKS[0]] if shares else world.base
+                own = world.task(path, "resident" if placement == "fused" else placement, 2.0)
                 mode = "fused" if placement == "fused" else "buffered"
                 changes: dict[str, Any] = {"rollout": {"mode": mode}, "tasks": {"self": own}}
-                if placement == "shared":  # a LoRA that is its own teacher: the base, as a fresh one is
-                    changes["student"] = {"kind": "lora"}
+                if shares:
+                    adapter = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
+                    size = {"rank": adapter["r"], "alpha": adapter["lora_alpha"], "targets": adapter["target_modules"]}
+                    changes["student"] = {"kind": "lora", "start": str(path), "lora": size}
                 got = world.rounds(world.config(precision, **changes), 1)
                 found |= {"loss": got["loss"][0], "norm": got["norm"][0]}
                 found["ok"] = got == {"loss": [0.0], "norm": [0.0]}

@@ -129,15 +129,15 @@ def _score_without_transfer(session: Session, loop: Loop, found: Check) -> None:
     trainer, seconds = loop.inner, 0.0
     ask = trainer._query_frozen
 
-    def twice(name: str, network: Any, buffer: Any, guidance: float) -> None:
+    def twice(*arguments: Any) -> Any:
         nonlocal seconds
-        ask(name, network, buffer, guidance)
+        found = ask(*arguments)
         synchronise()
         started = time.perf_counter()
-        ask("once more", network, buffer, guidance)
+        ask(*arguments)
         synchronise()
         seconds += time.perf_counter() - started
-        del buffer.per_pair["once more"]
+        return found
 
     trainer._query_frozen = twice
     trainer.run_round(0)
