@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from opd_ds.config.schema import TeacherSection
-from opd_ds.models import ModelFamily, block_names, build_family
+from opd_ds.models import ModelFamily, ParametersElsewhere, block_names, build_family
 from opd_ds.models.host_weights import HostMemory, HostWeights, side_stream
 from opd_ds.training.frozen_networks import Offloaded, Streamed
 from opd_ds.training.teachers import TeacherPool, TeacherSpec
@@ -195,7 +195,7 @@ def test_a_network_without_weights_takes_those_of_another_process(family: ModelF
     full.pos_embed.pos_embed = full.pos_embed.pos_embed.double()  # type: ignore[union-attr]
     HostWeights(full, CPU, memory)
     memory.fills = False
-    empty = family.without_weights(tiny_world / "other")
+    empty = family.load_transformer(tiny_world / "other", ParametersElsewhere())
     assert {p.device.type for p in empty.parameters()} == {"meta"}
     HostWeights(empty, CPU, memory)
     ours, theirs = full.state_dict(), empty.state_dict()

@@ -10,7 +10,7 @@ import torch
 from opd_ds.errors import UserError, nearest
 from opd_ds.models.base import ENCODED_AT_ONCE, Conditioning, ModelFamily
 from opd_ds.models.compilation import block_names, compile_blocks, compile_forwards, log_compiled
-from opd_ds.models.stored_weights import ParameterBuilder, StoredTensor, WholeParameters
+from opd_ds.models.stored_weights import ParameterBuilder, ParametersElsewhere, StoredTensor, WholeParameters
 
 # name: (module, class). Imported when named: diffusers' classes are heavy.
 FAMILIES: dict[str, tuple[str, str]] = {
@@ -50,6 +50,7 @@ __all__ = [
     "Conditioning",
     "ModelFamily",
     "ParameterBuilder",
+    "ParametersElsewhere",
     "StoredTensor",
     "WholeParameters",
     "block_names",

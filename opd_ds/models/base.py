@@ -63,7 +63,6 @@ JOINT_ATTENTION = (
 )
 
 ENCODED_AT_ONCE = 8  # prompts
-_NETWORK_CONFIGS = ("transformer/config.json", "config.json")  # where a checkpoint may have it
 
 
 @dataclass(frozen=True)
@@ -328,15 +327,6 @@ class ModelFamily(ABC):
         finally:
             torch.set_default_dtype(before)
         return network
-
-    def without_weights(self, path: Path | None = None) -> nn.Module:
-        """The network of `load_transformer`, its parameters on the meta device: another process loads them."""
-        source, network_class = path or self.path, _diffusers_class(self.transformer_class)
-        file = next((source / name for name in _NETWORK_CONFIGS if (source / name).is_file()), None)
-        config = self._transformer_config if file is None else json.loads(file.read_text())
-        with init_empty_weights():  # tables that a network computes for itself are there
-            network = network_class.from_config(config)
-        return network.to(self.dtype)
 
     def empty_transformer(self) -> nn.Module:
         """The denoising network without weights, on the meta device."""

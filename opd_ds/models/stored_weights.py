@@ -151,6 +151,15 @@ class WholeParameters:
         return nn.Parameter(stored.read().to(self.device, dtype).contiguous())
 
 
+class ParametersElsewhere:
+    """None of them: shapes on the meta device, for weights that another process of the node keeps for this one."""
+
+    device = torch.device("cpu")
+
+    def __call__(self, stored: StoredTensor, dtype: torch.dtype) -> nn.Parameter:
+        return nn.Parameter(torch.empty(stored.shape, dtype=dtype, device="meta"))
+
+
 def fill(network: nn.Module, stored: Stored, build: ParameterBuilder, dtype: torch.dtype) -> None:
     """Give `network`, whose parameters are on meta, its weights in `dtype`, one after the other.
 

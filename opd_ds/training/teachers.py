@@ -16,7 +16,7 @@ from opd_ds.checkpoint.export_student import STUDENT_ADAPTER
 from opd_ds.config.schema import TeacherSection
 from opd_ds.engine import StudentEngine, parameter_builder
 from opd_ds.errors import UserError, about
-from opd_ds.models import ModelFamily, ParameterBuilder, WholeParameters, compile_blocks, lora
+from opd_ds.models import ModelFamily, ParameterBuilder, ParametersElsewhere, WholeParameters, compile_blocks, lora
 from opd_ds.models.host_weights import HostMemory
 from opd_ds.training.frozen_networks import FrozenNetwork, InStudent, Offloaded, Resident, Sharded, Streamed
 
@@ -77,12 +77,8 @@ class TeacherPool:
         if placement == "shared":
             assert self._student is not None
             return InStudent(self._student)
-        elsewhere = placement in ("offload", "stream") and self._memory is not None and not self._memory.fills
         path = None if spec.is_lora else spec.path
-        if elsewhere:
-            module = self._family.without_weights(path)
-        else:
-            module = self._family.load_transformer(path, _parameter_builder(spec, self._device))
+        module = self._family.load_transformer(path, _parameter_builder(spec, self._device, self._memory))
         if spec.is_lora:
             _add_adapters(module, [self._specs[task] for task in tasks], self._family)
         if placement == "stream":
@@ -133,11 +129,13 @@ class TeacherPool:
         return self._specs[task].settings.guidance
 
 
-def _parameter_builder(spec: TeacherSpec, device: torch.device) -> ParameterBuilder:
+def _parameter_builder(spec: TeacherSpec, device: torch.device, memory: HostMemory | None) -> ParameterBuilder:
     if spec.settings.placement == "zero_inference":
         assert spec.ds_config is not None
         return parameter_builder(spec.ds_config, device)
-    return WholeParameters(device if spec.settings.placement == "resident" else torch.device("cpu"))
+    if spec.settings.placement == "resident":
+        return WholeParameters(device)
+    return WholeParameters(torch.device("cpu")) if memory is None or memory.fills else ParametersElsewhere()
 
 
 def load_shared(module: nn.Module, specs: Iterable[TeacherSpec], family: ModelFamily) -> None:
