@@ -12,7 +12,6 @@ import yaml
 
 from benchmarks import loading_worker
 from benchmarks.full_size import FullSize
-from benchmarks.plan_memory import ALLOCATOR
 from benchmarks.ranks import run_ranks
 from opd_ds.config.loading import parse_config
 from opd_ds.config.schema import RunConfig
@@ -133,5 +132,5 @@ def _measure(case: Case, world: Path, folder: Path) -> list[dict[str, Any]]:
         config = place / "config.yaml"
         config.write_text(yaml.safe_dump(case.config(world).model_dump(mode="json")), encoding="utf-8")
         arguments = [str(config), str(out)]
-        run_ranks(loading_worker.__name__, arguments, case.ranks, place, ALLOCATOR | {"OMP_NUM_THREADS": "1"})
+        run_ranks(loading_worker.__name__, arguments, case.ranks, place, {"OMP_NUM_THREADS": "1"})
     return json.loads(out.read_text(encoding="utf-8"))

@@ -26,8 +26,6 @@ from opd_ds.utils.markdown import markdown_table
 # Large beside what allocators round, small enough for a laptop; and smaller, where many ranks have to fit into it.
 _MODELS = {"59M": Sizes(layers=3, heads=12, head_dim=64), "21M": Sizes(layers=6, heads=5, head_dim=64)}
 _PROMPTS = ["a red 3 on blue", "a green 7 on white", "a blue 0 on red", "the number 5"]
-# Large tensors get pages of their own and give them back when they are freed: what is resident is what is alive.
-ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 _MIB = 2**20
 _RESULTS = ("device", "predicted", "measured", "error", "phase", "parts", "loading")
 
@@ -196,5 +194,5 @@ def _measure(case: Case | FullSize, world: Path, folder: Path) -> dict[str, Any]
     config = place / "config.yaml"
     config.write_text(yaml.safe_dump(case.config(world).model_dump(mode="json")), encoding="utf-8")
     arguments = [str(config), str(out), str(case.config(world).run.rounds)]
-    run_ranks(plan_worker.__name__, arguments, case.ranks, place, ALLOCATOR | {"OMP_NUM_THREADS": "1"})
+    run_ranks(plan_worker.__name__, arguments, case.ranks, place, {"OMP_NUM_THREADS": "1"})
     return json.loads(out.read_text(encoding="utf-8"))

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.plan_memory import ALLOCATOR
 from benchmarks.ranks import run_ranks
 from benchmarks.speed import worker
 from benchmarks.speed.sizes import SETTINGS, SIZES, Setting, Size, run_config
@@ -70,7 +69,6 @@ class _Jobs:
         ranks: int,
         loops: Mapping[str, tuple[str, dict[str, Any]]],
         measure: str = "time",
-        more: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """By the worker; `loops` are (kind, config) by name."""
         place = (self.folder / name).resolve()
@@ -89,7 +87,7 @@ class _Jobs:
             place.mkdir(parents=True, exist_ok=True)
             spec_file.write_text(json.dumps(spec, indent=1) + "\n", encoding="utf-8")
             threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
-            environment = {"OMP_NUM_THREADS": threads, **(more or {})}
+            environment = {"OMP_NUM_THREADS": threads}
             run_ranks(worker.__name__, [str(spec_file), str(out)], ranks, place, environment)
         return json.loads(out.read_text(encoding="utf-8"))
 
@@ -217,7 +215,7 @@ def _memory(jobs: _Jobs, setting: Setting) -> dict[str, Any]:
     loops |= {mode: ("ours", jobs.config(setting, 1, rollout={"mode": mode})) for mode in setting.modes}
     found = {}
     for name, loop in loops.items():
-        measured = jobs.run(f"memory-{setting.name}-{name}", 1, {name: loop}, "memory", ALLOCATOR)
+        measured = jobs.run(f"memory-{setting.name}-{name}", 1, {name: loop}, "memory")
         found[name] = max(measured["peak"])
     return found
 

@@ -17,7 +17,8 @@ AS_FAST = 1.03  # the estimate is no finer than that
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 # Shipped ds_configs, from the least sharded on.
 _STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_cpu")
-_PLACEMENTS = ("resident", "offload", "stream", "zero_inference")
+# What needs no travel first: `auto` is shared where that is possible, else resident.
+_PLACEMENTS = ("auto", "offload", "stream", "zero_inference")
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def settings(config: RunConfig, devices: Devices) -> Iterator[Setting]:
     fused = config.rollout.mode == "fused"
     rollouts = _up_to(rows * config.tasks_per_round)
     trains = (config.train.micro_batch,) if fused else _up_to(rows * config.trained_steps)
-    placements: tuple[str | None, ...] = (("resident",) if fused else _PLACEMENTS) if config.teachers else (None,)
+    placements: tuple[str | None, ...] = (_PLACEMENTS[:1] if fused else _PLACEMENTS) if config.teachers else (None,)
     for deepspeed in _STAGES[0 if config.precision == "fp32" else 1 :]:
         for checkpointing in (False, True):
             for placement in placements:
