@@ -39,7 +39,7 @@ from opd_ds.rewards import Reward, build, check
 from opd_ds.training.networks import load_family, student_module
 from opd_ds.training.teachers import TeacherPool, TeacherSpec, check_weights, load_shared
 from opd_ds.training.trainer import Components, Trainer
-from opd_ds.utils.hashing import weights_sha256
+from opd_ds.utils.hashing import all_weights_sha256
 
 EVALUATION_FOLDER = "eval"
 
@@ -257,35 +257,38 @@ def _check_weights(config: RunConfig, files: RunFiles, family: ModelFamily) -> N
 def run_identity(config: RunConfig, files: RunFiles, family: ModelFamily) -> dict[str, Any]:
     """What decides a run's numbers: settings, and hashes of all weights and prompts. Speed settings are left out."""
     kept = config.resume_settings()
+    start = [] if files.start is None else [files.start]
+    sha256 = all_weights_sha256([files.model, *start, *(spec.path for spec in files.teachers.values())])
     if files.start is not None:
-        kept["student"]["start"] = weights_sha256(files.start)
+        kept["student"]["start"] = sha256[files.start]
+
+    def teacher(name: str) -> dict[str, Any]:
+        spec = files.teachers[name]
+        return {"teacher_sha256": sha256[spec.path], "teacher_guidance": spec.settings.guidance}
+
     tasks: dict[str, dict[str, Any]] = {
         name: {"prompts_sha256": files.prompts[name].sha256, "weight": task.weight, "guidance": task.guidance}
         for name, task in config.tasks.items()
     }
     for name in config.teachers:
-        tasks[name] |= _teacher_identity(files.teachers[name])
+        tasks[name] |= teacher(name)
     for name, task in config.tasks.items():
         if isinstance(task, LearnedSection):
             tasks[name]["turns"] = task.turns
     anchor = config.all_teachers.get(ANCHOR)
     if isinstance(anchor, AnchorSection):
-        kept["anchor"] = {"weight": anchor.weight, **_teacher_identity(files.teachers[ANCHOR])}
+        kept["anchor"] = {"weight": anchor.weight, **teacher(ANCHOR)}
     # What the DeepSpeed JSON may set beside the run config. Which of the Adams computes it is a matter of placement.
     ds_config = copy.deepcopy(files.student_ds_config)
     ds_config["optimizer"]["params"].pop("torch_adam", None)
     kept["ds_config"] = {key: ds_config.get(key) for key in ("optimizer", "scheduler", "gradient_clipping")}
     base = {
-        "sha256": weights_sha256(files.model),
+        "sha256": sha256[files.model],
         "negative_prompt": config.model.negative_prompt,
         "latent_shape": list(family.latent_shape),
         "max_text_length": family.max_text_length,
     }
     return {"seed": config.run.seed, "inner_epochs": config.train.inner_epochs, "base": base, "tasks": tasks, **kept}
-
-
-def _teacher_identity(spec: TeacherSpec) -> dict[str, Any]:
-    return {"teacher_sha256": weights_sha256(spec.path), "teacher_guidance": spec.settings.guidance}
 
 
 def _reward_identity(section: WeightedReward, reward: Reward) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _LARGEST_HEADER = 1 << 27  # bytes; safetensors allows 100 MB
@@ -17,6 +19,13 @@ def file_sha256(path: Path) -> str:
 def weights_sha256(path: Path) -> str:
     """The same, but equal weights have equal hashes: safetensors writes the entries of its header in any order."""
     return _sha256(path, by_meaning=True)
+
+
+def all_weights_sha256(paths: Iterable[Path]) -> dict[Path, str]:
+    """`weights_sha256` of each, several at a time: a core reads about a gigabyte a second."""
+    distinct = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor(min(8, len(distinct) or 1)) as pool:
+        return dict(zip(distinct, pool.map(weights_sha256, distinct), strict=True))
 
 
 def _sha256(path: Path, *, by_meaning: bool) -> str:
