@@ -24,7 +24,7 @@ from opd_ds.plan.network import find_model
 from opd_ds.utils.markdown import markdown_table
 
 # Large beside what allocators round, small enough for a laptop; and smaller, where many ranks have to fit into it.
-_MODELS = {"59M": Sizes(layers=3, heads=12, head_dim=64), "21M": Sizes(layers=6, heads=5, head_dim=64)}
+_MODELS = {"59M": Sizes(layers=3, heads=12, head_dim=64), "41M": Sizes(layers=3, heads=10, head_dim=64)}
 _PROMPTS = ["a red 3 on blue", "a green 7 on white", "a blue 0 on red", "the number 5"]
 _MIB = 2**20
 _RESULTS = ("device", "predicted", "measured", "error", "phase", "parts", "loading")
@@ -114,8 +114,8 @@ CASES = tuple(
 
 def at_world_sizes(sizes: Iterable[int]) -> tuple[Case, ...]:
     """The smaller model on so many ranks: everything sharded and gathered layer by layer; ZeRO-2."""
-    sharded = [Case("fp32", 3, "full", True, ranks, "zero_inference", "per_layer", "21M") for ranks in sizes]
-    plain = [Case("fp32", 2, "full", True, ranks, "resident", "auto", "21M") for ranks in sizes]
+    sharded = [Case("fp32", 3, "full", True, ranks, "zero_inference", "per_layer", "41M") for ranks in sizes]
+    plain = [Case("fp32", 2, "full", True, ranks, "resident", "auto", "41M") for ranks in sizes]
     return (*sharded, *plain)
 
 

@@ -20,7 +20,7 @@ def plan_memory(
     lora_layers: Annotated[int, typer.Option(help="with --full-size: of LoRA students, each kind of block")] = 24,
     full_layers: Annotated[int, typer.Option(help="with --full-size: of full-parameter students")] = 24,
     world_sizes: Annotated[
-        str | None, typer.Option(help="on so many ranks, as in 1,2,4,8, with 21 M parameters; not with --full-size")
+        str | None, typer.Option(help="on so many ranks, as in 1,2,4,8, with 41 M parameters; not with --full-size")
     ] = None,
 ) -> None:
     """Is a plan's memory right? Against processes that run it; the same command goes on."""
