@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Union
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from opd_ds.config.base import Algorithm
 from opd_ds.config.objectives import ClosedForm, FlowMatching, Objective, PolicyGradient
 from opd_ds.config.rl import GuardSection, LearnedSection, NftSection, RewardAlgorithm
-from opd_ds.config.schema import ANCHOR, Algorithm, AnchorSection, RunConfig, TaskSection, TeacherSection, TrainedSteps
+from opd_ds.config.schema import ANCHOR, AnchorSection, RunConfig, TaskSection, TeacherSection, TrainedSteps
 
 # A further algorithm is one line here: its section says the rest, its trainer included.
 ALGORITHMS: dict[str, type[Algorithm]] = {

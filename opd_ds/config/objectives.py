@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from opd_ds.config.schema import Algorithm
+from opd_ds.config.base import Algorithm
 
 
 class Objective(Algorithm):

@@ -6,7 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from opd_ds.config.schema import Algorithm, RewardSection, Section, TrainedSection
+from opd_ds.config.base import Algorithm, Section
+from opd_ds.config.schema import RewardSection, TrainedSection
 
 
 class WeightedReward(RewardSection):

@@ -7,19 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from opd_ds.config.base import Algorithm, Section
 from opd_ds.errors import UserError
 
 STOCHASTIC_KERNELS = ("flow", "dance", "ddim", "cps")
 # The name under which the anchor is asked; no task can have it.
 ANCHOR = "(anchor)"
-
-
-class Section(BaseModel):
-    """Unknown keys are errors everywhere."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class RunSection(Section):
@@ -309,45 +304,6 @@ class WatchSection(Section):
     every: NonNegativeInt = Field(0, description="rounds between looks; 0: never")
     held_out: NonNegativeInt = Field(8, description="pictures per task of the first held-out prompts, on fixed noise")
     rollouts: NonNegativeInt = Field(8, description="pictures per task of the round's own rollouts on rank 0")
-
-
-class Algorithm(Section):
-    """What a run learns by. A component: it owns its part of the config, says what the round asks and keeps, and names
-    the trainer that it builds. `opd_ds.config.algorithms` finds it by name.
-
-    Attributes:
-        trainer: "module:Class", imported when a run starts; the command answers without torch.
-        title: for model cards.
-        drawn_by: whose trajectories are trained on.
-        kept_per_state: latents that the buffer keeps of every state beside the state itself.
-        fused_trainer: likewise, where a rollout's forward is the training forward; empty where it cannot be.
-    """
-
-    trainer: ClassVar[str]
-    title: ClassVar[str]
-    drawn_by: ClassVar[Literal["student", "teacher"]] = "student"
-    kept_per_state: ClassVar[int] = 0
-    fused_trainer: ClassVar[str] = ""
-
-    @property
-    def asks_teacher(self) -> bool:
-        """Whether a task's teacher is asked at every trained state."""
-        return self.drawn_by == "student"
-
-    @property
-    def student_snapshots(self) -> int:
-        """Earlier policies of the student that are kept, and asked at every trained state."""
-        return 0
-
-    @property
-    def trained_window(self) -> int | None:
-        """How many steps in a row are trained where the algorithm chooses them itself."""
-        return None
-
-    @property
-    def needs_noise(self) -> bool:
-        """Whether trained transitions are weighed by their likelihood, which only noise gives them."""
-        return False
 
 
 class RunConfig(Section):
