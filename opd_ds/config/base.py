@@ -1,0 +1,52 @@
+"""What every section of a config is, and what an algorithm's section says besides."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """Unknown keys are errors everywhere."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Algorithm(Section):
+    """What a run learns by. A component: it owns its part of the config, says what the round asks and keeps, and names
+    the trainer that it builds. `opd_ds.config.algorithms` finds it by name.
+
+    Attributes:
+        trainer: "module:Class", imported when a run starts; the command answers without torch.
+        title: for model cards.
+        drawn_by: whose trajectories are trained on.
+        kept_per_state: latents that the buffer keeps of every state beside the state itself.
+        fused_trainer: likewise, where a rollout's forward is the training forward; empty where it cannot be.
+    """
+
+    trainer: ClassVar[str]
+    title: ClassVar[str]
+    drawn_by: ClassVar[Literal["student", "teacher"]] = "student"
+    kept_per_state: ClassVar[int] = 0
+    fused_trainer: ClassVar[str] = ""
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether a task's teacher is asked at every trained state."""
+        return self.drawn_by == "student"
+
+    @property
+    def student_snapshots(self) -> int:
+        """Earlier policies of the student that are kept, and asked at every trained state."""
+        return 0
+
+    @property
+    def trained_window(self) -> int | None:
+        """How many steps in a row are trained where the algorithm chooses them itself."""
+        return None
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether trained transitions are weighed by their likelihood, which only noise gives them."""
+        return False
