@@ -20,7 +20,7 @@ from opd_ds.engine.ds_config import parameters_on_nvme, zero_stage
 from opd_ds.engine.fragments import Fragment, check_cover, fragments
 from opd_ds.engine.replica import UnshardedReplica, fits
 from opd_ds.engine.state import ShardReader
-from opd_ds.models import lora
+from opd_ds.models import leave_uncompiled, lora
 
 
 class StudentEngine:
@@ -52,6 +52,8 @@ class StudentEngine:
             if group.world.is_main:
                 logging.getLogger("opd_ds").info("parameters are on NVMe: rollouts gather weights layer by layer")
         self._twin = UnshardedReplica(module) if self.zero_stage == 3 and gather != "per_layer" else None
+        if self.zero_stage == 3:
+            leave_uncompiled(module)  # the replica for rollouts has no hooks: its blocks stay compiled
         self._decided = gather != "auto"
         self._whole: nn.Module | None = None  # the twin, while it has weights
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]

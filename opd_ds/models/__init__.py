@@ -9,7 +9,7 @@ import torch
 
 from opd_ds.errors import UserError, nearest
 from opd_ds.models.base import ENCODED_AT_ONCE, Conditioning, ModelFamily
-from opd_ds.models.compilation import block_names, compile_blocks, compile_forwards, log_compiled
+from opd_ds.models.compilation import block_names, compile_blocks, compile_forwards, leave_uncompiled, log_compiled
 from opd_ds.models.stored_weights import ParameterBuilder, ParametersElsewhere, StoredTensor, WholeParameters
 
 # name: (module, class). Imported when named: diffusers' classes are heavy.
@@ -58,5 +58,6 @@ __all__ = [
     "compile_blocks",
     "compile_forwards",
     "family_class",
+    "leave_uncompiled",
     "log_compiled",
 ]

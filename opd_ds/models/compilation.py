@@ -27,6 +27,14 @@ def compile_blocks(network: nn.Module) -> None:
         network.get_submodule(name).compile()
 
 
+def leave_uncompiled(network: nn.Module) -> None:
+    """Undo `compile_blocks`: with ZeRO-3's hooks (DeepSpeed 0.19.8) what a block's code depends on changes with every
+    call, and dynamo would compile it anew each time.
+    """
+    for name in block_names(network):
+        network.get_submodule(name)._compiled_call_impl = None
+
+
 def compile_forwards(network: nn.Module) -> None:
     """The same without the blocks' hooks, which stay as they are, outside of the graphs."""
     _raise_limits()

@@ -83,11 +83,11 @@ class TeacherPool:
             _add_adapters(module, [self._specs[task] for task in tasks], self._family)
         if placement == "stream":
             return Streamed(module, self._device, self._memory, compiled=compiled)
-        if compiled:
-            compile_blocks(module)
-        if placement == "zero_inference":
+        if placement == "zero_inference":  # its hooks are not compiled
             assert spec.ds_config is not None
             return Sharded(module, spec.ds_config)
+        if compiled:
+            compile_blocks(module)
         if placement == "offload":
             return Offloaded(module, self._device, self._memory)
         return Resident(module, self._device)
