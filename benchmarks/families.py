@@ -1,7 +1,7 @@
 """`python -m benchmarks families`: what is measured of every model family, as a table.
 
 Everything is small and random: the table says that a family is wired as diffusers' pipeline is, trains and comes back,
-nothing about pictures.
+nothing about images.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def bench_families(folder: Path, names: list[str], say: Callable[[str], None]) -
     """Measure the families `names` (all with a tiny pipeline where it is empty); `families.json` and `families.md`.
 
     Returns:
-        whether none failed. What a family has written is under `folder`/tiny_runs, which is made anew.
+        whether none failed. What a family has written is under `folder`/tiny_runs, which is replaced.
 
     Raises:
         UserError: a family that is not registered or has no tiny pipeline.

@@ -1,7 +1,7 @@
 """`python -m benchmarks plan --full-size`: a round of a real model in its true width, beside its plan.
 
 Nothing is downloaded: the network is made from the configuration that the plan keeps, encoded prompts are random, and
-no picture is decoded, so neither text encoders nor a VAE are needed.
+no image is decoded, so neither text encoders nor a VAE are needed.
 """
 
 from __future__ import annotations

@@ -7,5 +7,5 @@ cd "$(dirname "$0")/.."
 install_package "[plots]"
 
 processes=${PROCESSES:-2}
-resume=auto  # started again after an interruption, it goes on
+resume=auto  # started again after an interruption, the run resumes
 exec deepspeed --num_accelerators "$processes" --module opd_ds.cli train --recipe miniature --resume "$resume" "$@"

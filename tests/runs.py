@@ -11,7 +11,7 @@ from opd_ds.runs.monitor import read_metrics
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
-    """What must be equal: everything but times, rates, memory, and passes, which count samples that fill up."""
+    """What must be equal: everything but times, rates, memory, and passes, which count padding."""
     rows = read_metrics(folder / "metrics.jsonl")
     measured = ("seconds/", "samples_per_s", "memory/", "passes/")
     return [{key: value for key, value in row.items() if not key.startswith(measured)} for row in rows]

@@ -325,7 +325,7 @@ def test_without_real_pictures_their_claim_is_left_out() -> None:
     some.outcomes[:] = [one for one in some.outcomes if one.method != "real"]
     found = summary(some, {})
     assert len(found["claims"]) == 4
-    assert found["left_out"] == ["real pictures: scikit-learn is not installed"]
+    assert found["left_out"] == ["real images: scikit-learn is not installed"]
 
 
 def test_everything_is_written(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_going_back_sets_later_checkpoints_aside(run: Callable[..., list[dict[st
         "round-000003",
     ]
     assert run("out") == expected
-    # Back on the other branch: it is not overwritten, nor is what was set aside before.
+    # Back on the other branch: it is not overwritten, nor is what was quarantined before.
     assert run("out", resume=str(tmp_path / "out" / "checkpoints" / "abandoned-round-000003")) == expected
     assert {"abandoned-round-000003", "abandoned-2-round-000003"} <= set(names(tmp_path / "out"))
 
@@ -129,12 +129,12 @@ def test_a_refused_resume_sets_nothing_aside(run: Callable[..., list[dict[str, f
 
 
 def test_what_was_set_aside_is_not_forgotten(run: Callable[..., list[dict[str, float]]], tmp_path: Path) -> None:
-    """Only checkpoints that were set aside are left, from a start that was killed before its own first: no new run."""
+    """Only quarantined checkpoints are left, from a start that was killed before its own first: no new run."""
     expected = run("out")
     checkpoints = tmp_path / "out" / "checkpoints"
     for number in (2, 3, 4):
         (checkpoints / f"round-00000{number}").rename(checkpoints / f"abandoned-round-00000{number}")
-    with pytest.raises(UserError, match=r"were set aside: .*round-000004; give one of them as --resume"):
+    with pytest.raises(UserError, match=r"are quarantined: .*round-000004; give one of them as --resume"):
         run("out")
     with pytest.raises(UserError, match=r"already holds .*abandoned-round-000002; give --resume auto"):
         run("out", resume="never")
@@ -200,7 +200,7 @@ def test_an_old_checkpoint_that_does_not_go_away_stops_nothing(
 def test_a_rank_that_does_not_see_the_files_is_no_damage(
     tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A node that has not mounted the folder: the run ends, and nothing is set aside."""
+    """A node that has not mounted the folder: the run ends, and nothing is quarantined."""
     kept = store(tmp_path, group)
     kept.save(1, STATE, ENTRIES)
     plain = group.gather

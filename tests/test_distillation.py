@@ -37,7 +37,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_comes_nearer_to_its_teacher(build_run: Build, tiny_world: Path, name: str) -> None:
-    """The measured KL falls; SFT's is measured against single pictures and keeps their spread."""
+    """The measured KL falls; SFT's is measured against single images and keeps their spread."""
     task = own_teacher(tiny_world, path=str(tiny_world / "other"), guidance=1.0)
     changes = {"rollout__samples": 16, "rollout__guidance": 1.0, "rollout__micro_batch": 16, "train__micro_batch": 64}
     _, parts = build_run(tasks={"t": task}, optimizer={"lr": 3e-3}, deepspeed="zero0", **changes, **OBJECTIVES[name])

@@ -361,7 +361,7 @@ def test_two_nodes_with_other_weights_folders_and_versions(
         "must be the same everywhere: rank 0 on node-0: 1.0; rank 1 on node-1: 1.1"
     )
     # torch differs: a group might hang, so none is started.
-    assert "first mend torch" in finding(report, "all-reduce").found
+    assert "first fix torch" in finding(report, "all-reduce").found
     assert not finding(report, "all-reduce").checked
 
 

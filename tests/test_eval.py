@@ -55,7 +55,7 @@ def eval_run(tiny_world: Path, tmp_path: Path, group: Group) -> Evaluate:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Pictures decoded, one number per micro-batch."""
+    """Images decoded, one number per micro-batch."""
     counts: list[int] = []
     decode = SD3.decode
 
@@ -69,7 +69,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Pictures given to a reward, one number per call."""
+    """Images given to a reward, one number per call."""
     counts: list[int] = []
     build = preparation.build
 
@@ -134,7 +134,7 @@ def test_the_promised_files_and_numbers(eval_run: Evaluate, tmp_path: Path) -> N
 def test_pictures_are_those_that_diffusers_draws_for_prompt_and_index(
     eval_run: Evaluate, tiny_world: Path, tmp_path: Path
 ) -> None:
-    """The picture of (prompt, index), by an independent pipeline, with guidance; in both sets it is the same."""
+    """The image of (prompt, index), by an independent pipeline, with guidance; in both sets it is the same."""
     eval_run(evaluation__samples_per_prompt=2)
     pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_world / "base")
     pipeline.set_progress_bar_config(disable=True)
@@ -156,7 +156,7 @@ def test_pictures_are_those_that_diffusers_draws_for_prompt_and_index(
 
 
 def test_all_models_get_the_same_noise(eval_run: Evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seeds asked for per model are the same list, and no two pictures of a set share one."""
+    """Seeds asked for per model are the same list, and no two images of a set share one."""
     asked: list[list[int]] = []
     init = SampleNoise.__init__
 
@@ -188,7 +188,7 @@ def test_what_is_finished_is_not_done_again(
 ) -> None:
     first = eval_run()
     total = 3 * 2 * len(PROMPTS)
-    # Both tasks have the same prompts, and a model one guidance: what is the same picture is judged once.
+    # Both tasks have the same prompts, and a model one guidance: what is the same image is judged once.
     assert (sum(drawn), sum(scored)) == (total, total)
     drawn.clear()
     scored.clear()
@@ -301,7 +301,7 @@ def test_a_reward_that_breaks_leaves_a_gap(eval_run: Evaluate, monkeypatch: pyte
 def test_a_checkpoint_is_its_export(
     tiny_world: Path, tmp_path: Path, group: Group, kind: str, stage: str, precision: str
 ) -> None:
-    """After the last round the averaged weights of checkpoint and export draw the same pictures."""
+    """After the last round the averaged weights of checkpoint and export draw the same images."""
     data = settings(
         tiny_world,
         tmp_path / "out",
@@ -442,5 +442,5 @@ def test_an_evaluation_that_is_done_loads_no_network(eval_run: Evaluate, monkeyp
     eval_run()
     monkeypatch.setattr(SD3, "load_transformer", lambda *_: pytest.fail("a network was loaded"))
     monkeypatch.setattr(SD3, "encode", lambda *_: pytest.fail("a prompt was encoded"))
-    monkeypatch.setattr(Painter, "draw", lambda *_: pytest.fail("a picture was drawn"))
+    monkeypatch.setattr(Painter, "draw", lambda *_: pytest.fail("an image was drawn"))
     eval_run()

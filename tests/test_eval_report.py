@@ -31,7 +31,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 def write_evaluation(folder: Path, prompts: list[str], *, side: int = 16, noisy: bool = False) -> Results:
-    """Made-up results of three models on two sets with one reward each, and pictures."""
+    """Made-up results of three models on two sets with one reward each, and images."""
     generator = np.random.default_rng(0)
     sets = {
         name: {"sha256": "", "prompts": prompts, "samples": 1, "rewards": [name], "own": [name]}
@@ -113,7 +113,7 @@ def test_prompts_cannot_become_markup(tmp_path: Path) -> None:
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert len(images) == len(prompts) * len(MODELS) * 2
-    assert all(a["alt"] and "src" not in a for a in images)  # pictures come from the block of data, on demand
+    assert all(a["alt"] and "src" not in a for a in images)  # images come from the block of data, on demand
     assert {a["data-picture"] for a in images} == {str(k) for k in range(len(images))}
     assert len(json.loads(page.scripts[0])) == len(images)
 
@@ -140,7 +140,7 @@ def test_the_best_and_worst_prompts_are_those_with_the_largest_differences(tmp_p
         order = np.argsort(ours - theirs)
         assert {f"{name}-{order[0]}", f"{name}-{order[-1]}"} <= set(opened)
     rows = {a.get("id") for _, a in page.tags}
-    assert set(opened) <= rows  # every one of them has its pictures in the page
+    assert set(opened) <= rows  # every one of them has its images in the page
     assert "Training" not in page.text  # there were no metrics
 
 
@@ -153,9 +153,9 @@ def test_a_limit_keeps_the_best_and_worst(tmp_path: Path) -> None:
 
 
 def test_a_thousand_pictures_stay_under_50_megabytes(tmp_path: Path) -> None:
-    """Pictures with grain, which compress worse than photographs do."""
+    """Images with grain, which compress worse than photographs do."""
     results = write_evaluation(tmp_path, [f"prompt {k}" for k in range(8)], side=320, noisy=True)
-    for place in (tmp_path / "images").glob("*/*"):  # the same few pictures over and over: drawing 1000 takes long
+    for place in (tmp_path / "images").glob("*/*"):  # the same few images over and over: drawing 1000 takes long
         for number in range(8, 170):
             (place / f"{number:05d}-0.png").symlink_to(place / f"{number % 8:05d}-0.png")
     many = [f"prompt {k}" for k in range(170)]
@@ -219,7 +219,7 @@ def test_without_matplotlib_the_report_comes_and_says_how_to_get_charts(
     hint = "pip install &#39;opd-ds[plots]&#39;"
     assert (with_charts.count("<svg"), with_charts.count(hint)) == (5, 0)
     assert (without.count("<svg"), without.count(hint)) == (0, 1)
-    assert len(Page(without).tags) > 100  # the table, the pictures and all else
+    assert len(Page(without).tags) > 100  # the table, the images and all else
 
 
 # ---- in a browser ----
@@ -227,7 +227,7 @@ def test_without_matplotlib_the_report_comes_and_says_how_to_get_charts(
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (Debian: apt install chromium)")
 def test_the_report_lives_in_a_browser(tmp_path: Path) -> None:
-    """Pictures near the window load and far ones do not; filter, search and viewer work; no error, no request."""
+    """Images near the window load and far ones do not; filter, search and viewer work; no error, no request."""
     results = write_evaluation(tmp_path, [EVIL, *(f"prompt {k}" for k in range(1, 80))])
     report = write_report(tmp_path, results, metrics_rows())
     probe = """<script>

@@ -25,7 +25,7 @@ from opd_ds.testing.tiny import wan
 from tests.tiny import ALL_SHARDED
 
 CPU = torch.device("cpu")
-# The latents of 9 frames are 3; a wide picture, so that no pair of dimensions could be confused.
+# The latents of 9 frames are 3; a wide image, so that no pair of dimensions could be confused.
 SIZE: dict[str, Any] = {"height": 64, "width": 96, "frames": 9, "max_text_length": 20}
 # The last one is cut.
 PROMPTS = ["a red 3 on blue", "a 5", "a green 7 on white beside a red 3 on blue, the number 5, a neat 8, and some more"]
@@ -84,7 +84,7 @@ def _denormalized(vae: Any, latents: Tensor) -> Tensor:
 
 
 def test_a_timestep_for_every_token_is_the_same_as_one(base: Path, pipeline: Any, tmp_path: Path) -> None:
-    """As in Wan 2.2 TI2V-5B, whose pipeline expands the timestep for pictures that are given."""
+    """As in Wan 2.2 TI2V-5B, whose pipeline expands the timestep for images that are given."""
     folder = shutil.copytree(base, tmp_path / "expanded")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"expand_timesteps": True}))
@@ -206,7 +206,7 @@ def test_refusals(base: Path, tmp_path: Path) -> None:
     two = changed("two", "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"], boundary_ratio=0.875)
     with pytest.raises(UserError, match=r"transformer_2, boundary_ratio = 0\.875.*not supported"):
         family(two)
-    with pytest.raises(UserError, match="takes a picture beside the text"):
+    with pytest.raises(UserError, match="takes an image beside the text"):
         family(changed("i2v", "transformer/config.json", in_channels=36))
     with pytest.raises(UserError, match=r"its scheduler .UniPCMultistepScheduler. has no fixed flow-matching grid"):
         family(changed("ddpm", "scheduler/scheduler_config.json", _class_name="UniPCMultistepScheduler"))

@@ -25,7 +25,7 @@ NAMES = list(world.COLOURS)
 
 @pytest.fixture(scope="module")
 def real() -> world.Batch:
-    """Clean pictures of digits that neither reader nor models have seen."""
+    """Clean images of digits that neither reader nor models have seen."""
     strokes = world.load_strokes()["reader_test"]
     return world.random_pictures(*strokes, 400, torch.Generator().manual_seed(3), soiled=0.0)
 

@@ -20,7 +20,7 @@ def test_every_family_says_what_it_is() -> None:
         assert row["example"].count("/") == 1
         assert row["lora_targets"]
         assert (row["guidance"], row["passes"]) in (("embedded", 1), ("classifier-free", 2))
-    assert (rows["sd3"]["latents"], rows["wan"]["latents"]) == ("picture", "video")
+    assert (rows["sd3"]["latents"], rows["wan"]["latents"]) == ("image", "video")
 
 
 def test_the_list_for_people_names_the_same() -> None:

@@ -123,7 +123,7 @@ def test_kill_9_and_resume_is_bit_for_bit(tiny_world: Path, tmp_path: Path, on_t
 
 
 def test_exports_load_in_diffusers_and_draw_the_students_pictures(tiny_world: Path, on_two_ranks: Path) -> None:
-    """Full: a folder; LoRA: a file for load_lora_weights. Both give the very picture that the run's own grid shows."""
+    """Full: a folder; LoRA: a file for load_lora_weights. Both give the very image that the run's own grid shows."""
     for kind in KINDS:
         folder = on_two_ranks / f"exported {kind}"
         if kind == "full":

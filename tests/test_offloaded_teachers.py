@@ -90,11 +90,11 @@ def answer(family: ModelFamily, network: Any) -> torch.Tensor:
         return family.velocity(network, latents, torch.full((2,), 0.5), cond)
 
 
-@pytest.mark.parametrize("room", [True, False])
+@pytest.mark.parametrize("fits", [True, False])
 def test_the_next_teacher_sets_out_while_this_one_is_asked(
-    tiny_world: Path, family: ModelFamily, computing: Stream, monkeypatch: pytest.MonkeyPatch, room: bool
+    tiny_world: Path, family: ModelFamily, computing: Stream, monkeypatch: pytest.MonkeyPatch, fits: bool
 ) -> None:
-    monkeypatch.setattr("opd_ds.training.frozen_networks.free_memory", lambda device: 10**9 if room else 0)
+    monkeypatch.setattr("opd_ds.training.frozen_networks.free_memory", lambda device: 10**9 if fits else 0)
     pool = pool_of(family, "offload", one=tiny_world / "other", two=tiny_world / "base")
     with pool.active("one") as one, pool.active("two") as two:
         networks = {"one": one, "two": two}
@@ -111,7 +111,7 @@ def test_the_next_teacher_sets_out_while_this_one_is_asked(
         with pool.active("one"):
             assert (away("one"), away("two")) == (True, False)
             pool.prefetch("two")
-            assert (weights_of(pool, "two")._copies is not None) == room
+            assert (weights_of(pool, "two")._copies is not None) == fits
         assert weights_of(pool, "one")._copies is None
         with pool.active("two"):
             assert (away("one"), away("two")) == (False, True)

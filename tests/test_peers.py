@@ -122,7 +122,7 @@ def test_a_node_that_is_gone_is_missed(tiny_world: Path, tmp_path: Path) -> None
     assert time.monotonic() - started < 3 * LOST_SECONDS
     job.processes[1].send_signal(signal.SIGKILL)
     ended = job.wait(10)
-    assert f"lost rank 1 on {socket.gethostname()}: no sign of life for {LOST_SECONDS} s" in ended.outputs[0]
+    assert f"lost rank 1 on {socket.gethostname()}: no heartbeat for {LOST_SECONDS} s" in ended.outputs[0]
 
 
 @pytest.mark.parametrize(
@@ -130,9 +130,9 @@ def test_a_node_that_is_gone_is_missed(tiny_world: Path, tmp_path: Path) -> None
     [
         ('raise KeyError("a bug")', 1, "[rank 1 on "),
         pytest.param(
-            'raise UserError("tasks.one: something to mend")',
+            'raise UserError("tasks.one: something to fix")',
             2,
-            "opd-ds: error: tasks.one: something to mend",
+            "opd-ds: error: tasks.one: something to fix",
             marks=pytest.mark.slow,
         ),
         pytest.param(
@@ -160,7 +160,7 @@ def test_a_hang_is_found_and_says_who_waits_where(tiny_world: Path, tmp_path: Pa
     ended = start(tiny_world, tmp_path, "time.sleep(1000)", run__hang_minutes=0.1).wait(150)
     assert ended.codes == [76, 76]
     said = "".join(ended.outputs)
-    assert said.count("no rank has got on for 6 s") == 1
+    assert said.count("no rank made progress for 6 s") == 1
     assert "gloo:" in said
     lines = {line.split()[1]: line for line in said.splitlines() if line.startswith("  rank ")}
     assert lines.keys() == {"0", "1"}

@@ -130,7 +130,7 @@ def test_what_is_no_prompt_source(tmp_path: Path) -> None:
 
 @pytest.fixture
 def pictures() -> Dataset:
-    """Captions beside pictures, as preference sets are."""
+    """Captions beside images, as preference sets are."""
     rows = {"caption": ["a", "b", "a"], "rank": [1, 2, 3], "jpg": [Pictures.new("RGB", (2, 2))] * 3, "raw": [b"x"] * 3}
     return Dataset.from_dict(rows).cast_column("jpg", Image())
 

@@ -95,7 +95,7 @@ def test_refusals(tiny_world: Path, tmp_path: Path) -> None:
         family(tmp_path)
     with pytest.raises(UserError, match="multiples of 4"):
         family(tiny_world / "base", height=18)
-    with pytest.raises(UserError, match=r"model\.frames = 5: SD3 draws pictures"):
+    with pytest.raises(UserError, match=r"model\.frames = 5: SD3 draws images"):
         family(tiny_world / "base", frames=5)
     with pytest.raises(UserError, match=r"'sd4'.*allowed: sd3"):
         build_family("sd4", tiny_world / "base", dtype=torch.float32, device=CPU)

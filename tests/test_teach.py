@@ -36,7 +36,7 @@ SDE = {"kernel": "flow", "noise_level": 0.7}
 
 
 class Redness:
-    """Mean red minus mean blue; fails `failing` times, cannot judge the pictures of `unknown`."""
+    """Mean red minus mean blue; fails `failing` times, cannot judge the images of `unknown`."""
 
     name = "redness"
     needs: ClassVar[Needs] = Needs()
@@ -299,7 +299,7 @@ def test_joint_learning_alternates_or_does_all_at_once(build: Build, redness: Re
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_cascade_starts_from_the_last_result(tiny_world: Path, tmp_path: Path, group: Group, kind: str) -> None:
-    """What the first run exported is where the second one starts: drawn pictures are the same."""
+    """What the first run exported is where the second one starts: drawn images are the same."""
     probe = {"eval_prompts": str(tiny_world / "prompts.txt"), "rewards": ["jpeg_compressibility"]}
     changes = {"student__kind": kind, "probes": {"held": probe}, "run__rounds": 1, "evaluation__baselines": True}
     first = settings(tiny_world, tmp_path / "first", NFT, **changes)

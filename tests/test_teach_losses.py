@@ -62,7 +62,7 @@ def test_nft_learns_nothing_from_r_one_half() -> None:
 
 @given(seed=st.integers(0, 10_000), beta=st.floats(0.05, 2.0), step=st.integers(0, 9))
 def test_nft_loss_is_the_one_of_the_authors_code(seed: int, beta: float, step: int) -> None:
-    """Theirs is written with predicted pictures x0 = x - t v, ours with velocities: the same number."""
+    """Theirs is written with predicted images x0 = x - t v, ours with velocities: the same number."""
     known = draws(seed, 3, "old", "eps", "x0", "velocity", "start")
     sigma = float(SIGMAS[step])
     x = (1 - sigma) * known["x0"] + sigma * known["eps"]

@@ -1,7 +1,7 @@
 """Nothing between noise and loss knows how many dimensions a latent has.
 
-With as many samples as channels a number per sample that is shaped for pictures, [B, 1, 1, 1], broadcasts over a
-video's channels without an error; so a video's latent and the same numbers as a picture's have to give the same.
+With as many samples as channels a number per sample that is shaped for images, [B, 1, 1, 1], broadcasts over a
+video's channels without an error; so a video's latent and the same numbers as an image's have to give the same.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Brightness:
 
 
 def grey(levels: list[float], prompts: list[str]) -> RolloutResult:
-    """Latents that `decode` below turns into plain grey pictures."""
+    """Latents that `decode` below turns into plain grey images."""
     return RolloutResult(prompts, [{} for _ in prompts], torch.tensor(levels)[:, None, None, None].expand(-1, 4, 2, 2))
 
 
@@ -70,7 +70,7 @@ def test_scores_come_later_with_the_round_they_belong_to(watch: AsyncRewardEval,
     assert watch.finished() == []  # nothing waits for the reward
     reward.gate.set()
     (look,) = watch.close(lambda: None)
-    # Two of three pictures, as watch.rollouts says; 8-bit pictures round.
+    # Two of three images, as watch.rollouts says; 8-bit images round.
     assert look == RewardRecord(7, "rollout", "one", "light", pytest.approx(0.3, abs=0.003), 2, 0)
 
 
@@ -97,7 +97,7 @@ def test_a_slow_reward_drops_looks_instead_of_piling_up_pictures(
         watch.submit(done, {"one": grey([0.5], ["a"])}, {})
     reward.gate.set()
     assert [look.round for look in watch.close(lambda: None)] == [1, 2]
-    assert caplog.text.count("this look is left out") == 3
+    assert caplog.text.count("this evaluation is left out") == 3
 
 
 def test_rollouts_are_decoded_between_rounds_and_a_failure_is_a_gap(
@@ -117,7 +117,7 @@ def test_rollouts_are_decoded_between_rounds_and_a_failure_is_a_gap(
         watch.submit(done, {"one": grey([0.2, 0.6], ["a", "b"])}, {})
     assert threads == [(threading.current_thread(), 1)] * 3
     assert [(look.round, look.judged) for look in watch.close(lambda: None)] == [(1, 2)]
-    assert "round 2: the pictures of task one were not decoded" in caplog.text
+    assert "round 2: the images of task one were not decoded" in caplog.text
 
 
 def test_the_thread_of_rewards_has_the_ranks_device(monkeypatch: pytest.MonkeyPatch) -> None:

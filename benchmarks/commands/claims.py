@@ -19,7 +19,7 @@ def paper_miniature(
         int | None, typer.Option(min=1, help="jobs at a time, each on one core; default: the cores, at most 4")
     ] = None,
 ) -> None:
-    """Does distilling specialists beat joint and cascaded learning? In the miniature; the same command goes on."""
+    """Does distilling specialists beat joint and cascaded learning? In the miniature; the same command continues it."""
     from dataclasses import replace
 
     from benchmarks.paper.bench import bench
@@ -39,14 +39,16 @@ def miniature_table(
     parallel: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
     settings: Annotated[list[str] | None, typer.Option("--set", help="of every run, as in `opd-ds train`")] = None,
 ) -> None:
-    """Does the shipped miniature's student keep each teacher's gain? Over seeds; the same command goes on."""
+    """Does the shipped miniature's student keep each teacher's gain? Over seeds; the same command continues it."""
     from benchmarks.paper.miniature_table import bench
 
     bench(output_dir, kind or [], seeds, processes, parallel, settings or [], typer.echo)
 
 
 def families(
-    output_dir: Annotated[Path, typer.Option(help="families.json, families.md and tiny_runs/ (made anew) go here")],
+    output_dir: Annotated[
+        Path, typer.Option(help="families.json, families.md and tiny_runs/ go here; tiny_runs/ is replaced")
+    ],
     family: Annotated[list[str] | None, typer.Option(help="only this one, repeatable; default: all")] = None,
 ) -> None:
     """Does every model family draw as diffusers does, train under ZeRO-3 and come back? Exit code 1 where one fails."""

@@ -23,7 +23,7 @@ def plan_memory(
         str | None, typer.Option(help="on so many ranks, as in 1,2,4,8, with 41 M parameters; not with --full-size")
     ] = None,
 ) -> None:
-    """Is a plan's memory right? Against processes that run it; the same command goes on."""
+    """Is a plan's memory right? Against processes that run it; the same command continues it."""
     from opd_ds.cluster.rendezvous import prepare_environment
     from opd_ds.cluster.world import World
 
@@ -65,7 +65,7 @@ def loading(
     ] = None,
     ranks: Annotated[str, typer.Option(help="how many processes, as in 1,2")] = "1,2,4,8",
 ) -> None:
-    """What does a rank's host hold while true-width networks are loaded? The same command goes on."""
+    """What does a rank's host hold while true-width networks are loaded? The same command continues it."""
     from opd_ds.cluster.rendezvous import prepare_environment
     from opd_ds.cluster.world import World
 
@@ -91,7 +91,7 @@ def speed(
         Path | None, typer.Option(help="an earlier speed.json: exit code 1 where a ratio is less than 0.6 of it")
     ] = None,
 ) -> None:
-    """How much faster than the public loop, on the same work? The same command goes on."""
+    """How much faster than the public loop, on the same work? The same command continues it."""
     from opd_ds.cluster.rendezvous import prepare_environment
     from opd_ds.cluster.world import World
 

@@ -1,4 +1,4 @@
-"""The command that looks at a GPU."""
+"""The command that checks and measures one GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from opd_ds.errors import UserError
 
 
 def gpu(
-    output_dir: Annotated[Path, typer.Option(help="gpu.json, gpu.md, log.txt and pictures go here; made anew")],
+    output_dir: Annotated[Path, typer.Option(help="gpu.json, gpu.md, log.txt and images go here; replaced")],
     minutes: Annotated[float, typer.Option(min=0.5, help="parts that no longer fit are not run")] = 8.0,
     size: Annotated[
         str | None, typer.Option(help="miniature, 50m or sd35m; default: sd35m, on a CPU miniature")

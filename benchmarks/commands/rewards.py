@@ -1,4 +1,4 @@
-"""Commands that look at rewards."""
+"""Commands that measure rewards."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def reward_table(
 
 def ocr_accuracy(
     output: Annotated[Path | None, typer.Option(help="a file for the JSON that is printed")] = None,
-    count: Annotated[int, typer.Option(min=1, help="pictures on each ground")] = 200,
+    count: Annotated[int, typer.Option(min=1, help="images on each ground")] = 200,
     workers: Annotated[list[int] | None, typer.Option(help="of the reward, repeatable; default: 1 and 2")] = None,
     seed: Annotated[int, typer.Option(help="of what is drawn")] = 0,
 ) -> None:

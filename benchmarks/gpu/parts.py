@@ -33,6 +33,6 @@ PARTS = (
     Part("full-zero-inference", "the same, sharded", "rounds:full_zero_inference", 30, 80),
     Part("miniature", "the recipe `miniature`, 30 rounds", "small:miniature", 20, 70),
     Part("oom", "scoring.micro_batch = auto, out of memory once", "small:out_of_memory", 15, 45, on_cpu=False),
-    Part("evaluation", "pictures of the student", "small:evaluation", 10, 45),
+    Part("evaluation", "images of the student", "small:evaluation", 10, 45),
     Part("compiled", "LoRA student, blocks compiled", "rounds:compiled", 40, 150, on_cpu=False),
 )

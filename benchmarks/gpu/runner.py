@@ -22,7 +22,7 @@ from benchmarks.gpu.parts import Part
 from benchmarks.gpu.report import as_markdown
 from opd_ds.config.paths import package_root
 
-_FAST_FOLDER, _ROOM = Path("/dev/shm"), 24 * 2**30  # in memory where there is room for a real model's weights
+_FAST_FOLDER, _ROOM = Path("/dev/shm"), 24 * 2**30  # in memory where a real model's weights fit
 _TO_REPORT = 4.0  # seconds kept back
 _LAST_LINES = 15
 OK, WRONG, FAILED, TIMED_OUT, NOT_RUN = "ok", "wrong", "failed", "timed out", "not run"

@@ -1,4 +1,4 @@
-"""Parts with the miniature: its recipe at ZeRO-0 and 3, running out of memory once, pictures of the student."""
+"""Parts with the miniature: its recipe at ZeRO-0 and 3, running out of memory once, images of the student."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def out_of_memory(session: Session) -> None:
 
 
 def evaluation(session: Session) -> None:
-    """Pictures and their rewards after a round, from the student whole and from the sharded one."""
+    """Images and their rewards after a round, from the student whole and from the sharded one."""
     for stage in _STAGES:
         with session.check(f"ZeRO-{stage}") as found:
             limits = [f"tasks.{task}.eval_prompts={{path: {_PROMPTS % task}, limit: {_PICTURES}}}" for task in TASKS]

@@ -36,10 +36,10 @@ def bench(plan: Plan, folder: Path, parallel: int, say: Callable[[str], None]) -
     run_jobs(planned, folder, parallel, say)
     real = real_rewards()
     if real is None:
-        say("scikit-learn is not installed: no scores of real pictures (pip install 'opd-ds[miniature]')")
+        say("scikit-learn is not installed: no scores of real images (pip install 'opd-ds[miniature]')")
     gradients = json.loads((folder / GRADIENTS / f"{GRADIENTS}.json").read_text(encoding="utf-8"))
     write(collect(plan, folder, real, gradients), plan, folder)
-    say((folder / "README.md").read_text(encoding="utf-8").partition("## Pictures")[0])
+    say((folder / "README.md").read_text(encoding="utf-8").partition("## Images")[0])
     say(f"report: {folder / 'README.md'}")
 
 

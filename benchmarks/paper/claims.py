@@ -35,7 +35,7 @@ def summary(findings: Findings, settings: dict[str, Any]) -> dict[str, Any]:
         "methods": {name: _method(several) | {"average": average.get(name)} for name, several in by_method.items()},
         "student_by_teacher": _ratios(findings),
         "claims": claims,
-        "left_out": [] if "real" in by_method else ["real pictures: scikit-learn is not installed"],
+        "left_out": [] if "real" in by_method else ["real images: scikit-learn is not installed"],
         "passes_other_than_planned": findings.other_passes,
     }
 
@@ -81,7 +81,7 @@ def _ahead_of_equal_budgets(findings: Findings, average: dict[str, float | None]
 
 
 def _ahead_of_equal_passes(findings: Findings) -> Claim:
-    """Joint and cascade are read at the last look at or below the passes of the distillation alone."""
+    """Joint and cascade are read at the last evaluation at or below the passes of the distillation alone."""
     seeds = _by_seed(findings, "opd", lambda one: float(one.passes.units))
     read = {rival: [_at(findings.curves[rival, seed], units) for seed, units in seeds.items()] for rival in _RIVALS}
     table = _all_mean_rewards(findings) | {
@@ -107,7 +107,7 @@ def _teachers_gain(findings: Findings) -> Claim:
         for task in TASKS
     }
     return {
-        "claim": "each specialist gains at least half of the distance from the base to real pictures, with every seed",
+        "claim": "each specialist gains at least half of the distance from the base to real images, with every seed",
         "holds": all(share >= HALF for by_seed in shares.values() for share in by_seed.values()),
         "numbers": {"share of the distance by seed": shares},
     }
@@ -163,7 +163,7 @@ def _all_mean_rewards(findings: Findings) -> dict[str, Rewards]:
 
 
 def _averages(rewards: dict[str, Rewards]) -> dict[str, float | None]:
-    """Mean over tasks of min-max normalised rewards. Real pictures are no method, and the student counts once."""
+    """Mean over tasks of min-max normalised rewards. Real images are no method, and the student counts once."""
     methods = {name: by_task for name, by_task in rewards.items() if name not in ("real", WITH_TEACHERS)}
     average = normalised_average({name: [by_task[task] for task in TASKS] for name, by_task in methods.items()})
     return average | ({WITH_TEACHERS: average["opd"]} if WITH_TEACHERS in rewards else {})

@@ -28,7 +28,7 @@ CONVERGENCE = {
 EVALUATION_STEPS = 10
 _HELD_OUT = 60 * len(TASKS)  # prompts
 
-# Seconds, measured on one core: a forward pass, what a backward pass adds, a decoded and judged picture, a start.
+# Seconds, measured on one core: a forward pass, what a backward pass adds, a decoded and scored image, a start.
 _FORWARD, _BACKWARD, _PICTURE, _START = 1.65e-3, 2.35e-3, 6e-3, 12.0
 
 
@@ -84,10 +84,10 @@ class Run:
 
     def _seconds(self) -> float:
         every, evaluation = self.config.run.eval_every, self.config.evaluation
-        looks = 1 + ((self.rounds - 1) // every if every else 0)
-        judged = self.config.rollout.samples * self.rounds if self.command == "teach" else 0
-        drawn = looks * _HELD_OUT * evaluation.samples_per_prompt
-        work = self.passes.forward * _FORWARD + self.passes.backward * _BACKWARD + judged * _PICTURE
+        evaluations = 1 + ((self.rounds - 1) // every if every else 0)
+        scored = self.config.rollout.samples * self.rounds if self.command == "teach" else 0
+        drawn = evaluations * _HELD_OUT * evaluation.samples_per_prompt
+        work = self.passes.forward * _FORWARD + self.passes.backward * _BACKWARD + scored * _PICTURE
         return _START + work + drawn * (evaluation.steps * _FORWARD + _PICTURE)
 
 
@@ -205,7 +205,7 @@ def _one_round(run: Run) -> Passes:
 
 
 def _look_every(plan: Plan, rounds: int, mark: int) -> str:
-    """So that one look is at round `mark`, where that is inside the run and not too near to its start."""
+    """So that one evaluation is at round `mark`, where that is inside the run and not too near to its start."""
     usual = max(1, rounds // plan.evaluations)
     if not usual <= mark < rounds:
         return f"run.eval_every={usual}"

@@ -1,4 +1,4 @@
-"""The bench's pictures, each with the numbers behind it as CSV."""
+"""The bench's images, each with the numbers behind it as CSV."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _gradients(report: dict[str, Any], place: Path) -> None:
     write_csv(place.with_suffix(".csv"), lines)
     steps = [entry["step"] for entry in report["steps"]]
     figure, (left, right) = panels(2)
-    label = "step, from noise to picture"
+    label = "step, from noise to image"
     left.set(title="total variance of the gradient", xlabel=label, yscale="log")
     for name, kind in {"closed form": "closed_form", "PPO-style": "ppo"}.items():
         left.plot(steps, [entry[kind]["variance"] for entry in report["steps"]], ".-", label=name)

@@ -1,4 +1,4 @@
-"""What real pictures of the held-out prompts score: as good as a model of this world can be expected to draw."""
+"""What real images of the held-out prompts score: as good as a model of this world can be expected to draw."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def real_rewards() -> dict[str, float] | None:
         return None
     config, names, palette = load_config("miniature", None, []), list(world.COLOURS), world.palette()
     rewards = {}
-    for task, judged in config.tasks.items():
-        assert judged.eval_prompts is not None
-        prompts = PromptSet.read(judged.eval_prompts, f"tasks.{task}.eval_prompts").prompts
+    for task, section in config.tasks.items():
+        assert section.eval_prompts is not None
+        prompts = PromptSet.read(section.eval_prompts, f"tasks.{task}.eval_prompts").prompts
         pictures = []
         for prompt in prompts:
             scene = world.parse(prompt)
@@ -39,5 +39,5 @@ def real_rewards() -> dict[str, float] | None:
             ink, ground = (palette[names.index(name)].expand(len(chosen), 3) for name in (scene.ink, scene.ground))
             pictures += [to_image(picture) for picture in world.paint(chosen, ink, ground)]
         asked = [prompt for prompt in prompts for _ in range(PICTURES_PER_PROMPT)]
-        rewards[task] = float(build(judged.rewards[0].name).score(pictures, asked, [{}] * len(asked)).mean())
+        rewards[task] = float(build(section.rewards[0].name).score(pictures, asked, [{}] * len(asked)).mean())
     return rewards

@@ -1,4 +1,4 @@
-"""README.md of a bench: tables, claims and pictures, made from summary.json alone."""
+"""README.md of a bench: tables, claims and images, made from summary.json alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PICTURES = {
 
 
 def as_markdown(summary: dict[str, Any]) -> str:
-    """The whole page; pictures stand beside it."""
+    """The whole page; images stand beside it."""
     claims = [
         f"- **{'holds' if one['holds'] else 'DOES NOT HOLD'}**: {one['claim']}. {_said(one)}"
         for one in summary["claims"]
@@ -36,7 +36,7 @@ def as_markdown(summary: dict[str, Any]) -> str:
         f"Settings: {settings}.",
         "## Claims",
         "\n".join([*claims, *notes]),
-        "## Pictures",
+        "## Images",
         *(f"{title}:\n\n![{title}]({name})" for name, title in PICTURES.items()),
     ]
     return "\n\n".join(parts) + "\n"

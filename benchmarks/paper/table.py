@@ -131,7 +131,7 @@ def _curve(folder: Path, names: list[str]) -> list[Point]:
     points, spent = [], Passes()
     for name in names:
         metrics = read_metrics(folder / name / METRICS_FILE)
-        # A finished run that was started again has judged its last round twice.
+        # A finished run that was started again has scored its last round twice.
         scored = {row["round"]: row for row in read_metrics(folder / name / SCORES_FILE)}
         if not metrics or metrics[-1]["round"] not in scored:
             raise UserError(f"{folder / name}: not the records of a whole run; remove this folder and start again")

@@ -2,9 +2,9 @@
 
     python -m benchmarks ocr-accuracy --output runs/ocr_accuracy.json
 
-Draws pictures of 512 x 512 with one to four words each, in the fonts found on this machine: size, colours, rotation and
+Draws images of 512 x 512 with one to four words each, in the fonts found on this machine: size, colours, rotation and
 position vary. The same texts are drawn once on flat ground and once over filled circles and boxes. Prints the mean
-score, what was not read exactly, and the time per picture by number of workers.
+score, what was not read exactly, and the time per image by number of workers.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def contrast(a: Sequence[int], b: Sequence[int]) -> float:
 
 
 def draw(rng: random.Random, font: Path | None, shapes: bool) -> tuple[Image.Image, str]:
-    """One picture and its text. The text fits, and stands out from its ground by at least 90 of 255."""
+    """One image and its text. The text fits, and stands out from its ground by at least 90 of 255."""
     lines = [" ".join(rng.sample(WORDS, rng.randint(1, 2))) for _ in range(rng.randint(1, 2))]
     ground, ink = ([rng.randrange(256) for _ in range(3)] for _ in range(2))
     while contrast(ground, ink) < 90:
@@ -99,7 +99,7 @@ def pictures(count: int, seed: int, shapes: bool) -> list[tuple[Image.Image, str
 
 
 def measure(reward: Reward, drawn: list[tuple[Image.Image, str]]) -> dict[str, Any]:
-    """Mean score, texts that were not read exactly with their scores, seconds (and of CPU time) per picture."""
+    """Mean score, texts that were not read exactly with their scores, seconds (and of CPU time) per image."""
     images, texts = [image for image, _ in drawn], [text for _, text in drawn]
     started, started_cpu = time.perf_counter(), time.process_time()
     scores = reward.score(images, [f'a sign that says "{text}"' for text in texts])

@@ -1,8 +1,8 @@
-"""What is run today: the loop of the public DiffusionOPD code, in plain torch, written anew to be timed against.
+"""What is run today: the loop of the public DiffusionOPD code, rewritten in plain torch as the baseline of the timing.
 
 Task by task three separate passes: the student's rollout, its trajectory replayed by the task's teacher step by step,
 and replayed once more by the student, step by step with a backward each; adapters switched in one network under DDP;
-pictures judged in between, in every round, where that is asked for. What is a mistake there (the last step's teacher
+images scored in between, in every round, where that is asked for. What is a mistake there (the last step's teacher
 velocity, computed and never used, is one) and costs time is kept, what changes the objective is not: loss and gradient
 are those of our round (`tests/test_bench_speed.py`).
 
@@ -32,7 +32,7 @@ from opd_ds.engine import Group
 from opd_ds.models import Conditioning, lora
 from opd_ds.training.networks import DTYPES, load_family, student_module
 
-# Pictures of one task's rollout and their prompts; called in every round.
+# Images of one task's rollout and their prompts; called in every round.
 Scoring = Callable[[str, Tensor, list[str]], None]
 
 

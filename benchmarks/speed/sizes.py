@@ -55,14 +55,14 @@ class Size:
         write: makes its files in a folder, once, and gives the sections of a run config that name them: `model`, and
             by task `prompts` and the paths of `full` and `lora` teachers.
         repetitions: rounds of every loop beside the one that warms up.
-        judged: there are rewards for its pictures.
+        scored: there are rewards for its images.
     """
 
     name: str
     write: Callable[[Path], dict[str, Any]]
     repetitions: int
     needs_gpu: bool = False
-    judged: bool = False
+    scored: bool = False
 
 
 def run_config(size: Size, setting: Setting, ranks: int, samples: int, folder: Path, **changes: Any) -> DistilConfig:
@@ -159,7 +159,7 @@ def _sd35m(folder: Path) -> dict[str, Any]:
 
 
 _ALL = (
-    Size("miniature", _miniature, repetitions=9, judged=True),
+    Size("miniature", _miniature, repetitions=9, scored=True),
     Size("50m", _middle, repetitions=3),
     Size("sd35m", _sd35m, repetitions=5, needs_gpu=True),
 )

@@ -23,7 +23,7 @@ from opd_ds.errors import UserError
 from opd_ds.plan.costs import Costs
 from opd_ds.plan.network import find_model
 
-PUBLIC, JUDGED = "public", "public with rewards"
+PUBLIC, WITH_REWARDS = "public", "public with rewards"
 STATE_BUCKET = 100_000  # elements: working buffers should be small beside what is counted
 
 
@@ -133,14 +133,15 @@ def _ratios(jobs: _Jobs, setting: Setting, ranks: int) -> dict[str, Any]:
     loops = {PUBLIC: ("public", plain)}
     for mode in setting.modes:
         loops[mode] = ("ours", jobs.config(setting, ranks, rollout={"mode": mode}))
-    if jobs.bench.size.judged and setting == SETTINGS[0] and ranks == jobs.bench.worlds[0]:
-        loops[JUDGED] = ("public with rewards", _with_rewards(plain))
+    if jobs.bench.size.scored and setting == SETTINGS[0] and ranks == jobs.bench.worlds[0]:
+        loops[WITH_REWARDS] = ("public with rewards", _with_rewards(plain))
     measured = jobs.run(f"{setting.name}-{ranks}", ranks, loops)
     timed = measured["loops"]
     ratios = {f"{mode}_over_public": _ratio(timed[PUBLIC], timed.get(mode)) for mode in ("buffered", "fused")}
-    if JUDGED in timed:
+    if WITH_REWARDS in timed:
         ratios |= {
-            f"{mode}_over_public_with_rewards": _ratio(timed[JUDGED], timed[mode]) for mode in ("buffered", "fused")
+            f"{mode}_over_public_with_rewards": _ratio(timed[WITH_REWARDS], timed[mode])
+            for mode in ("buffered", "fused")
         }
     said = ", ".join(f"{name.replace('_', ' ')} {ratio:.2f}x" for name, ratio in ratios.items() if ratio)
     jobs.say(f"{setting.name}, {ranks} rank{'s' if ranks > 1 else ''}: {said}")

@@ -72,23 +72,23 @@ def build(name: str, wanted: dict[str, Any], group: Group) -> Loop:
     else:
         inner = PublicLoop(config, group)
         if wanted["kind"] == "public with rewards":
-            inner.scoring = _judged_on_the_spot(config, inner.family, group)
+            inner.scoring = _scored_inline(config, inner.family, group)
     return Loop(name, wanted["kind"], config, inner)
 
 
-def _judged_on_the_spot(config: DistilConfig, family: Any, group: Group) -> Any:
-    """As the public loop does: decoded and judged before anything goes on."""
+def _scored_inline(config: DistilConfig, family: Any, group: Group) -> Any:
+    """As the public loop does: images are decoded and scored before the next step."""
     from opd_ds.evaluation.pictures import to_image
     from opd_ds.runs.setup import build_rewards
 
     rewards = build_rewards(config.rewards, group.device)
 
-    def judge(task: str, latents: Any, prompts: list[str]) -> None:
+    def score(task: str, latents: Any, prompts: list[str]) -> None:
         images = [to_image(picture) for picture in family.decode(latents).cpu()]
         for section in config.tasks[task].rewards:
             rewards[section.label].score(images, prompts, [{}] * len(prompts))
 
-    return judge
+    return score
 
 
 # ---- time ----

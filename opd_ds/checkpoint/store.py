@@ -27,7 +27,7 @@ MANIFEST_FILE = "manifest.json"
 LATEST_FILE = "latest"
 CHECKPOINTS_FOLDER = "checkpoints"
 FORMAT = 4
-LOSSES_VARIABLE = "OPD_DS_RESTARTS_FILE"  # where batch scripts count lost ranks; a checkpoint starts the count anew
+LOSSES_VARIABLE = "OPD_DS_RESTARTS_FILE"  # where batch scripts count lost ranks; a checkpoint resets the count
 _NAME = re.compile(r"^round-(\d{6})$")
 
 # File name -> size in bytes and SHA-256.
@@ -159,7 +159,7 @@ class CheckpointStore:
         intact = f"{kept.name} is intact: go on from it with --resume auto" if kept else "there is no earlier one"
         reason = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason += f" ({_free_space(self.folder)} free; make room or lower run.keep_checkpoints)"
+            reason += f" ({_free_space(self.folder)} free; free some space or lower run.keep_checkpoints)"
         return f"the checkpoint of round {done} could not be written to {self.folder}: {reason}; {intact}"
 
     def _draft(self, done: int) -> Path:
@@ -178,10 +178,10 @@ class CheckpointStore:
     # ---- finding ----
 
     def newest_whole(self) -> Path | None:
-        """The newest checkpoint whose files are what was written. Damaged ones are set aside, with a line in the log.
+        """The newest checkpoint whose files are as written. Damaged ones are quarantined (renamed, and logged).
 
         Raises:
-            UserError: there are checkpoints and all of them are damaged or were set aside (the run is not started from
+            UserError: there are checkpoints and all of them are damaged or quarantined (the run is not started from
                 scratch, now or at the next try), or a rank cannot read them.
         """
         candidates, aside = self._group.broadcast((_published(self.folder)[::-1], _set_aside_in(self.folder)))
@@ -200,8 +200,8 @@ class CheckpointStore:
             )
         if aside:
             raise UserError(
-                f"{self.folder}: all checkpoints were set aside: {', '.join(path.name for path in aside)}; give one of "
-                "them as --resume PATH, or another run.output_dir"
+                f"{self.folder}: all checkpoints are quarantined: {', '.join(path.name for path in aside)}; give "
+                "one of them as --resume PATH, or another run.output_dir"
             )
         return None
 
@@ -252,7 +252,7 @@ class CheckpointStore:
             if self._group.world.is_main:
                 for checkpoint in checkpoints:
                     place = _rename_aside(checkpoint, why)
-                    logging.getLogger("opd_ds").warning("%s is set aside as %s", checkpoint.name, place.name)
+                    logging.getLogger("opd_ds").warning("%s is quarantined: renamed to %s", checkpoint.name, place.name)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -268,7 +268,7 @@ def _published(folder: Path) -> list[Path]:
 
 
 def any_checkpoint(folder: Path) -> Path | None:
-    """The newest published checkpoint in `folder`, or else one that was set aside."""
+    """The newest published checkpoint in `folder`, or else one that was quarantined."""
     return latest_checkpoint(folder) or next(iter(_set_aside_in(folder)), None)
 
 

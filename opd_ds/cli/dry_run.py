@@ -54,7 +54,7 @@ def describe(config: RunConfig, world: World) -> str:
         f"samples a round        {settings.samples} per task, {settings.samples * at_once} in all",
         *(group if config.group_size > 1 else []),
         f"samples per process    {len(part)} per task"
-        + (f" ({filled} filling samples at weight 0, because {settings.samples} is not a multiple)" if filled else ""),
+        + (f" ({filled} padding samples at weight 0, because {settings.samples} is not a multiple)" if filled else ""),
         f"trained steps          {trained} of {settings.steps}: {pairs} (state, step) pairs per task and process",
         *work,
         f"rounds                 {config.run.rounds}, a checkpoint every {config.run.checkpoint_every}",

@@ -30,7 +30,7 @@ def _row(name: str) -> dict[str, Any]:
     return {
         "family": name,
         "pipeline": family.pipeline_class,
-        "latents": "picture" if family.default_frames is None else "video",
+        "latents": "image" if family.default_frames is None else "video",
         "guidance": "embedded" if family.embedded_guidance else "classifier-free",
         "passes": family.passes(4.5),  # at any guidance but 1
         "lora_targets": list(family.lora_targets),

@@ -34,7 +34,7 @@ def _row(name: str) -> dict[str, Any]:
 
 @app.command("list")
 def list_rewards(as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
-    """Every reward: what it judges, its extra, whether that is installed, and which weights are found where."""
+    """Every reward: what it scores, its extra, whether that is installed, and which weights are found where."""
     rows = [_row(name) for name in reward_names()]
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
@@ -42,7 +42,7 @@ def list_rewards(as_json: Annotated[bool, typer.Option("--json", help="for progr
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("reward", "judges", "extra", "installed", "weights")
+    table = Table("reward", "scores", "extra", "installed", "weights")
     for row in rows:
         weights = [f"{file}: {place or 'not found'}" for file, place in row.get("weights", {}).items()]
         cells = [row["name"], row["judges"], row.get("extra") or "-", "yes" if row["installed"] else "no"]

@@ -33,16 +33,16 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 def report_and_exit(error: BaseException) -> None:
     """Say what went wrong and end the process.
 
-    `os._exit` skips the process group's destructors, which would wait for peers that are gone.
+    `os._exit` skips the process group's destructors, which would wait for ranks that are gone.
     """
     if isinstance(error, Interrupted):
-        # The state is saved. A normal exit would wait for rewards that are still being judged.
+        # The state is saved. A normal exit would wait for rewards that are still being computed.
         _end(error.code if isinstance(error.code, int) else 0)
-    peers = _peers()
-    if peers is not None:
+    watchdog = _watchdog()
+    if watchdog is not None:
         ignore_signals()
-        peers.mark_exiting()
-        _end(_settle(error, peers))
+        watchdog.mark_exiting()
+        _end(_settle(error, watchdog))
     # No group yet: all ranks read the same config and fail alike. Rank 0 speaks, and the launcher ends the others;
     # only one that is still there after that, because it failed alone, speaks for itself.
     names = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
@@ -54,7 +54,7 @@ def report_and_exit(error: BaseException) -> None:
     _end(_code(error))
 
 
-def _settle(error: BaseException, peers: Watchdog) -> int:
+def _settle(error: BaseException, watchdog: Watchdog) -> int:
     """Speak if this rank is the first to fail; returns the exit code, which is the first one's."""
     from opd_ds.cluster.watchdog import BEAT_SECONDS, LOST_EXIT_CODE
 
@@ -63,18 +63,18 @@ def _settle(error: BaseException, peers: Watchdog) -> int:
     code, text = _code(error), _message(error, where)
     try:
         if _is_consequence(error):
-            known = peers.failure()
+            known = watchdog.failure()
             if known is not None:
                 return known.code
-            lost = ", ".join(f"rank {silent} on {peers.host_of(silent)}" for silent in peers.silent_ranks())
+            lost = ", ".join(f"rank {silent} on {watchdog.host_of(silent)}" for silent in watchdog.silent_ranks())
             if lost:  # nobody is, and nobody has said anything: then it is this rank's own failure
                 code = LOST_EXIT_CODE
                 text = f"opd-ds: error: lost {lost}, which said nothing: killed (out of memory?), or its node is gone. "
                 text += f"{where}noticed it in: {_first_line(error)}"
-        first = peers.claim(code, text)
+        first = watchdog.claim(code, text)
     except RuntimeError as gone:  # the store went with rank 0; what is our own to say is still said
         if _is_consequence(error):
-            peers.say_store_is_gone(gone)
+            watchdog.say_store_is_gone(gone)
             return LOST_EXIT_CODE
         print(text, file=sys.stderr)
         return code
@@ -115,6 +115,6 @@ def _end(code: int) -> None:
     os._exit(code)
 
 
-def _peers() -> Watchdog | None:
+def _watchdog() -> Watchdog | None:
     module = sys.modules.get("opd_ds.cluster.watchdog")  # not imported when the config was already wrong
     return module.current_watchdog() if module is not None else None

@@ -1,7 +1,7 @@
 """Watching the other ranks: a rank that fails, dies or hangs ends the job everywhere, and says so once.
 
 Backends do not: with NCCL, or when a node is gone without closing its connections, a collective waits until its
-timeout. Each rank has a thread that writes a sign of life into the store of the process group, reads its neighbour's,
+timeout. Each rank has a thread that writes a heartbeat into the store of the process group, reads its neighbour's,
 and looks for a failure that some rank has claimed. The first to claim speaks; the others leave with its exit code.
 """
 
@@ -43,7 +43,7 @@ class Failure:
 
 @dataclass
 class _Beat:
-    """A sign of life. `idle`: seconds since the rank last reported progress."""
+    """A heartbeat. `idle`: seconds since the rank last reported progress."""
 
     count: int
     doing: str
@@ -59,7 +59,7 @@ class Watchdog:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         client = TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT, wait_for_workers=False)
         # torchrun keeps its store over restarts of the ranks.
-        self._store = PrefixStore(f"opd_ds/peers/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", client)
+        self._store = PrefixStore(f"opd_ds/watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", client)
         self._lock = threading.Lock()  # a store's client has one conversation at a time
         self._closing = threading.Event()
         self._leaving = False
@@ -70,15 +70,15 @@ class Watchdog:
         self._neighbour = (world.rank + 1) % world.size
         self._heard: tuple[int, float] = (-1, time.monotonic())
         self._main = threading.main_thread().ident
-        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def progress(self, doing: str) -> None:
-        """This rank gets on. `doing` is shown when it does not any more."""
+        """This rank makes progress. `doing` is shown when it stops."""
         self._beat.doing, self._last_progress = doing, time.monotonic()
 
     def watch_hangs(self, seconds: float, folder: Path) -> None:
-        """When no rank has got on for `seconds`, every rank leaves its stacks in `folder` and the job ends."""
+        """When no rank has made progress for `seconds`, every rank leaves its stacks in `folder` and the job ends."""
         self._last_progress = time.monotonic()
         self._hang_seconds, self._hang_folder = seconds, folder
 
@@ -101,7 +101,7 @@ class Watchdog:
             return Failure(**json.loads(self._store.get("failed")))
 
     def silent_ranks(self) -> list[int]:
-        """The ranks that give no sign of life; takes some beats to find out."""
+        """The ranks that send no heartbeat; it takes some beats to find out."""
         before = self._counts()
         time.sleep(3 * self._beat_seconds)
         return [rank for rank, count in self._counts().items() if count == before[rank] and rank != self._world.rank]
@@ -113,7 +113,7 @@ class Watchdog:
             return self._store.get(f"host/{rank}").decode() if known else "an unknown host"
 
     def mark_exiting(self) -> None:
-        """This rank is about to end because something failed: it goes on giving signs of life, and decides nothing."""
+        """This rank is about to end because something failed: it still sends heartbeats, but decides nothing."""
         self._leaving = True
 
     def say_store_is_gone(self, error: BaseException) -> None:
@@ -179,7 +179,7 @@ class Watchdog:
         elif now - self._heard[1] > self._lost_seconds:
             host = self.host_of(self._neighbour)
             text = (
-                f"lost rank {self._neighbour} on {host}: no sign of life for {self._lost_seconds:.0f} s; it was killed "
+                f"lost rank {self._neighbour} on {host}: no heartbeat for {self._lost_seconds:.0f} s; it was killed "
                 "(out of memory?) or its node is gone"
             )
             if self.claim(LOST_EXIT_CODE, text).rank == self._world.rank:
@@ -198,12 +198,14 @@ class Watchdog:
             return
         beats = [self._beat_of(rank) for rank in range(self._world.size)]
         if any(beat is None or beat.idle < self._hang_seconds for beat in beats):
-            return  # somebody gets on, the others wait for it
+            return  # one rank makes progress, the others wait for it
         self._leave_traces()
         with self._lock:
             self._store.set(f"where/{self._world.rank}", self._where())
         time.sleep(2.5 * self._beat_seconds)  # until the others have said where they are, too
-        text = f"no rank has got on for {self._hang_seconds:.0f} s, which run.hang_minutes allows; who waits where:\n"
+        text = (
+            f"no rank made progress for {self._hang_seconds:.0f} s, which run.hang_minutes allows; who waits where:\n"
+        )
         text += "\n".join(self._position(rank, beat) for rank, beat in enumerate(beats) if beat is not None)
         text += f"\nstacks and collectives of every rank: {self._hang_folder}"
         if self.claim(LOST_EXIT_CODE, text).rank == self._world.rank:
@@ -260,16 +262,16 @@ def _say(text: str) -> None:
     print(f"opd-ds: error: {text}", file=sys.stderr, flush=True)
 
 
-_peers: Watchdog | None = None
+_watchdog: Watchdog | None = None
 
 
 def start_watchdog(world: World) -> Watchdog:
     """Start this process's watch; the process group is up."""
-    global _peers
-    _peers = Watchdog(world)
-    return _peers
+    global _watchdog
+    _watchdog = Watchdog(world)
+    return _watchdog
 
 
 def current_watchdog() -> Watchdog | None:
     """This process's watch, if it has one."""
-    return _peers
+    return _watchdog

@@ -14,7 +14,7 @@ LOCALHOST = "127.0.0.1"
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers.
+    """This process among all processes of the run.
 
     Attributes:
         master_addr: host of rank 0.

@@ -40,12 +40,10 @@ class RewardAlgorithm(Algorithm):
     title: ClassVar[str] = "Reinforcement learning"
 
     algorithm: str
-    group: int = Field(24, ge=2, description="pictures of one prompt, compared with each other")
+    group: int = Field(24, ge=2, description="images of one prompt, compared with each other")
     advantage_std: Literal["batch", "group"] = Field("batch", description="whose deviation scales the advantages")
     advantage_clip: PositiveFloat = 5.0
-    reward_attempts: PositiveInt = Field(
-        3, description="calls of a reward before pictures without a score are left out"
-    )
+    reward_attempts: PositiveInt = Field(3, description="calls of a reward before images without a score are left out")
     schedule: Literal["together", "alternate"] = Field(
         "together", description="with several tasks: all in every round, or one after the other"
     )

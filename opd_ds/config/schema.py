@@ -27,7 +27,7 @@ class RunSection(Section):
         False, description="rounds go on while a thread writes; needs host memory for one more copy of the state"
     )
     hang_minutes: PositiveFloat = Field(
-        30, description="when no rank gets on for this long, the run ends and says who waits"
+        30, description="when no rank makes progress for this long, the run ends and says who waits"
     )
     deterministic: bool = Field(
         False,
@@ -104,7 +104,7 @@ class TrainedSteps(Section):
     steps: tuple[NonNegativeInt, ...] | None = Field(None, description="these steps, counted from the noise end")
     queries: PositiveInt | None = Field(None, description="this many random steps per trajectory")
     favour: Literal["none", "low_noise"] = Field(
-        "none", description="where random queries fall: everywhere alike, or by Beta(5, 2) towards the picture's end"
+        "none", description="where random queries fall: everywhere alike, or by Beta(5, 2) towards the image's end"
     )
 
     @model_validator(mode="after")
@@ -242,7 +242,7 @@ class PromptsSection(Section):
     )
     column: str = Field("prompt", description="where the prompt stands; a .txt file is prompts alone")
     metadata: tuple[str, ...] | None = Field(
-        None, description="columns that reach the rewards; default: all others, but for pictures, sound and bytes"
+        None, description="columns that reach the rewards; default: all others, but for images, sound and bytes"
     )
     where: dict[str, Cell | tuple[Cell, ...]] = Field(
         default_factory=dict, description="keep the rows whose columns hold this value, or one of these"
@@ -260,7 +260,7 @@ class PromptsSection(Section):
 
 
 class EvaluatedSection(Section):
-    """What is drawn and judged: a task, or a probe."""
+    """What is drawn and scored: a task, or a probe."""
 
     eval_prompts: PromptsSection | None = Field(None, description="held-out prompts")
     guidance: float | None = Field(None, ge=0, description="the student's on these; default rollout.guidance")
@@ -275,7 +275,7 @@ class EvaluatedSection(Section):
 
 
 class ProbeSection(EvaluatedSection):
-    """A prompt set that is drawn and judged beside the tasks and never trained on."""
+    """A prompt set that is drawn and scored beside the tasks and never trained on."""
 
     eval_prompts: PromptsSection = Field(description="held-out prompts")
 
@@ -299,11 +299,11 @@ class EvaluationSection(Section):
 
 
 class WatchSection(Section):
-    """A look at the rewards while a run goes on, judged beside the training. Needs tasks with rewards."""
+    """Rewards measured between rounds, in a thread beside the training. Needs tasks with rewards."""
 
-    every: NonNegativeInt = Field(0, description="rounds between looks; 0: never")
-    held_out: NonNegativeInt = Field(8, description="pictures per task of the first held-out prompts, on fixed noise")
-    rollouts: NonNegativeInt = Field(8, description="pictures per task of the round's own rollouts on rank 0")
+    every: NonNegativeInt = Field(0, description="rounds between two reward evaluations; 0: never")
+    held_out: NonNegativeInt = Field(8, description="images per task of the first held-out prompts, on fixed noise")
+    rollouts: NonNegativeInt = Field(8, description="images per task of the round's own rollouts on rank 0")
 
 
 class RunConfig(Section):
@@ -325,7 +325,7 @@ class RunConfig(Section):
     scoring: ScoringSection = ScoringSection()
     tasks: Mapping[str, TrainedSection] = Field(min_length=1)
     probes: dict[str, ProbeSection] = Field(
-        default_factory=dict, description="further prompt sets to draw and judge, by name"
+        default_factory=dict, description="further prompt sets to draw and score, by name"
     )
     evaluation: EvaluationSection = EvaluationSection()
     watch: WatchSection = WatchSection()
@@ -344,10 +344,10 @@ class RunConfig(Section):
 
     def _check_reward_labels(self) -> None:
         seen: dict[str, RewardSection] = {}
-        for name, judged in self.evaluated.items():
-            labels = [reward.label for reward in judged.rewards]
+        for name, section in self.evaluated.items():
+            labels = [reward.label for reward in section.rewards]
             key = f"{self.place(name)}.rewards"
-            for reward in judged.rewards:
+            for reward in section.rewards:
                 if not re.fullmatch(r"[A-Za-z0-9_.-]+", reward.label):
                     raise ValueError(f"{key}: the label {reward.label!r} may hold letters, digits, '_', '.', '-' only")
                 first = seen.setdefault(reward.label, reward)
@@ -436,7 +436,7 @@ class RunConfig(Section):
     @property
     def rewards(self) -> dict[str, RewardSection]:
         """All rewards by label."""
-        return {reward.label: reward for judged in self.evaluated.values() for reward in judged.rewards}
+        return {reward.label: reward for section in self.evaluated.values() for reward in section.rewards}
 
     @property
     def scoring_micro_batch(self) -> int:

@@ -61,7 +61,7 @@ def describe(found: Findings) -> str:
     if found.geneval:
         lines.append(f"GenEval       {found.geneval} with metadata that the reward `geneval` reads")
     if found.quoting:
-        lines.append(f"quoted text   {found.quoting} that the reward `ocr` can judge")
+        lines.append(f"quoted text   {found.quoting} that the reward `ocr` can score")
     if found.repeats:
         first = found.repeats[0]
         lines.append(f"repeats       {len(found.repeats)}, the first: {first.place}: {first.prompt!r}")

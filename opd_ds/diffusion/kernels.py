@@ -6,7 +6,7 @@ v = noise - x0, every sampler here has the form
     x' = a * x + b * v(x, sigma) + c * h + std * eps,          eps ~ N(0, I)
 
 where a, b, c and std depend only on the sampler and on the pair (sigma, sigma'), and h is the sampler's
-history: the picture predicted at the previous step (`predicted_x0`), a constant as far as the
+history: the image predicted at the previous step (`predicted_x0`), a constant as far as the
 current velocity is concerned. Rollout, objective, policy-gradient comparison and evaluation all read this
 one table, so they cannot disagree. All coefficients are float64.
 
@@ -105,8 +105,8 @@ def _langevin(sigma: Tensor, dt: Tensor, diffusion: Tensor) -> tuple[Tensor, Ten
 
 def _flow(sigma: Tensor, sigma_next: Tensor, noise_level: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Flow-GRPO SDE (arXiv 2505.05470): diffusion noise_level * sqrt(sigma / (1 - sigma))."""
-    room = 1 - torch.where(sigma == 1, sigma_next, sigma)
-    return _langevin(sigma, sigma_next - sigma, noise_level * torch.sqrt(sigma / room))
+    remaining = 1 - torch.where(sigma == 1, sigma_next, sigma)
+    return _langevin(sigma, sigma_next - sigma, noise_level * torch.sqrt(sigma / remaining))
 
 
 def _dance(sigma: Tensor, sigma_next: Tensor, noise_level: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -135,7 +135,7 @@ def _cps(sigma: Tensor, sigma_next: Tensor, noise_level: float) -> tuple[Tensor,
 
 
 def _dpm2(sigma: Tensor, sigma_next: Tensor, noise_level: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """DPM-Solver++(2M), midpoint (arXiv 2211.01095), history = previous predicted picture.
+    """DPM-Solver++(2M), midpoint (arXiv 2211.01095), history = previous predicted image.
 
     The first step and a last step that ends at sigma' = 0 are first order. The step after sigma = 1 is first
     order in the limit: the previous interval in log-SNR is infinite.

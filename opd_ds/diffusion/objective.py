@@ -6,7 +6,7 @@ At the same state two models' next means differ by b * (v_S - v_T) and nothing e
     mean matching          = b^2 / 2         * ||v_S - v_T||^2      std = 0     (Eq. 12)
 
 A sum over latent dimensions in the paper; here the mean over them is used (as its public code does), so that the
-figure does not depend on the picture's size. Multiply by the number of latent dimensions to get nats.
+figure does not depend on the image's size. Multiply by the number of latent dimensions to get nats.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def kl_weight(coefficients: Coefficients) -> Tensor:
 def step_weights(coefficients: Coefficients, sigmas: Tensor, target: Target, weighting: Weighting) -> Tensor:
     """Weights [T], float64, on the squared velocity error of each step.
 
-    `target` says which quantity is compared: the transition's mean (b * v), the velocity, or the predicted picture
+    `target` says which quantity is compared: the transition's mean (b * v), the velocity, or the predicted image
     x0 (sigma * v). `weighting` says how steps weigh against each other: `kl` as the paper (transition only),
     `uniform` the plain half squared error of the target, `normalized` the same scaled to a mean of 1 over the steps.
 

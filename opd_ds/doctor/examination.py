@@ -136,7 +136,7 @@ def _group(meeting: Meeting, findings: list[Finding]) -> bool:
     hindered = [one.what for one in findings if one.problem and one.what in _NEEDED_BY_A_GROUP]
     if meeting.from_main(hindered):
         if meeting.world.is_main:
-            findings += network.no_group(f"first mend {', '.join(hindered)}")
+            findings += network.no_group(f"first fix {', '.join(hindered)}")
         return False
     own, returned = network.within(meeting.timeout, lambda: network.measure(meeting.world))
     measured = [network.Measured(**one) for one in meeting.to_main(asdict(own))]

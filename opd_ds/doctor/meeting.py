@@ -114,7 +114,7 @@ class Meeting:
 
     def _explain(self, late: list[int]) -> str:
         if len(self.hosts) == self.world.size:
-            return f"{who(late, self.hosts)} gave no answer within {self.timeout:g} s; look at what they print"
+            return f"{who(late, self.hosts)} gave no answer within {self.timeout:g} s; read what they print"
         missing = who(late, ["?"] * self.world.size)
         return (
             f"{missing} did not arrive within {self.timeout:g} s: not started, or cannot reach "

@@ -29,9 +29,9 @@ def look_at_files(config: RunConfig) -> list[Seen]:
     for name, teacher in config.all_teachers.items():
         values[f"{config.teacher_key(name)}.path"] = teacher.path
     prompts = {f"tasks.{name}.prompts": task.prompts for name, task in config.tasks.items()}
-    for name, judged in config.evaluated.items():
-        if judged.eval_prompts is not None:
-            prompts[f"{config.place(name)}.eval_prompts"] = judged.eval_prompts
+    for name, section in config.evaluated.items():
+        if section.eval_prompts is not None:
+            prompts[f"{config.place(name)}.eval_prompts"] = section.eval_prompts
     looks = [(key, partial(_look, key, value)) for key, value in values.items()]
     looks += [(key, partial(_look_at_prompts, key, chosen)) for key, chosen in prompts.items()]
     return [seen for key, look in looks for seen in attempt(key, look)]

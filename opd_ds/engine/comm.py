@@ -38,28 +38,28 @@ class Group:
 
     exchanges = True
 
-    def __init__(self, world: World, device: torch.device, peers: Watchdog | None = None) -> None:
-        self.world, self.device, self._peers = world, device, peers
+    def __init__(self, world: World, device: torch.device, watchdog: Watchdog | None = None) -> None:
+        self.world, self.device, self._watchdog = world, device, watchdog
 
     def __enter__(self) -> Group:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """All ranks end together, with the work or with an interruption: nobody takes the others' end for a loss."""
-        if self._peers is not None and (error is None or isinstance(error, Interrupted)):
+        if self._watchdog is not None and (error is None or isinstance(error, Interrupted)):
             with contextlib.suppress(RuntimeError):  # all is done or saved; who is through the barrier may be gone
                 self.barrier()
-            self._peers.close()
+            self._watchdog.close()
 
     def progress(self, doing: str) -> None:
-        """This rank gets on; `doing` is what is shown should it not any more. Costs nothing."""
-        if self._peers is not None:
-            self._peers.progress(doing)
+        """This rank makes progress; `doing` is shown if it stops. Costs nothing."""
+        if self._watchdog is not None:
+            self._watchdog.progress(doing)
 
     def watch_hangs(self, minutes: float, output_dir: Path) -> None:
-        """End the job when no rank has got on for so long; each rank's stacks are left in `<output_dir>/hang`."""
-        if self._peers is not None:
-            self._peers.watch_hangs(60 * minutes, output_dir / HANG_FOLDER)
+        """End the job when no rank made progress for so long; each rank's stacks are left in `<output_dir>/hang`."""
+        if self._watchdog is not None:
+            self._watchdog.watch_hangs(60 * minutes, output_dir / HANG_FOLDER)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks, in float64 so that the order of ranks costs nothing visible; on the CPU."""

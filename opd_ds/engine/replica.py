@@ -36,53 +36,53 @@ class UnshardedReplica:
             for value in module.parameters()
         }
         memo |= {id(value): value for value in module.buffers()}
-        self._twin: nn.Module = copy.deepcopy(module, memo)
+        self._replica: nn.Module = copy.deepcopy(module, memo)
         for name, original in module.named_modules():
             if original._compiled_call_impl is not None:  # not copied with the rest
-                self._twin.get_submodule(name).compile()
+                self._replica.get_submodule(name).compile()
         self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
 
     @contextmanager
     def materialized(self, module: nn.Module) -> Iterator[nn.Module]:
-        """Inside, the twin has the weights of `module`, the very network under ZeRO-3. Collective.
+        """Inside, the replica has the weights of `module`, the very network under ZeRO-3. Collective.
 
-        What is gathered is not copied: DeepSpeed lets go of a storage that the twin holds on to.
+        What is gathered is not copied: DeepSpeed lets go of a storage that the replica holds on to.
         """
-        twins = dict(self._twin.named_parameters())
-        pairs = [(parameter, twins[name]) for name, parameter in module.named_parameters()]
+        replicas = dict(self._replica.named_parameters())
+        pairs = [(parameter, replicas[name]) for name, parameter in module.named_parameters()]
         for name, owner in module.named_modules():  # DeepSpeed replaces buffers when it changes their dtype
-            self._twin.get_submodule(name)._buffers.update(owner._buffers)
+            self._replica.get_submodule(name)._buffers.update(owner._buffers)
         try:
             for bucket in _buckets(pairs):
                 with deepspeed.zero.GatheredParameters([parameter for parameter, _ in bucket]):
-                    for parameter, twin in bucket:
-                        twin.data = parameter.data
-            yield self._twin
+                    for parameter, replica in bucket:
+                        replica.data = parameter.data
+            yield self._replica
         finally:
-            for _, twin in pairs:
-                twin.data = torch.empty(0, dtype=twin.dtype, device=twin.device)
+            for _, replica in pairs:
+                replica.data = torch.empty(0, dtype=replica.dtype, device=replica.device)
 
 
 def _buckets(pairs: list[tuple[nn.Parameter, nn.Parameter]]) -> Iterator[list[tuple[nn.Parameter, nn.Parameter]]]:
     """Small ("persistent") parameters are whole already, and stay so: they are taken as they are."""
     bucket: list[tuple[nn.Parameter, nn.Parameter]] = []
     size = 0
-    for parameter, twin in pairs:
+    for parameter, replica in pairs:
         if is_gathered(parameter):
-            twin.data = parameter.data
+            replica.data = parameter.data
             continue
         numel = whole_numel(parameter)
         if bucket and size + numel > _AT_ONCE:
             yield bucket
             bucket, size = [], 0
-        bucket.append((parameter, twin))
+        bucket.append((parameter, replica))
         size += numel
     if bucket:
         yield bucket
 
 
 def fits(module: nn.Module, group: Group) -> bool:
-    """Whether every rank has room for the whole of a network under ZeRO-3. Collective."""
+    """Whether every rank can hold a whole network under ZeRO-3. Collective."""
     needed = sum(whole_numel(parameter) * parameter.element_size() for parameter in module.parameters())
     return min(group.gather(_free_bytes(group))) * _SHARE_OF_FREE > needed
 

@@ -51,11 +51,15 @@ class StudentEngine:
             gather = "per_layer"
             if group.world.is_main:
                 logging.getLogger("opd_ds").info("parameters are on NVMe: rollouts gather weights layer by layer")
+<<<<<<< HEAD
         self._twin = UnshardedReplica(module) if self.zero_stage == 3 and gather != "per_layer" else None
         if self.zero_stage == 3:
             leave_uncompiled(module)  # the replica for rollouts has no hooks: its blocks stay compiled
+=======
+        self._replica = UnshardedReplica(module) if self.zero_stage == 3 and gather != "per_layer" else None
+>>>>>>> words
         self._decided = gather != "auto"
-        self._whole: nn.Module | None = None  # the twin, while it has weights
+        self._whole: nn.Module | None = None  # the replica, while it has weights
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._engine = initialize(module, ds_config, trainable)
         self._engine.train()
@@ -75,12 +79,12 @@ class StudentEngine:
 
         Within another `gathered` nothing more is gathered.
         """
-        if self._twin is not None and not self._decided:
+        if self._replica is not None and not self._decided:
             self._decide()
-        if self._twin is None or self._whole is not None:
+        if self._replica is None or self._whole is not None:
             yield self._whole or self
             return
-        with self._twin.materialized(self.module) as network:
+        with self._replica.materialized(self.module) as network:
             self._whole = network
             try:
                 yield network
@@ -98,9 +102,9 @@ class StudentEngine:
     def _decide(self) -> None:
         self._decided = True
         if not fits(self.module, self._group):
-            self._twin = None
+            self._replica = None
         if self._group.world.is_main:
-            how = "once a rollout" if self._twin is not None else "layer by layer: whole they would not fit"
+            how = "once a rollout" if self._replica is not None else "layer by layer: they do not fit unsharded"
             logging.getLogger("opd_ds").info("rollout.gather = auto: weights are gathered %s", how)
 
     @property

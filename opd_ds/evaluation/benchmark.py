@@ -13,7 +13,7 @@ from PIL import Image
 
 from opd_ds.data import PromptSet, shard
 from opd_ds.engine import Group
-from opd_ds.evaluation.evaluator import judge
+from opd_ds.evaluation.evaluator import score_images
 from opd_ds.evaluation.pictures import Item, Painter, items
 from opd_ds.evaluation.store import PictureStore, ScoreStore, digest
 from opd_ds.rewards import Reward, batches
@@ -29,9 +29,9 @@ class EvalModel:
     """A model to compare.
 
     Attributes:
-        identity: hash of its files; another one means other pictures.
+        identity: hash of its files; another one means other images.
         guidance: by prompt set.
-        open: brings its network up. It may be collective and is called only when pictures are missing, on all ranks.
+        open: brings its network up. It may be collective and is called only when images are missing, on all ranks.
     """
 
     name: str
@@ -62,7 +62,7 @@ class EvaluationSet:
 
 @dataclass(frozen=True)
 class _Job:
-    """One picture that a reward has yet to judge."""
+    """One image that a reward has yet to score."""
 
     label: str
     by: str
@@ -72,7 +72,7 @@ class _Job:
 
 
 class Benchmark:
-    """Draws, judges, remembers. The folder must be one that all ranks see.
+    """Draws and scores images, and stores both. The folder must be one that all ranks see.
 
     Args:
         base_sha256: of the base folder, which gives all models text encoders, VAE and scheduler.
@@ -90,7 +90,7 @@ class Benchmark:
     ) -> None:
         self.folder, self.sets = folder, sets
         self._group, self._painter, self._rewards = group, painter, rewards
-        # What all pictures share.
+        # What all images share.
         self.settings = painter.settings | {"base_sha256": base_sha256}
         self._pictures = PictureStore(folder / "images")
         self._scores = ScoreStore(folder / "scores", group.world.rank)
@@ -99,7 +99,7 @@ class Benchmark:
     # ---- drawing ----
 
     def missing(self, model: EvalModel) -> dict[str, list[Item]]:
-        """Unfinished pictures by prompt set, as rank 0 sees the folder. Collective."""
+        """Unfinished images by prompt set, as rank 0 sees the folder. Collective."""
         found = None
         if self._group.world.is_main:
             found = {
@@ -120,7 +120,7 @@ class Benchmark:
             pause: called on all ranks before each prompt set. It may end the run: what is drawn stays.
 
         Returns:
-            How many pictures were drawn.
+            How many images were drawn.
         """
         missing = self.missing(model)
         if not missing:
@@ -140,7 +140,7 @@ class Benchmark:
         return sum(map(len, missing.values()))
 
     def first_pictures(self, model: EvalModel, count: int) -> dict[str, list[Image.Image]]:
-        """The first picture of each of the first `count` prompts, by prompt set; they must be finished."""
+        """The first image of each of the first `count` prompts, by prompt set; they must be finished."""
         return {
             name: [
                 self._pictures.read(picture_file(model, name, item))
@@ -154,9 +154,9 @@ class Benchmark:
         named = {"model": model.identity, "guidance": model.guidance[name], "prompt": item.prompt, "index": item.index}
         return self.settings | named
 
-    # ---- judging ----
+    # ---- scoring ----
 
-    def judge(self, models: list[EvalModel]) -> Scores:
+    def score(self, models: list[EvalModel]) -> Scores:
         """Score what has no score yet, each rank its share; everything that is known, on every rank. Collective."""
         jobs = {
             (model.name, name, label): list(self._jobs(model, name, label))
@@ -183,9 +183,9 @@ class Benchmark:
     def _score(self, jobs: list[_Job]) -> None:
         for label in dict.fromkeys(job.label for job in jobs):
             for part in batches([job for job in jobs if job.label == label], _SCORED_AT_ONCE):
-                self._group.progress(f"judging pictures by {label}")
+                self._group.progress(f"scoring images by {label}")
                 pictures = [self._pictures.read(job.file) for job in part]
-                scores = judge(self._rewards[label], label, pictures, [job.item for job in part])
+                scores = score_images(self._rewards[label], label, pictures, [job.item for job in part])
                 self._scores.append(
                     {"picture": job.picture, "reward": label, "by": job.by, "score": score, "file": str(job.file)}
                     for job, score in zip(part, scores.tolist(), strict=True)

@@ -86,7 +86,7 @@ def bars(title: str, entries: list[Bar]) -> Markup:
         axes.tick_params(length=0)
         axes.set_yticks(range(len(entries)), [_cut(entry.name, 22) for entry in entries], color=_INK)
         axes.set_ylim(len(entries) - 0.5, -0.5)
-        axes.set_xlim(start, stop + 0.15 * (stop - start))  # room for the values
+        axes.set_xlim(start, stop + 0.15 * (stop - start))  # space for the values
         for place, entry in enumerate(entries):
             if entry.value is None:
                 axes.annotate("not measured", (start, place), (4, 0), textcoords="offset points", va="center")

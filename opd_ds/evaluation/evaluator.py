@@ -1,4 +1,4 @@
-"""Held-out scores and pictures in memory, for a look at the student while a run goes on."""
+"""Held-out scores and images in memory, to evaluate the student between rounds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Shown = tuple[Item, Image.Image]
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Mean rewards over all ranks, and the first pictures of each task."""
+    """Mean rewards over all ranks, and the first images of each task."""
 
     scores: Means
     shown: dict[str, list[Shown]]
@@ -65,12 +65,12 @@ class Evaluator:
             part, mine, images = self._draw(network, wanted, value)
             shown[task] = self._gather(mine, images, settings.grid_prompts)
             labels = [reward.label for reward in self._config.evaluated[task].rewards]
-            judged = {label: judge(self._rewards[label], label, images, mine) for label in labels}
-            scores[task] = {label: self._mean(values, part.weights) for label, values in judged.items()}
+            found = {label: score_images(self._rewards[label], label, images, mine) for label in labels}
+            scores[task] = {label: self._mean(values, part.weights) for label, values in found.items()}
         return EvaluationResult(scores, shown)
 
-    def look(self, network: Any, guidance: dict[str, float], count: int) -> dict[str, list[Shown]]:
-        """The pictures of the first `count` held-out prompts of each task, on every rank, not judged. Collective."""
+    def draw(self, network: Any, guidance: dict[str, float], count: int) -> dict[str, list[Shown]]:
+        """The images of the first `count` held-out prompts of each task, on every rank, without scores. Collective."""
         shown = {}
         for task, value in guidance.items():
             wanted = items(self._prompts[task], 1, count)
@@ -91,9 +91,9 @@ class Evaluator:
         return [gathered[number] for number in sorted(gathered)]
 
     def _mean(self, scores: Tensor, weights: Tensor) -> float:
-        """Over the pictures that could be judged; filling samples have weight 0."""
-        judged = weights.double() * torch.isfinite(scores)
-        total, count = self._group.sum(torch.stack([(scores.nan_to_num() * judged).sum(), judged.sum()])).tolist()
+        """Over the images that have a score; padding samples have weight 0."""
+        counted = weights.double() * torch.isfinite(scores)
+        total, count = self._group.sum(torch.stack([(scores.nan_to_num() * counted).sum(), counted.sum()])).tolist()
         return total / count if count else math.nan
 
 
@@ -104,13 +104,13 @@ def student_guidance(config: RunConfig, tasks: list[str]) -> dict[str, float]:
     return {task: config.rollout.guidance if value is None else value for task, value in own.items()}
 
 
-def judge(reward: Reward, label: str, images: list[Image.Image], asked: list[Item]) -> Tensor:
+def score_images(reward: Reward, label: str, images: list[Image.Image], asked: list[Item]) -> Tensor:
     """Scores [B], float64. A reward that fails, in whatever way, is a gap in the log: its items are NaN."""
     try:
         scores = reward.score(images, [item.prompt for item in asked], [item.metadata for item in asked])
         if scores.shape != (len(images),):
-            raise ValueError(f"{len(images)} pictures got scores of shape {tuple(scores.shape)}")
+            raise ValueError(f"{len(images)} images got scores of shape {tuple(scores.shape)}")
         return scores.double()
     except Exception:  # a reward only monitors: it must not end the run or the evaluation it watches
-        logging.getLogger("opd_ds").exception("reward %s failed on %d pictures; they have no score", label, len(images))
+        logging.getLogger("opd_ds").exception("reward %s failed on %d images; they have no score", label, len(images))
         return torch.full((len(images),), math.nan, dtype=torch.float64)

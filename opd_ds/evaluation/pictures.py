@@ -1,4 +1,4 @@
-"""Which pictures an evaluation draws, and how. The one place where their noise is named."""
+"""Which images an evaluation draws, and how. The one place where their noise is named."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _ENCODED_AT_ONCE = 256  # prompts per trip of offloaded text encoders; SD3's emb
 
 @dataclass(frozen=True)
 class Item:
-    """One picture to draw.
+    """One image to draw.
 
     Attributes:
         number: the prompt's place in its set.
-        sample: which of the prompt's pictures.
-        index: which of all pictures of this text: a set may hold a text twice, and both want noise of their own.
+        sample: which of the prompt's images.
+        index: which of all images of this text: a set may hold a text twice, and both want noise of their own.
     """
 
     number: int
@@ -45,9 +45,9 @@ class Item:
 
 
 def items(prompts: PromptSet, samples: int, limit: int | None = None) -> list[Item]:
-    """All first pictures in prompt order, then all second ones, and so on; `limit` keeps the first prompts.
+    """All first images in prompt order, then all second ones, and so on; `limit` keeps the first prompts.
 
-    More samples or another limit add or remove pictures and change none.
+    More samples or another limit add or remove images and change none.
     """
     multiplicity, seen, occurrence = Counter(prompts.prompts), Counter[str](), []
     for prompt in prompts.prompts:
@@ -62,7 +62,7 @@ def items(prompts: PromptSet, samples: int, limit: int | None = None) -> list[It
 
 
 class Painter:
-    """Draws items with any network of the family. It loads nothing before the first picture."""
+    """Draws items with any network of the family. It loads nothing before the first image."""
 
     def __init__(self, config: RunConfig, family: ModelFamily, group: Group) -> None:
         self._settings, self._negative = config.evaluation, config.model.negative_prompt
@@ -83,7 +83,7 @@ class Painter:
         return self._family.encode([self._negative])
 
     def draw(self, network: Any, wanted: list[Item], guidance: float) -> Iterator[tuple[Item, Image.Image]]:
-        """The pictures in order, by micro-batches. The number of forwards depends on `len(wanted)` alone."""
+        """The images in order, by micro-batches. The number of forwards depends on `len(wanted)` alone."""
         for block in chunks(len(wanted), _ENCODED_AT_ONCE):
             cond = self._family.encode([item.prompt for item in wanted[block]])
             for rows in chunks(len(cond), self._settings.micro_batch):
@@ -97,13 +97,13 @@ class Painter:
         def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
             return self._family.guided_velocity(network, x, sigma, cond[rows], self._uncond, guidance)
 
-        self._group.progress("drawing pictures")
+        self._group.progress("drawing images")
         noise = SampleNoise([item.seed(self._settings.seed) for item in part], self._family.latent_shape)
         drawn = rollout(predict, noise, self._table, self._sigmas, micro_batch=len(part), device=self._group.device)
         return map(to_image, self._family.decode(drawn.final).cpu())
 
 
 def to_image(picture: Tensor) -> Image.Image:
-    """[3, H, W] in [0, 1] to an 8-bit RGB picture."""
+    """[3, H, W] in [0, 1] to an 8-bit RGB image."""
     array = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(array)

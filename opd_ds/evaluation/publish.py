@@ -18,7 +18,7 @@ def publish(
     metrics: list[dict[str, Any]],
     pause: Callable[[], None] | None = None,
 ) -> Results:
-    """Draw and judge what is missing; write results.json, its tables and report.html. Collective.
+    """Draw and score what is missing; write results.json, its tables and report.html. Collective.
 
     Args:
         metrics: the rows of the run's metrics.jsonl, for the training curves.
@@ -26,7 +26,7 @@ def publish(
     """
     for model in models:
         benchmark.draw(model, pause)
-    results = collect(benchmark, models, benchmark.judge(models))
+    results = collect(benchmark, models, benchmark.score(models))
     if group.world.is_main:
         write_results(benchmark.folder, results)
         write_report(benchmark.folder, results, metrics)

@@ -1,6 +1,6 @@
-"""report.html: one file that opens anywhere, from results.json, the pictures, and metrics.jsonl where there is one.
+"""report.html: one file that opens anywhere, from results.json, the images, and metrics.jsonl where there is one.
 
-Pictures are embedded as WebP thumbnails in one block of data; the page hands a picture to the browser only while its
+Images are embedded as WebP thumbnails in one block of data; the page hands an image to the browser only while its
 row is near the window, so a thousand of them cost neither decoding time nor memory.
 """
 
@@ -31,7 +31,7 @@ _PALETTE = ("#d9822b", "#2e9e7c", "#b15aa6", "#c2a01e", "#57a6cf", "#a3542f", "#
 
 @dataclass(frozen=True)
 class Cell:
-    """One model's picture of a prompt: its place among the embedded pictures, and its score (mean over samples)."""
+    """One model's image of a prompt: its place among the embedded images, and its score (mean over samples)."""
 
     model: str
     picture: int
@@ -64,7 +64,7 @@ def write_report(folder: Path, results: Results, metrics: list[dict[str, Any]], 
     Args:
         folder: the evaluation's, with `images/` beside.
         metrics: the rows of the run's metrics.jsonl, for the training curves.
-        limit: pictures to embed; the best and worst prompts come first, then prompts in order.
+        limit: images to embed; the best and worst prompts come first, then prompts in order.
     """
     reference = "base" if "base" in results["models"] else next(iter(results["models"]))
     with_charts = can_draw()
@@ -106,7 +106,7 @@ class _Album:
         self.pixelated = False
 
     def add(self, model: str, name: str, number: int) -> int:
-        """The place of the first picture of prompt `number`."""
+        """The place of the first image of prompt `number`."""
         file = self._folder / self._results["models"][model]["folder"] / name / f"{number:05d}-0.png"
         with Image.open(file) as picture:
             small = picture.convert("RGB")
@@ -159,9 +159,9 @@ def _shown_extremes(extremes: dict[str, list[Extreme]]) -> list[dict[str, Any]]:
 
 def _chosen(results: Results, name: str, extremes: dict[str, list[Extreme]], limit: int) -> list[int]:
     """Numbers of the prompts that fit: extremes first, then in order; sorted."""
-    room = max(1, limit // (len(results["models"]) * len(results["sets"])))
+    per_pair = max(1, limit // (len(results["models"]) * len(results["sets"])))
     first = [e.number for found in extremes.values() for e in found if e.prompt_set == name]
-    return sorted(list(dict.fromkeys([*first, *range(len(results["sets"][name]["prompts"]))]))[:room])
+    return sorted(list(dict.fromkeys([*first, *range(len(results["sets"][name]["prompts"]))]))[:per_pair])
 
 
 def _grid(results: Results, name: str, numbers: list[int], reference: str, album: _Album) -> dict[str, Any]:

@@ -69,16 +69,16 @@ def own_metrics(results: Results) -> list[tuple[str, str]]:
 
 
 def _entry(scores: list[float], prompts: int) -> dict[str, Any]:
-    """Statistics of one model, set and reward; `scores` holds all first pictures, then all second ones, and so on."""
+    """Statistics of one model, set and reward; `scores` holds all first images, then all second ones, and so on."""
     pictures = np.asarray(scores, dtype=np.float64).reshape(-1, prompts).T
-    judged = np.isfinite(pictures)
-    counts = judged.sum(1)
-    means = np.where(counts > 0, np.where(judged, pictures, 0.0).sum(1) / np.maximum(counts, 1), math.nan)
+    scored = np.isfinite(pictures)
+    counts = scored.sum(1)
+    means = np.where(counts > 0, np.where(scored, pictures, 0.0).sum(1) / np.maximum(counts, 1), math.nan)
     present = means[counts > 0]
     low, high = bootstrap_interval(present)
     return {
-        "n": int(judged.sum()),
-        "nan": int((~judged).sum()),
+        "n": int(scored.sum()),
+        "nan": int((~scored).sum()),
         "mean": _plain(present.mean() if len(present) else math.nan),
         "ci95": [_plain(low), _plain(high)],
         "per_prompt": [_plain(value) for value in means],

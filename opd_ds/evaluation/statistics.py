@@ -15,7 +15,7 @@ _BATCH = 100  # resamples or flips held at once
 def bootstrap_interval(values: Values, *, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `values` [n] (Efron 1979), one value per prompt.
 
-    Prompts are what is resampled: several pictures of one prompt are not independent. One prompt has no interval.
+    Prompts are what is resampled: several images of one prompt are not independent. One prompt has no interval.
     """
     from scipy.stats import bootstrap  # here: it takes half a second, and runs that evaluate nothing need it not
 

@@ -1,4 +1,4 @@
-"""Pictures and scores on disk, so that what is finished is not done again and what changed is."""
+"""Images and scores on disk, so that what is finished is not done again and what changed is."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def digest(data: Any) -> str:
 class PictureStore:
     """PNG files, each with what it was drawn from in its text: prompt, noise, model and settings, as JSON.
 
-    A picture is finished when it is there and was drawn from what it would be drawn from now.
+    An image is finished when it is there and was drawn from what it would be drawn from now.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,7 +49,7 @@ class PictureStore:
         draft.replace(target)
 
     def read(self, file: Path) -> Image.Image:
-        """The picture, RGB, in memory."""
+        """The image, RGB, in memory."""
         with Image.open(self._folder / file) as picture:
             return picture.convert("RGB")
 
@@ -79,7 +79,7 @@ class ScoreStore:
             stream.write(text.encode())
 
     def read(self) -> dict[tuple[str, str, str], float]:
-        """Finite scores by (picture, reward, by)."""
+        """Finite scores by (image, reward, by)."""
         found = {}
         for file in sorted(self._folder.glob("rank-*.jsonl")):
             for line in file.read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""The tasks' headline table of a run, and its grid of pictures."""
+"""The tasks' headline table of a run, and its grid of images."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def gain_kept(scores: dict[str, float | None]) -> float | None:
 def comparison_grid(
     models: dict[str, dict[str, list[Image.Image]]], prompts: dict[str, list[str]]
 ) -> Image.Image | None:
-    """One row per model, one column per prompt, tasks side by side; None when there are no pictures.
+    """One row per model, one column per prompt, tasks side by side; None when there are no images.
 
     Args:
-        models: the same pictures of each model, by task.
-        prompts: by task, in the pictures' order.
+        models: the same images of each model, by task.
+        prompts: by task, in the images' order.
     """
     reference = next(iter(models.values()), {})
     columns = [(task, k) for task, pictures in reference.items() for k in range(len(pictures))]

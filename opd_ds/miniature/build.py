@@ -143,7 +143,7 @@ def _report(output_dir: Path) -> dict[str, dict[str, float]]:
 
 
 def _reader_accuracy(folder: Path, strokes: tuple[Tensor, Tensor]) -> float:
-    """On clean pictures of digits that the reader has never seen."""
+    """On clean images of digits that the reader has never seen."""
     batch = world.random_pictures(*strokes, 2000, torch.Generator().manual_seed(5), soiled=0.0)
     with torch.no_grad():
         return float((reader.load_reader(folder)(batch.pictures).argmax(1) == batch.digit).float().mean())

@@ -1,7 +1,7 @@
 """Training the miniature's VAE and its base model.
 
 The base is mediocre on purpose, in the way web-trained models are: its captions often name a wrong digit or colour,
-and many of its pictures are soiled.
+and many of its images are soiled.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ def train_vae(vae: AutoencoderKL, pictures: Tensor, steps: int, seed: int, log: 
 
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Normalised latents [N, C, 8, 8] of pictures [N, 3, 16, 16] in [0, 1]."""
+    """Normalised latents [N, C, 8, 8] of images [N, 3, 16, 16] in [0, 1]."""
     parts = [vae.encode(part * 2 - 1).latent_dist.mean for part in pictures.split(500)]
     return (torch.cat(parts) - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 def noisy_captions(batch: world.Batch, settings: BaseSettings, phase: Phase, generator: torch.Generator) -> list[str]:
-    """A caption for every picture, in a random task's phrasing, often wrong and sometimes empty."""
+    """A caption for every image, in a random task's phrasing, often wrong and sometimes empty."""
     count, names = len(batch.digit), list(world.COLOURS)
 
     def told(truth: Tensor, share: float, kinds: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The reader: a small convolutional network that reads the digit in a picture, whatever its colours."""
+"""The reader: a small convolutional network that reads the digit in an image, whatever its colours."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILE = "reader.safetensors"
 
 
 class Reader(nn.Module):
-    """Pictures [B, 3, 16, 16] in [0, 1] to logits [B, 10]."""
+    """Images [B, 3, 16, 16] in [0, 1] to logits [B, 10]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Reader(nn.Module):
         )
 
     def forward(self, pictures: Tensor) -> Tensor:
-        # A picture and its mean: colours are told from the ground, not from black.
+        # An image and its mean: colours are told from the ground, not from black.
         return self.layers(pictures - pictures.mean((2, 3), keepdim=True))
 
 

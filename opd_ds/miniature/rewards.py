@@ -1,4 +1,4 @@
-"""The three tasks' rewards, computed on the picture. All in [0, 1], without unit; NaN for a prompt they do not know."""
+"""The three tasks' rewards, computed on the image. All in [0, 1], without unit; NaN for a prompt they do not know."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class CompositionReward:
 
 
 class LookReward:
-    """How cleanly the picture is made: one ink on one flat ground, with contrast between them. Range [0, 1].
+    """How cleanly the image is made: one ink on one flat ground, with contrast between them. Range [0, 1].
 
     A drawing of this world has only colours on the segment between its ground and its ink. The score is
 

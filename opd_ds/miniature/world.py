@@ -1,6 +1,6 @@
-"""The world of pictures: a handwritten digit in one colour on a ground of another, and prompts that name all three.
+"""The world of images: a handwritten digit in one colour on a ground of another, and prompts that name all three.
 
-Pictures are 16x16 RGB in [0, 1]. The digits are scikit-learn's `load_digits` (real 8x8 scans), upsampled; they are
+Images are 16x16 RGB in [0, 1]. The digits are scikit-learn's `load_digits` (real 8x8 scans), upsampled; they are
 split by index into those that the models are trained on, those that the reader learns from, and those it is tested on.
 """
 
@@ -95,13 +95,13 @@ def palette() -> Tensor:
 
 
 def paint(masks: Tensor, ink: Tensor, ground: Tensor) -> Tensor:
-    """Masks [B, 16, 16], colours [B, 3] each, to pictures [B, 3, 16, 16]."""
+    """Masks [B, 16, 16], colours [B, 3] each, to images [B, 3, 16, 16]."""
     below, above = ground[:, :, None, None], ink[:, :, None, None]
     return below + masks[:, None] * (above - below)
 
 
 def soil(pictures: Tensor, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """Blotches and speckle of `strength` [B] (0 leaves a picture alone), as on bad paper; pictures [B, 3, 16, 16]."""
+    """Blotches and speckle of `strength` [B] (0 leaves an image alone), as on bad paper; images [B, 3, 16, 16]."""
     count = len(pictures)
     coarse = torch.randn(count, 3, 5, 5, generator=generator)
     blotches = F.interpolate(coarse, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
@@ -111,7 +111,7 @@ def soil(pictures: Tensor, strength: Tensor, generator: torch.Generator) -> Tens
 
 @dataclass(frozen=True)
 class Batch:
-    """Random pictures [B, 3, 16, 16] with what they really show: digit [B], ink [B] and ground [B] (palette rows)."""
+    """Random images [B, 3, 16, 16] with what they really show: digit [B], ink [B] and ground [B] (palette rows)."""
 
     pictures: Tensor
     digit: Tensor
@@ -120,7 +120,7 @@ class Batch:
 
 
 def random_pictures(masks: Tensor, labels: Tensor, count: int, generator: torch.Generator, *, soiled: float) -> Batch:
-    """`count` pictures of random digits and colours, a share `soiled` of them with blotches."""
+    """`count` images of random digits and colours, a share `soiled` of them with blotches."""
     chosen = torch.randint(len(masks), (count,), generator=generator)
     ink = torch.randint(len(COLOURS), (count,), generator=generator)
     ground = (ink + torch.randint(1, len(COLOURS), (count,), generator=generator)) % len(COLOURS)

@@ -50,7 +50,7 @@ SCHEDULER_KEYS = (
     "shift_terminal",
 )
 
-# The attention of blocks over picture and text, as diffusers names its parts.
+# The attention of blocks over image and text, as diffusers names its parts.
 JOINT_ATTENTION = (
     "attn.to_q",
     "attn.to_k",
@@ -131,8 +131,8 @@ class ModelFamily(ABC):
         path: folder in the layout of `pipeline_class`.
         dtype: dtype of network, text encoders and VAE.
         device: where encoding and decoding happen.
-        height, width: picture size in pixels; None takes the family's own default.
-        frames: of a video; None takes the family's default. Families of pictures refuse it.
+        height, width: image size in pixels; None takes the family's own default.
+        frames: of a video; None takes the family's default. Families of images refuse it.
         max_text_length: tokens of the longest prompt (of T5 where there are several encoders); None takes the family's
             default.
         text_encoders: `resident` keeps them on the device, `offload` brings them there only to encode.
@@ -149,7 +149,7 @@ class ModelFamily(ABC):
     lora_targets: ClassVar[tuple[str, ...]]  # where a LoRA student adapts, unless the run config says it
     default_text_length: ClassVar[int] = 512  # tokens, as the pipeline's own default
     example: ClassVar[str]  # a hub id
-    default_frames: ClassVar[int | None] = None  # of a video; None: the family draws pictures
+    default_frames: ClassVar[int | None] = None  # of a video; None: the family draws images
     embedded_guidance: ClassVar[bool] = False  # the network takes the guidance scale as an input: always one pass
     # Under guidance two calls instead of one of twice the rows: in one call the lengths of prompt and negative prompt
     # differ, and with the mask that this takes attention leaves its fastest kernels.
@@ -180,7 +180,7 @@ class ModelFamily(ABC):
         default = self.default_size()
         self.height, self.width = height or default[0], width or default[1]
         if frames is not None and self.default_frames is None:
-            raise UserError(f"model.frames = {frames}: {type(self).__name__} draws pictures; remove model.frames")
+            raise UserError(f"model.frames = {frames}: {type(self).__name__} draws images; remove model.frames")
         self.frames = frames or self.default_frames
         self._check_size()
         self.encoded: Callable[[list[str]], Conditioning] | None = None  # asked instead of the text encoders
@@ -188,7 +188,7 @@ class ModelFamily(ABC):
         self._encoders: Any = None
         self._encoder_weights: HostWeights | None = None
         self._vae: Any = None
-        self._vae_lock = Lock()  # pictures are also decoded beside the training
+        self._vae_lock = Lock()  # images are also decoded beside the training
 
     # ---- what a family says ----
 
@@ -360,7 +360,7 @@ class ModelFamily(ABC):
         self._encoder_weights = HostWeights(nn.ModuleList(networks), self.device, self.host_memory)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, ...] to pictures [B, 3, H, W], float32 in [0, 1]; of a video its middle frame."""
+        """Latents [B, C, ...] to images [B, 3, H, W], float32 in [0, 1]; of a video its middle frame."""
         with self._vae_lock:
             if self._vae is None:
                 vae = _diffusers_class(self.vae_class).from_pretrained(self.path, subfolder="vae", dtype=self.dtype)
@@ -434,7 +434,7 @@ class ModelFamily(ABC):
 
     @property
     def _vae_factor(self) -> int:
-        """Pixels per latent along a side, where the VAE halves a picture between its blocks."""
+        """Pixels per latent along a side, where the VAE halves an image between its blocks."""
         return 2 ** (len(self._vae_config["block_out_channels"]) - 1)
 
     def _evenly_then_shifted(self, steps: int, mu: float) -> Tensor:
@@ -444,7 +444,7 @@ class ModelFamily(ABC):
         return scheduler.sigmas.to(torch.float64)
 
     def _linear_mu(self, tokens: int) -> float:
-        """The `mu` of pipelines in which it grows linearly with the picture's tokens; read by dynamic shifting only."""
+        """The `mu` of pipelines in which it grows linearly with the image's tokens; read by dynamic shifting only."""
         defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
         return privates.linear_shift()(tokens, *(self._scheduler_config.get(*default) for default in defaults.items()))
 

@@ -18,7 +18,7 @@ class Flux(ModelFamily):
     """Joint, then single blocks over T5's states and 2x2 patches of the latents; CLIP's pooled state and the guidance
     scale beside the timestep.
 
-    Padding is seen as text, so `max_text_length` changes pictures: 512 is what diffusers' pipeline takes.
+    Padding is seen as text, so `max_text_length` changes images: 512 is what diffusers' pipeline takes.
     """
 
     pipeline_class = "FluxPipeline"

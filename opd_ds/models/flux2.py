@@ -22,7 +22,7 @@ class Flux2(ModelFamily):
 
     Latents are what the pipeline draws its noise as, [B, 4 * VAE channels, H/16, W/16]: 2x2 patches already in the
     channels, normalised by the running statistics of the VAE's batch norm. The network sees padding as text, so
-    `max_text_length` changes pictures: 512 is what diffusers' pipeline takes.
+    `max_text_length` changes images: 512 is what diffusers' pipeline takes.
 
     Raises:
         UserError: a folder of another FLUX.2 pipeline, whose text encoder differs.

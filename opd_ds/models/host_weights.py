@@ -117,7 +117,7 @@ class HostWeights:
     # ---- all of them, for a while ----
 
     def prefetch(self, free: int) -> None:
-        """The next `on_device` comes: the copies set out, on a stream beside, where `free` bytes are room enough. While
+        """The next `on_device` comes: the copies start on a side stream if they fit into `free` bytes. While
         they are in use already, they stay for it.
         """
         if not self.needs_transfer:
@@ -127,7 +127,7 @@ class HostWeights:
         elif self._copies is None and free > 2 * self.nbytes:
             try:
                 self._fetch()
-            except torch.OutOfMemoryError:  # what is free and what can be had may differ; later there is room
+            except torch.OutOfMemoryError:  # what is free and what can be allocated may differ; it fits later
                 self._copies = None
 
     @contextmanager
@@ -202,7 +202,9 @@ class BlockStream:
             yield
         finally:
             here = torch.accelerator.current_stream(self._device)
-            here.wait_stream(side_stream(self._device))  # what was sent for nothing is written before its room is free
+            here.wait_stream(
+                side_stream(self._device)
+            )  # what was sent for nothing is written before its memory is freed
             self._buffers, self._coming = [], None
 
     def _send(self, index: int) -> None:
@@ -229,7 +231,7 @@ class BlockStream:
 @cache
 def side_stream(device: torch.device) -> torch.Stream:
     """The one on which weights travel. The allocator keeps freed memory for the stream that it came from (torch 2.13):
-    with a new stream at each fetch a network's room would be left behind in every one of them.
+    with a new stream at each fetch a network's memory would stay reserved in every one of them.
     """
     return torch.Stream(device=device)
 

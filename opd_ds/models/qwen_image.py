@@ -15,7 +15,7 @@ from opd_ds.models.base import JOINT_ATTENTION, Conditioning, ModelFamily
 
 
 class QwenImage(ModelFamily):
-    """Joint blocks over picture and text (Qwen2.5-VL); a picture is the only frame of a video VAE.
+    """Joint blocks over image and text (Qwen2.5-VL); an image is the only frame of a video VAE.
 
     `guidance` is the pipeline's `true_cfg_scale`, with the negative prompt given.
     """

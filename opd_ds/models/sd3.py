@@ -13,7 +13,7 @@ from opd_ds.models.base import JOINT_ATTENTION, Conditioning, ModelFamily
 
 
 class SD3(ModelFamily):
-    """Joint blocks over picture and text (two CLIPs and T5), pooled CLIP states beside the timestep."""
+    """Joint blocks over image and text (two CLIPs and T5), pooled CLIP states beside the timestep."""
 
     pipeline_class = "StableDiffusion3Pipeline"
     transformer_class = "SD3Transformer2DModel"

@@ -1,6 +1,6 @@
 """Wan 2.1 and 2.2 (one network) text-to-video, through diffusers' own classes.
 
-Rewards and image grids judge pictures: `decode` gives a video's middle frame.
+Rewards and image grids take images: `decode` gives a video's middle frame.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Wan(ModelFamily):
 
     Raises:
         UserError: beside what all families refuse: two networks for two ranges of sigma (Wan 2.2 A14B), a network that
-            takes a picture, another scheduler than flow matching's, a number of frames other than 4k + 1.
+            takes an image, another scheduler than flow matching's, a number of frames other than 4k + 1.
     """
 
     pipeline_class = "WanPipeline"
@@ -134,7 +134,7 @@ class Wan(ModelFamily):
         config = self._transformer_config
         if config.get("image_dim") is not None or config["in_channels"] != self._vae_config["z_dim"]:
             raise UserError(
-                f"model.path = {self.path}: its network takes a picture beside the text (in_channels = "
+                f"model.path = {self.path}: its network takes an image beside the text (in_channels = "
                 f"{config['in_channels']}, latents have {self._vae_config['z_dim']}); give a text-to-video model"
             )
 

@@ -14,7 +14,7 @@ from opd_ds.models.base import Conditioning, ModelFamily
 
 
 class ZImage(ModelFamily):
-    """Single-stream blocks over picture and text (Qwen3), each prompt with its own length.
+    """Single-stream blocks over image and text (Qwen3), each prompt with its own length.
 
     The pipeline guides by v_cond + guidance_scale * (v_cond - v_uncond), and not at all with guidance_scale 0. Here, as
     for other families, 1 is no guidance: `guidance` is the pipeline's `guidance_scale` + 1.

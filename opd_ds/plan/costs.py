@@ -106,7 +106,7 @@ class Costs:
         return self._line("train", checkpointing, batch)
 
     def decode(self, batch: int) -> Cost:
-        """Latents to pictures."""
+        """Latents to images."""
         return self._line("decode", False, batch)
 
     def inputs(self, batch: int) -> int:

@@ -222,7 +222,7 @@ def _text_encoders(config: RunConfig, nbytes: int, *, on_cpu: bool) -> Placed:
 
 
 def _teachers(config: RunConfig, teachers: Iterable[Teacher], costs: Costs, element: int, *, on_cpu: bool) -> Placed:
-    """Of those that come to be asked the largest counts: the next one sets out early only where it finds room."""
+    """Of those that come to be asked the largest counts: the next one is prefetched only where it fits."""
     placed = [_teacher(config, teacher, costs, element, on_cpu=on_cpu) for teacher in teachers]
     device = [part for one in placed for part in one.device]
     largest: dict[Phase, Part] = {}
@@ -349,7 +349,7 @@ def _activations(
 
 
 def _vae(config: RunConfig, costs: Costs, devices: Devices, element: int, *, evaluating: bool) -> list[Part]:
-    """Loaded at the first picture, then kept. Where rewards are learned from, pictures are decoded beside the
+    """Loaded at the first image, then kept. Where rewards are learned from, images are decoded beside the
     rollout.
     """
     parts = [Part("VAE", element * costs.model.vae_parameters)]

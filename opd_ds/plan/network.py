@@ -152,7 +152,7 @@ def _from_known(config: RunConfig, name: str) -> Model:
         index = {"_class_name": family_class(config.model.family).pipeline_class}
         (Path(folder) / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
         family = load_family(config, Path(folder), torch.device("cpu"))
-    return Model(f"configs kept for {name}", family, configs, encoders, _tokens(family, configs, _CLIP_TOKENS))
+    return Model(f"packaged configs of {name}", family, configs, encoders, _tokens(family, configs, _CLIP_TOKENS))
 
 
 def _from_folder(config: RunConfig, folder: Path) -> Model:

@@ -139,5 +139,5 @@ def fit(config: RunConfig, costs: Costs, devices: Devices) -> tuple[Setting, Pla
     raise UserError(
         f"{devices}: nothing fits; the setting that needs least takes {smallest.needed / GIB:.1f} GiB of "
         f"{devices.kind.memory / GIB:.1f} GiB a device in phase {phase.value}, most of it {largest.name} "
-        f"({largest.nbytes / GIB:.1f} GiB); take more or larger devices, a LoRA student, or a smaller picture"
+        f"({largest.nbytes / GIB:.1f} GiB); take more or larger devices, a LoRA student, or a smaller image"
     )

@@ -75,7 +75,7 @@ def round_seconds(config: RunConfig, costs: Costs, devices: Devices, placed_as: 
 
 
 def passes_of_a_round(config: RunConfig, devices: Devices) -> dict[str, Passes]:
-    """Of one rank and of all the tasks of a round, by phase; samples that fill up a rank's share are passed too."""
+    """Of one rank and of all the tasks of a round, by phase; samples that pad a rank's share are counted too."""
     filled = rows_per_rank(config, devices) / config.rollout.samples
     at_once = config.tasks_per_round / len(config.tasks)
     total: dict[str, Passes] = {}

@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictor: how pleasing is the picture?"""
+"""LAION's aesthetic predictor: how pleasing is the image?"""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _HEAD = Weights(
 
 
 class Aesthetic(CountsGaps):
-    """People's rating of a picture, from 1 to 10, learnt on SAC, logos and AVA; generated pictures get about 5 to 7.
+    """People's rating of an image, from 1 to 10, learnt on SAC, logos and AVA; generated images get about 5 to 7.
 
     Five linear layers on the unit embedding of OpenAI's CLIP ViT-L/14
     (github.com/christophschuhmann/improved-aesthetic-predictor). The prompt is not read; nothing bounds the number.
 
     Args:
         device: where CLIP runs.
-        batch_size: pictures per forward.
+        batch_size: images per forward.
         dtype: float32, bfloat16 or float16, of CLIP; the head is float32.
         weights: a file in the layout of the published head instead of it.
         clip: a folder in transformers' layout instead of the published CLIP.

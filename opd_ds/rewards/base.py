@@ -46,7 +46,7 @@ SERVER = Needs(packages=("fastapi", "uvicorn"), extra="serve")  # what `server.p
 
 
 class Reward(Protocol):
-    """Judges pictures. Modules that hold one import torch and Pillow at the top and everything heavier inside.
+    """Scores images. Modules that hold one import torch and Pillow at the top and everything heavier inside.
 
     A constructor takes `device` (where its network runs) and whatever else the reward offers as options; it loads the
     weights, strictly, so that what is missing or wrong is found at start-up.
@@ -56,7 +56,7 @@ class Reward(Protocol):
     needs: ClassVar[Needs]
 
     def score(self, images: list[Image.Image], prompts: list[str], metadata: Metadata | None = None) -> torch.Tensor:
-        """One float32 score per picture, [B], on the CPU. An item that cannot be judged is NaN, never 0."""
+        """One float32 score per image, [B], on the CPU. An item that cannot be scored is NaN, never 0."""
         ...
 
     def identity(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class CLIPEncoder:
-    """Unit embeddings of pictures and prompts, float32 on the CPU.
+    """Unit embeddings of images and prompts, float32 on the CPU.
 
     Attributes:
         logit_scale: what CLIP multiplies a cosine by.
@@ -61,7 +61,7 @@ class CLIPEncoder:
 
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> Tensor:
-        """[B, D]; NaN where a picture cannot be read."""
+        """[B, D]; NaN where an image cannot be read."""
         return self._embedded(
             self._model.get_image_features(pixel_values=self.pixels(part).to(self._device, self._dtype))
             for part in batches(images, self._batch_size)
@@ -82,9 +82,9 @@ class CLIPEncoder:
         return F.normalize(torch.cat([torch.empty(0, self.width), *found]), dim=-1)
 
     def cosine(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """[B], between each picture and its prompt."""
+        """[B], between each image and its prompt."""
         if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} pictures and {len(prompts)} prompts")
+            raise ValueError(f"{len(images)} images and {len(prompts)} prompts")
         return (self.images(images) * self.prompts(prompts)).sum(-1)
 
 
@@ -111,7 +111,7 @@ class FolderCLIPReward(CountsGaps):
 
     Args:
         device: where the network runs.
-        batch_size: pictures per forward.
+        batch_size: images per forward.
         dtype: float32, bfloat16 or float16, of the network.
         weights: a folder in transformers' layout instead of the published one.
 

@@ -1,4 +1,4 @@
-"""ClipScore: does the picture match its prompt, as CLIP sees it?"""
+"""ClipScore: does the image match its prompt, as CLIP sees it?"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CLIP_VIT_L_14 = Weights("clip-vit-large-patch14", "openai/clip-vit-large-patch14
 
 
 class ClipScore(FolderCLIPReward):
-    """Cosine between picture and prompt in OpenAI's CLIP ViT-L/14. Range [-1, 1], typically 0.2 to 0.35.
+    """Cosine between image and prompt in OpenAI's CLIP ViT-L/14. Range [-1, 1], typically 0.2 to 0.35.
 
     The plain cosine, which evaluation tables print. CLIPScore as first published (arXiv 2104.08718) is
     2.5 max(cosine, 0) on ViT-B/32; DiffusionNFT divides the logit by 100, which is the cosine again, Flow-GRPO by 30.

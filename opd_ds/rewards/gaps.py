@@ -1,4 +1,4 @@
-"""Pictures that a reward could not judge: NaN, counted by kind, and said in one line per call."""
+"""Images that a reward could not score: NaN, counted by kind, and said in one line per call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-# What became of one picture: its score, or in a few words why there is none.
+# What became of one image: its score, or in a few words why there is none.
 Result = float | str
 
 
@@ -18,7 +18,7 @@ class Gaps:
     """The failures of one reward since it was built.
 
     Attributes:
-        failures: number of pictures by kind of failure.
+        failures: number of images by kind of failure.
     """
 
     def __init__(self, name: str) -> None:
@@ -34,7 +34,7 @@ class Gaps:
                 self.failures.update(found)
             kinds = ", ".join(f"{count} {kind}" for kind, count in found.most_common())
             logging.getLogger("opd_ds").warning(
-                "reward %s: %d of %d pictures have no score (%s)", self._name, found.total(), len(results), kinds
+                "reward %s: %d of %d images have no score (%s)", self._name, found.total(), len(results), kinds
             )
         scores = [torch.nan if isinstance(result, str) else result for result in results]
         return torch.tensor(scores, dtype=torch.float32)
@@ -47,5 +47,5 @@ class CountsGaps:
 
     @property
     def failures(self) -> Counter[str]:
-        """Pictures without a score, by kind, since the reward was built."""
+        """Images without a score, by kind, since the reward was built."""
         return self._gaps.failures

@@ -39,13 +39,13 @@ _STRAIGHT = {0x02BC: "'", **dict.fromkeys(range(0x2018, 0x201C), "'"), **dict.fr
 
 
 class HPSv2(CountsGaps):
-    """Human preference for a picture given its prompt, learnt by CLIP ViT-H/14 from HPDv2 (arXiv 2306.09341).
+    """Human preference for an image given its prompt, learnt by CLIP ViT-H/14 from HPDv2 (arXiv 2306.09341).
 
     The published score, a cosine: range [-1, 1], typically 0.2 to 0.35. Papers print it like this or times 100.
 
     Args:
         device: where the network runs.
-        batch_size: pictures per forward.
+        batch_size: images per forward.
         dtype: float32, bfloat16 or float16, of the network. hpsv2x itself runs under float16 autocast on CUDA.
         version: v2.1, or v2.0.
         weights: a file in the layout of the published one instead of it.

@@ -62,13 +62,13 @@ _VISION_NAMES = {
 
 
 class ImageReward(CountsGaps):
-    """Human preference for a picture given its prompt, learnt by BLIP from ranked pictures (arXiv 2304.05977).
+    """Human preference for an image given its prompt, learnt by BLIP from ranked images (arXiv 2304.05977).
 
     The published score, standardised on the authors' data: about -2.5 to 2, higher is better, nothing bounds it.
 
     Args:
         device: where the network runs.
-        batch_size: pictures per forward.
+        batch_size: images per forward.
         dtype: float32 or bfloat16, of BLIP; the head is float32. The model was trained and published in float32,
             float16 has never been shown to hold its activations.
         weights: a file in the layout of the published one instead of it.

@@ -15,16 +15,16 @@ _QUALITY = 95
 
 
 def jpeg_kilobytes(image: Image.Image) -> float:
-    """Size in kB (1000 bytes) of the picture as RGB JPEG at quality 95."""
+    """Size in kB (1000 bytes) of the image as RGB JPEG at quality 95."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, format="JPEG", quality=_QUALITY)
     return buffer.tell() / 1000
 
 
 class JpegIncompressibility:
-    """How much there is in a picture: its JPEG size in kB (1000 bytes), quality 95. Range (0, inf).
+    """How much there is in an image: its JPEG size in kB (1000 bytes), quality 95. Range (0, inf).
 
-    It grows with the number of pixels: compare pictures of one size only. Flow-GRPO uses the same unit here, and
+    It grows with the number of pixels: compare images of one size only. Flow-GRPO uses the same unit here, and
     divides the negative by 500 for compressibility; DDPO and we do not.
     """
 
@@ -44,7 +44,7 @@ class JpegIncompressibility:
 
 
 class JpegCompressibility(JpegIncompressibility):
-    """How little there is in a picture: minus its JPEG size in kB (1000 bytes), quality 95. Range (-inf, 0)."""
+    """How little there is in an image: minus its JPEG size in kB (1000 bytes), quality 95. Range (-inf, 0)."""
 
     name = "jpeg_compressibility"
     _sign: ClassVar[float] = -1.0

@@ -1,4 +1,4 @@
-"""Whether the picture shows the text that the prompt asks for."""
+"""Whether the image shows the text that the prompt asks for."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def text_score(read: str, target: str) -> float:
 
 
 class OCR(CountsGaps):
-    """How exactly the text in the picture is the text in quotes: 1 is the same, 0 nothing of it. Range [0, 1].
+    """How exactly the text in the image is the text in quotes: 1 is the same, 0 nothing of it. Range [0, 1].
 
         score = 1 - min(d, n) / n      d = edit distance between text read and text asked for, n = length of the latter
 
-    Both lower-cased and without white space (Flow-GRPO, arXiv 2505.05470). A picture without readable text scores 0; a
+    Both lower-cased and without white space (Flow-GRPO, arXiv 2505.05470). An image without readable text scores 0; a
     prompt that quotes nothing, or an empty text, is NaN. Where Flow-GRPO's public scorer differs:
 
-    - It gives 1 as soon as the target occurs anywhere in what was read. Here text beside the target costs: a picture
+    - It gives 1 as soon as the target occurs anywhere in what was read. Here text beside the target costs: an image
       that writes the words twice, or among scribbles, is not a perfect one, and a target of one or two letters would
       be found by chance. Our scores are therefore never higher.
     - It looks for the first quoted part only; here all of them count, in the prompt's order.
@@ -57,7 +57,7 @@ class OCR(CountsGaps):
 
     Args:
         engine: "rapidocr", with the models of its wheel, or "paddleocr", the engine of the published scores.
-        workers: pictures read at the same time, each by an engine of its own with one thread.
+        workers: images read at the same time, each by an engine of its own with one thread.
         device: for paddleocr; rapidocr runs on the CPU.
         engine_options: for paddleocr's constructor, such as folders of models.
     """
@@ -112,15 +112,15 @@ class OCR(CountsGaps):
             target_text(prompt, data) for prompt, data in zip(prompts, metadata or [{}] * len(prompts), strict=True)
         ]
         with ThreadPoolExecutor(self._workers) as pool:
-            return self._gaps.close(list(pool.map(self._judge, images, targets)))
+            return self._gaps.close(list(pool.map(self._score_one, images, targets)))
 
-    def _judge(self, image: Image.Image, target: str) -> Result:
+    def _score_one(self, image: Image.Image, target: str) -> Result:
         if not target:
             return _NO_TARGET
         engine = self._free.get()
         try:
             return text_score(normalise(engine.read(image.convert("RGB"))), target)
-        except Exception as error:  # the engines raise anything; one picture must not take the others along
+        except Exception as error:  # the engines raise anything; one image must not take the others along
             return f"failed in the engine: {type(error).__name__}"
         finally:
             self._free.put(engine)

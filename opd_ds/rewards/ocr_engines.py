@@ -1,4 +1,4 @@
-"""Engines that read text from a picture, behind one small interface."""
+"""Engines that read text from an image, behind one small interface."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Engine(Protocol):
     """One reader; not shared between threads."""
 
     def read(self, image: Image.Image) -> str:
-        """All text of an RGB picture, its lines from top to bottom; empty where there is none."""
+        """All text of an RGB image, its lines from top to bottom; empty where there is none."""
         ...
 
     def identity(self) -> dict[str, Any]: ...
@@ -27,7 +27,7 @@ class Engine(Protocol):
 class RapidOCREngine:
     """PP-OCRv6 small through onnxruntime, one thread, with the models of rapidocr's own wheel: nothing is downloaded.
 
-    Lines are looked for in the picture scaled to at most 512 pixels and read from it at full size. Text that stands
+    Lines are looked for in the image scaled to at most 512 pixels and read from it at full size. Text that stands
     upside down is not turned (no direction classifier).
     """
 
@@ -51,7 +51,7 @@ class RapidOCREngine:
                 )
         detector, recogniser = map(str, self._files)
         files = {"Det.model_path": detector, "Rec.model_path": recogniser}
-        # One thread per engine: several engines then share the cores best. "critical": an empty picture is no warning.
+        # One thread per engine: several engines then share the cores best. "critical": an empty image is no warning.
         quiet = {"Global.log_level": "critical", "EngineConfig.onnxruntime.intra_op_num_threads": 1}
         self._engine = rapidocr.RapidOCR(params={**self._SETTINGS, **files, **quiet})
 

@@ -1,4 +1,4 @@
-"""PickScore: which picture would people pick for this prompt?"""
+"""PickScore: which image would people pick for this prompt?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opd_ds.rewards.weights import Weights
 
 
 class PickScore(FolderCLIPReward):
-    """Human preference between pictures for a prompt, learnt by CLIP ViT-H/14 from Pick-a-Pic (arXiv 2305.01569).
+    """Human preference between images for a prompt, learnt by CLIP ViT-H/14 from Pick-a-Pic (arXiv 2305.01569).
 
     The published logit, exp(logit_scale) times the cosine: about 16 to 26, typically 20 to 23. Code of the Flow-GRPO
     and DiffusionNFT line divides it by 26 to train on it; here it is not divided.

@@ -1,4 +1,4 @@
-"""From a picture to what CLIP and BLIP see, on Pillow and torch: the same on every machine, torchvision or not."""
+"""From an image to what CLIP and BLIP see, on Pillow and torch: the same on every machine, torchvision or not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from opd_ds.rewards.gaps import Gaps
 
-# Of OpenAI's training pictures; all networks here keep them.
+# Of OpenAI's training images; all networks here keep them.
 _MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073))[:, None, None]
 _STD = torch.tensor((0.26862954, 0.26130258, 0.27577711))[:, None, None]
 
@@ -46,7 +46,7 @@ def _cropped(image: Image.Image, size: int, half: Callable[[int], int]) -> Tenso
 def pad_long_side(image: Image.Image, size: int) -> Tensor:
     """The long side to `size`, bicubic with antialiasing on floats, black margins: [3, size, size], normalised.
 
-    HPSv2's own preprocessing (`ResizeMaxSize` in hpsv2x 1.2.0): the whole picture is judged, also a wide one, and
+    HPSv2's own preprocessing (`ResizeMaxSize` in hpsv2x 1.2.0): the whole image is scored, also a wide one, and
     values may leave [0, 1] at edges.
     """
     unit = _unit(image.convert("RGB"))
@@ -59,13 +59,13 @@ def pad_long_side(image: Image.Image, size: int) -> Tensor:
 
 
 def stacked(images: Sequence[Image.Image], preprocess: Preprocess, size: int) -> Tensor:
-    """[B, 3, size, size]. A picture that cannot be read is NaN, which no network turns into a number, and is logged."""
+    """[B, 3, size, size]. An image that cannot be read is NaN, which no network turns into a number, and is logged."""
     pixels = torch.full((len(images), 3, size, size), torch.nan)
     for row, image in enumerate(images):
         try:
             pixels[row] = preprocess(image, size)
         except (OSError, ValueError, SyntaxError) as error:  # Pillow's, for truncated and damaged files
-            logging.getLogger("opd_ds").warning("a picture cannot be read: %s: %s", type(error).__name__, error)
+            logging.getLogger("opd_ds").warning("an image cannot be read: %s: %s", type(error).__name__, error)
     return pixels
 
 

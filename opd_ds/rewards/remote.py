@@ -18,7 +18,7 @@ from opd_ds.rewards.gaps import CountsGaps, Gaps, Result
 from opd_ds.rewards.wire import Info, decode_scores, encode_request, one_line
 
 _BACK_OFF_SECONDS = 0.5
-_REPLY_BYTES = 2**20  # a reply holds one number per picture
+_REPLY_BYTES = 2**20  # a reply holds one number per image
 _UNREACHABLE, _TIMEOUT, _GARBAGE = "connection failed", "timeout", "garbage from the server"
 _NULL, _UNSENDABLE = "without a score from the server", "unfit for JSON and PNG"
 
@@ -30,7 +30,7 @@ class _RequestError(Exception):
 class RemoteReward(CountsGaps):
     """The scores of a reward server; range and unit are those of the reward it serves, whose name this one takes.
 
-    Failures are NaN for the pictures they concern, counted by kind in `failures`, one line in the log per call, never
+    Failures are NaN for the images they concern, counted by kind in `failures`, one line in the log per call, never
     an exception: server gone, time-out, any HTTP error, garbage, a wrong number of scores. Once the server stays
     unreachable or silent after all retries, the rest of the call is not tried.
 
@@ -38,7 +38,7 @@ class RemoteReward(CountsGaps):
         url: of the server, such as http://127.0.0.1:8000.
         timeout: seconds for a connection, and for the whole reply to one batch.
         retries: further attempts after anything but a 4xx, with growing pauses.
-        batch_size: pictures per request, and in memory as PNG.
+        batch_size: images per request, and in memory as PNG.
 
     Raises:
         UserError: at construction, when no such server answers.
@@ -131,7 +131,7 @@ class RemoteReward(CountsGaps):
             raise _RequestError(_UNREACHABLE) from error
 
     def _read(self, reply: requests.Response) -> bytes:
-        """Bounded in size and in time: requests' own time-out starts anew with every byte."""
+        """Bounded in size and in time: requests' own time-out restarts with every byte."""
         end, body = time.monotonic() + self._timeout, bytearray()
         while part := reply.raw.read1(2**16, decode_content=False):
             body += part

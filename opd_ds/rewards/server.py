@@ -24,7 +24,7 @@ def make_app(reward: Reward, limits: Limits | None = None) -> FastAPI:
     """The application that serves `reward`.
 
     A request that is malformed or over `limits` gets 4xx, one whose scoring raises gets 500, both with a reason in one
-    line, `{"error": ...}`; the server goes on.
+    line, `{"error": ...}`; the server keeps running.
     """
     limits = limits or Limits()
     app = FastAPI(title=f"opd-ds reward {reward.name}", openapi_url=None)
@@ -48,7 +48,7 @@ def make_app(reward: Reward, limits: Limits | None = None) -> FastAPI:
     async def score(request: Request) -> ScoreResponse:
         async with slots:
             body = await _read(request, limits)
-            return await run_in_threadpool(_judge, reward, turn, body, limits)
+            return await run_in_threadpool(_score, reward, turn, body, limits)
 
     return app
 
@@ -77,13 +77,13 @@ async def _read(request: Request, limits: Limits) -> bytearray:
     return body
 
 
-def _judge(reward: Reward, turn: threading.Lock, body: bytearray, limits: Limits) -> ScoreResponse:
+def _score(reward: Reward, turn: threading.Lock, body: bytearray, limits: Limits) -> ScoreResponse:
     images, prompts, metadata = decode_request(body, limits)
     try:
         with turn:
             scores = reward.score(images, prompts, metadata).tolist() if images else []
         if len(scores) != len(images):
-            raise ValueError(f"{len(scores)} scores for {len(images)} pictures")
+            raise ValueError(f"{len(scores)} scores for {len(images)} images")
     except Exception as error:  # the reward's own: the request fails, the server stays
         logging.getLogger("opd_ds").exception("reward %s failed", reward.name)
         raise RefusedError(500, f"the reward failed: {type(error).__name__}: {one_line(error)}") from error

@@ -14,7 +14,7 @@ from opd_ds.rewards.weights import WrongWeightsError
 
 
 class Tokens:
-    """Ids of a fixed length: start and end are added, long prompts cut, short ones filled up with id 0."""
+    """Ids of a fixed length: start and end are added, long prompts cut, short ones padded with id 0."""
 
     def __init__(self, tokenizer: Any, length: int) -> None:
         tokenizer.enable_truncation(length)

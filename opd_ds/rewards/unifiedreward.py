@@ -1,4 +1,4 @@
-"""UnifiedReward: a vision-language model that grades a picture, behind an OpenAI-compatible server of its own."""
+"""UnifiedReward: a vision-language model that grades an image, behind an OpenAI-compatible server of its own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ API_KEY_VARIABLE = "OPD_DS_VLM_API_KEY"
 # The point-wise prompt that the model was trained on and that Flow-GRPO uses with UnifiedReward-7b-v1.5, word for word
 # (github.com/CodeGoat24/UnifiedReward, inference_*/image_generation/point_score_image_generation.py;
 # github.com/yifan123/flow_grpo, rewards.py): other words would give other scores. The server's chat template puts the
-# picture before it.
+# image before it.
 _PROMPT = (
     "<image>\nYou are given a text caption and a generated image based on that caption. Your task is to evaluate this "
     "image based on two key criteria:\n"
@@ -59,7 +59,7 @@ class UnifiedReward(CountsGaps):
         model: the name that the server serves it by.
         timeout: seconds for one answer.
         retries: further attempts after a connection error, time-out, 429 or 5xx, with growing pauses.
-        concurrency: pictures under way at the same time.
+        concurrency: images under way at the same time.
         api_key_variable: environment variable that holds the server's API key, if it wants one.
 
     Raises:
@@ -109,13 +109,13 @@ class UnifiedReward(CountsGaps):
         """[B] float32."""
         lost = Event()  # set when the server is gone: what is still waiting in this call is given up
 
-        def judge(image: Image.Image, prompt: str) -> Result:
-            return _NOT_TRIED if lost.is_set() else self._judge(image, prompt, lost)
+        def score_one(image: Image.Image, prompt: str) -> Result:
+            return _NOT_TRIED if lost.is_set() else self._score_one(image, prompt, lost)
 
         with ThreadPoolExecutor(self._concurrency) as pool:
-            return self._gaps.close(list(pool.map(judge, images, prompts)))
+            return self._gaps.close(list(pool.map(score_one, images, prompts)))
 
-    def _judge(self, image: Image.Image, prompt: str, lost: Event) -> Result:
+    def _score_one(self, image: Image.Image, prompt: str, lost: Event) -> Result:
         import openai
 
         try:

@@ -1,4 +1,4 @@
-"""What goes over HTTP between `RemoteReward` and the server: JSON, pictures as base64 PNG. No pickle, ever."""
+"""What goes over HTTP between `RemoteReward` and the server: JSON, images as base64 PNG. No pickle, ever."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Limits:
 
     Attributes:
         body_bytes: of the JSON text.
-        images: pictures.
-        pixels: of all pictures together, checked before a picture is unpacked (64 of 1024 x 1024).
+        images: images.
+        pixels: of all images together, checked before an image is unpacked (64 of 1024 x 1024).
         seconds: for the body to arrive.
     """
 
@@ -51,7 +51,7 @@ class ScoreRequest(_Strict):
 
 
 class ScoreResponse(_Strict):
-    """One number per picture; null where the reward had none."""
+    """One number per image; null where the reward had none."""
 
     scores: list[Annotated[float, Field(allow_inf_nan=False)] | None]
 
@@ -69,7 +69,7 @@ def encode_request(images: Sequence[Image.Image], prompts: Sequence[str], metada
     """The body of POST /score.
 
     Raises:
-        ValueError, OSError: a picture cannot be encoded or metadata is not plain data.
+        ValueError, OSError: an image cannot be encoded or metadata is not plain data.
     """
     request = ScoreRequest(
         images=[_to_text(image) for image in images],
@@ -88,7 +88,7 @@ def _to_text(image: Image.Image) -> str:
 def decode_request(
     body: bytes | bytearray, limits: Limits
 ) -> tuple[list[Image.Image], list[str], list[dict[str, Any]] | None]:
-    """Pictures (RGB), prompts and metadata of a body.
+    """Images (RGB), prompts and metadata of a body.
 
     Raises:
         RefusedError: 400 malformed, 413 over a limit.
@@ -127,14 +127,14 @@ def _unpacked(image: Image.Image, number: int) -> Image.Image:
 
 
 def decode_scores(body: bytes, count: int) -> list[float | None]:
-    """The scores in a reply to `count` pictures.
+    """The scores in a reply to `count` images.
 
     Raises:
         ValueError: not that.
     """
     scores = ScoreResponse.model_validate_json(body).scores
     if len(scores) != count:
-        raise ValueError(f"{len(scores)} scores for {count} pictures")
+        raise ValueError(f"{len(scores)} scores for {count} images")
     return scores
 
 

@@ -41,7 +41,7 @@ class Choice:
 
 
 def evaluate(config: RunConfig, choice: Choice, group: Group) -> Results:
-    """Draw, judge, write `<run.output_dir>/eval/`. Collective.
+    """Draw, score, write `<run.output_dir>/eval/`. Collective.
 
     Raises:
         UserError: on every rank, before any network loads.
@@ -82,9 +82,9 @@ def _rewards(config: RunConfig, requested: list[str]) -> dict[str, RewardSection
 def _prompts(config: RunConfig, requested: list[str]) -> dict[str, PromptSet]:
     """The held-out prompts of tasks and probes, then the requested sets."""
     found = {
-        name: PromptSet.read(judged.eval_prompts, f"{config.place(name)}.eval_prompts")
-        for name, judged in config.evaluated.items()
-        if judged.eval_prompts is not None
+        name: PromptSet.read(section.eval_prompts, f"{config.place(name)}.eval_prompts")
+        for name, section in config.evaluated.items()
+        if section.eval_prompts is not None
     }
     for request in requested:
         name, separator, value = request.partition("=")

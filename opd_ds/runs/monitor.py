@@ -27,7 +27,7 @@ from opd_ds.runs.reward_eval import RewardRecord
 from opd_ds.training.trainer import RoundReport
 
 METRICS_FILE = "metrics.jsonl"
-LOOKS_FILE = "rewards.jsonl"
+REWARDS_FILE = "rewards.jsonl"
 SCORES_FILE = "scores.jsonl"
 
 
@@ -49,10 +49,10 @@ class Monitor:
         folder.mkdir(parents=True, exist_ok=True)
         resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         (folder / "config.yaml").write_text(resolved)
-        for name in (METRICS_FILE, LOOKS_FILE, SCORES_FILE):
+        for name in (METRICS_FILE, REWARDS_FILE, SCORES_FILE):
             _drop_rounds_after(folder / name, start_round)
         self._metrics = (folder / METRICS_FILE).open("a", encoding="utf-8")
-        self._looks, self._scores = folder / LOOKS_FILE, folder / SCORES_FILE
+        self._rewards, self._scores = folder / REWARDS_FILE, folder / SCORES_FILE
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_round + 1)
         self._writer.add_text("config", f"```yaml\n{resolved}\n```", start_round)
         self._progress = Progress(
@@ -104,15 +104,17 @@ class Monitor:
         if self._active and rewards:
             self._writer.add_text("rewards", f"```yaml\n{yaml.safe_dump(rewards)}\n```")
 
-    def looks(self, looks: list[RewardRecord]) -> None:
-        """Scores of the watch, each with the round whose pictures were judged, however late it arrives."""
-        if not self._active or not looks:
+    def rewards(self, records: list[RewardRecord]) -> None:
+        """Records of the rewards, each with the round whose images were scored, however late it arrives."""
+        if not self._active or not records:
             return
-        with self._looks.open("a", encoding="utf-8") as stream:
-            for look in looks:
-                stream.write(json.dumps(asdict(look)) + "\n")
-                if look.mean is not None:
-                    self._writer.add_scalar(f"watch/{look.source}/{look.task}/{look.label}", look.mean, look.round)
+        with self._rewards.open("a", encoding="utf-8") as stream:
+            for record in records:
+                stream.write(json.dumps(asdict(record)) + "\n")
+                if record.mean is not None:
+                    self._writer.add_scalar(
+                        f"watch/{record.source}/{record.task}/{record.label}", record.mean, record.round
+                    )
 
     def scores(self, round_index: int, scores: Means) -> None:
         """Held-out rewards of the student by task and label, also as one object a time in scores.jsonl."""
@@ -126,7 +128,7 @@ class Monitor:
         self.say(f"round {round_index}: held-out rewards of the student: {shown}")
 
     def picture(self, tag: str, picture: Image.Image | None, round_index: int) -> None:
-        """Show a picture, if there is one."""
+        """Show an image, if there is one."""
         if self._active and picture is not None:
             self._writer.add_image(tag, np.asarray(picture), round_index, dataformats="HWC")
 

@@ -1,4 +1,4 @@
-"""Rewards beside the training: a worker thread of rank 0 judges pictures while the next rounds run."""
+"""Rewards beside the training: a worker thread of rank 0 scores images while the next rounds run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from opd_ds.config.schema import RunConfig
-from opd_ds.evaluation.evaluator import Shown, judge
+from opd_ds.evaluation.evaluator import Shown, score_images
 from opd_ds.evaluation.pictures import Item
 from opd_ds.evaluation.reward_pool import RewardPool
 from opd_ds.training.trainer import RolloutResult
@@ -22,7 +22,7 @@ Source = Literal["held_out", "rollout"]
 
 @dataclass(frozen=True)
 class RewardRecord:
-    """What one reward said of one task's pictures after a round; `mean` is over the `judged`, None when none was."""
+    """What one reward said of one task's images after a round; `mean` is over the `judged` images, else None."""
 
     round: int
     source: Source
@@ -42,10 +42,10 @@ class _Pictures:
 
 
 class AsyncRewardEval:
-    """Takes pictures of a round and gives scores later. A round never waits for it.
+    """Takes images of a round and gives scores later. A round never waits for it.
 
-    At most one look is being judged and one waits: where rewards are slower than `watch.every` rounds, further looks
-    are left out, with a line in the log, so that pictures do not pile up in memory.
+    At most one evaluation runs and one waits: where rewards are slower than `watch.every` rounds, further ones
+    are left out, with a line in the log, so that images do not pile up in memory.
 
     Args:
         pool: whose thread scores.
@@ -53,26 +53,28 @@ class AsyncRewardEval:
 
     def __init__(self, config: RunConfig, pool: RewardPool) -> None:
         self._settings, self._pool = config.watch, pool
-        self._labels = {name: [reward.label for reward in judged.rewards] for name, judged in config.evaluated.items()}
+        self._labels = {
+            name: [reward.label for reward in section.rewards] for name, section in config.evaluated.items()
+        }
         self._pending: list[Future[list[RewardRecord]]] = []
 
     def submit(self, done: int, rolled: dict[str, RolloutResult], held_out: dict[str, list[Shown]]) -> None:
-        """Have round `done`'s own rollouts and its held-out pictures judged."""
+        """Have round `done`'s own rollouts and its held-out images scored."""
         if sum(not future.done() for future in self._pending) > 1:
             logging.getLogger("opd_ds").warning(
-                "round %d: the rewards are still busy with earlier rounds, this look is left out; raise watch.every",
+                "round %d: the rewards are busy with earlier rounds, this evaluation is left out; raise watch.every",
                 done,
             )
             return
         parts = [self._of_rollouts(done, task, drawn) for task, drawn in rolled.items() if self._labels[task]]
         parts += [self._of_held_out(task, shown) for task, shown in held_out.items()]
-        self._pending.append(self._pool.submit(self._judge, done, parts))
+        self._pending.append(self._pool.submit(self._score, done, parts))
 
     def finished(self) -> list[RewardRecord]:
         """Scores that have arrived since the last call; does not wait."""
         ready = [future for future in self._pending if future.done()]
         self._pending = [future for future in self._pending if future not in ready]
-        return [look for future in ready for look in future.result()]
+        return [record for future in ready for record in future.result()]
 
     def close(self, waiting: Callable[[], None]) -> list[RewardRecord]:
         """The scores still under way; waits for them, and calls `waiting` now and then."""
@@ -87,7 +89,7 @@ class AsyncRewardEval:
         try:
             images = [self._pool.images(latents)[0] for latents in drawn.final[:count].split(1)]
         except Exception:  # a gap, not the end of the run
-            logging.getLogger("opd_ds").exception("round %d: the pictures of task %s were not decoded", done, task)
+            logging.getLogger("opd_ds").exception("round %d: the images of task %s were not decoded", done, task)
             return _Pictures("rollout", task, [], [])
         return _Pictures("rollout", task, asked, images)
 
@@ -95,16 +97,16 @@ class AsyncRewardEval:
     def _of_held_out(task: str, shown: list[Shown]) -> _Pictures:
         return _Pictures("held_out", task, [item for item, _ in shown], [image for _, image in shown])
 
-    def _judge(self, done: int, parts: list[_Pictures]) -> list[RewardRecord]:
-        looks = []
+    def _score(self, done: int, parts: list[_Pictures]) -> list[RewardRecord]:
+        records = []
         for part in parts:
             labels = self._labels[part.task]
             if not labels or not part.asked:
                 continue
             for label in labels:
-                scores = judge(self._pool.rewards[label], label, part.images, part.asked)
+                scores = score_images(self._pool.rewards[label], label, part.images, part.asked)
                 good = scores[torch.isfinite(scores)]
                 mean = float(good.mean()) if len(good) else None
                 failed = len(scores) - len(good)
-                looks.append(RewardRecord(done, part.source, part.task, label, mean, len(good), failed))
-        return looks
+                records.append(RewardRecord(done, part.source, part.task, label, mean, len(good), failed))
+        return records

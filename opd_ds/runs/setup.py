@@ -86,8 +86,8 @@ def find_files(config: RunConfig, world: World) -> RunFiles:
             "can follow them; offload the optimizer to cpu (or keep none: student.ema.decay = 0 and, with "
             "teach.algorithm = 'guard', teach.kl = 0)"
         )
-    for name, judged in config.evaluated.items():
-        for reward in judged.rewards:
+    for name, section in config.evaluated.items():
+        for reward in section.rewards:
             check(reward.name, f"{config.place(name)}.rewards", reward.options)
     prompts, eval_prompts = find_prompts(config)
     if world.is_main:
@@ -113,9 +113,9 @@ def find_prompts(config: RunConfig) -> tuple[dict[str, PromptSet], dict[str, Pro
     """
     prompts = {name: PromptSet.read(task.prompts, f"tasks.{name}.prompts") for name, task in config.tasks.items()}
     eval_prompts = {
-        name: PromptSet.read(judged.eval_prompts, f"{config.place(name)}.eval_prompts")
-        for name, judged in config.evaluated.items()
-        if judged.eval_prompts is not None
+        name: PromptSet.read(section.eval_prompts, f"{config.place(name)}.eval_prompts")
+        for name, section in config.evaluated.items()
+        if section.eval_prompts is not None
     }
     return prompts, eval_prompts
 
@@ -224,9 +224,9 @@ def build_rewards(chosen: dict[str, RewardSection], device: torch.device) -> dic
 
 def _check_weights(config: RunConfig, files: RunFiles, family: ModelFamily) -> None:
     family.check_guidance("rollout.guidance", config.rollout.guidance)
-    for name, judged in config.evaluated.items():
-        if judged.guidance is not None:
-            family.check_guidance(f"{config.place(name)}.guidance", judged.guidance)
+    for name, section in config.evaluated.items():
+        if section.guidance is not None:
+            family.check_guidance(f"{config.place(name)}.guidance", section.guidance)
     for name, spec in files.teachers.items():
         key, settings = config.teacher_key(name), spec.settings
         family.check_guidance(f"{key}.guidance", settings.guidance)

@@ -66,7 +66,7 @@ def train(config: RunConfig, group: Group, resume: str = "never") -> None:
     group.progress("restoring the checkpoint")
     start = _restore(parts, checkpoint, group) if checkpoint else 0
     if checkpoint:
-        store.go_back_to(checkpoint, start)  # not before it is certain that the run goes on from there
+        store.go_back_to(checkpoint, start)  # only once it is certain that the run resumes from there
     with Monitor(config, group.world, start) as monitor:
         monitor.say(f"resumed from {checkpoint}, {start} rounds done" if checkpoint else "starting at round 0")
         monitor.identities(parts.benchmark.identities)
@@ -86,7 +86,7 @@ def train(config: RunConfig, group: Group, resume: str = "never") -> None:
             _show_student(config, parts, report, watch, monitor)
         store.finish()
         if watch is not None:
-            monitor.looks(watch.close(partial(group.progress, "waiting for the rewards")))
+            monitor.rewards(watch.close(partial(group.progress, "waiting for the rewards")))
         _finish(config, parts, baselines, session)
 
 
@@ -139,7 +139,7 @@ class _Session:
 
 
 def _find_checkpoint(store: CheckpointStore, resume: str, group: Group) -> Path | None:
-    """Where the run goes on. Collective."""
+    """The round at which the run resumes. Collective."""
     if resume == "auto":
         return store.newest_whole()
     if resume != "never":
@@ -177,7 +177,7 @@ def _restore(parts: Parts, checkpoint: Path, group: Group) -> int:
 
 
 def _baselines(config: RunConfig, parts: Parts, session: _Session, *, fresh: bool) -> list[EvalModel]:
-    """Base (or start) and teachers, their pictures drawn."""
+    """Base (or start) and teachers, their images drawn."""
     benchmark, tasks, monitor = parts.benchmark, parts.identity["tasks"], session.monitor
     if not config.evaluation.baselines or not benchmark.sets:
         return []
@@ -197,7 +197,7 @@ def _baselines(config: RunConfig, parts: Parts, session: _Session, *, fresh: boo
     ]
     monitor.say(f"drawing {name}{' and teachers' if teachers else ''} on the held-out prompts")
     if not fresh and benchmark.missing(base):
-        monitor.say(f"pictures of the {name} were not drawn at the first start: the final table will lack it")
+        monitor.say(f"images of the {name} were not drawn at the first start: the final table will lack it")
         models = teachers
     else:
         models = [base, *teachers]
@@ -223,14 +223,14 @@ def _drawing_student(parts: Parts) -> Iterator[Any]:
 def _show_student(
     config: RunConfig, parts: Parts, report: RoundReport, watch: AsyncRewardEval | None, monitor: Monitor
 ) -> None:
-    """Scores, looks and image grids while the run goes on. Collective: `watch` lives on rank 0, the drawing on all."""
+    """Scores, reward records and image grids between rounds. Collective: rank 0 has `watch`, all ranks draw."""
     done, evaluator = report.round, parts.evaluator
 
     def due(every: int) -> bool:
         return every > 0 and done % every == 0
 
     if watch is not None:
-        monitor.looks(watch.finished())
+        monitor.rewards(watch.finished())
     score_now = due(config.run.eval_every) and done < config.run.rounds
     show_now = due(config.run.image_every) and done < config.run.rounds
     held_out: dict[str, list[Shown]] = {}
@@ -238,12 +238,12 @@ def _show_student(
     if score_now or show_now or (due(config.watch.every) and config.watch.held_out):
         with _drawing_student(parts) as network:
             if due(config.watch.every) and config.watch.held_out:
-                held_out = evaluator.look(network, guidance, config.watch.held_out)
+                held_out = evaluator.draw(network, guidance, config.watch.held_out)
             if score_now:
                 result = evaluator.run(network, guidance)
                 monitor.scores(done, result.scores)
             if score_now or show_now:
-                shown = result.shown if score_now else evaluator.look(network, guidance, config.evaluation.grid_prompts)
+                shown = result.shown if score_now else evaluator.draw(network, guidance, config.evaluation.grid_prompts)
                 pictures = {task: [image for _, image in pairs] for task, pairs in shown.items()}
                 prompts = {task: [item.prompt for item, _ in pairs] for task, pairs in shown.items()}
                 monitor.picture("student", comparison_grid({"student": pictures}, prompts), done)
@@ -252,7 +252,7 @@ def _show_student(
 
 
 def _finish(config: RunConfig, parts: Parts, baselines: list[EvalModel], session: _Session) -> None:
-    """Export, final scores, table, picture and report."""
+    """Export, final scores, table, image and report."""
     group, monitor = session.group, session.monitor
     folder, benchmark = config.run.output_dir, parts.benchmark
     session.stop_if_asked(config.run.rounds)
@@ -265,13 +265,13 @@ def _finish(config: RunConfig, parts: Parts, baselines: list[EvalModel], session
         models = [*baselines, EvalModel("student", identity, guidance, partial(_drawing_student, parts))]
         scores = _evaluate(config, benchmark, models, session)
     if group.world.is_main:
-        data: dict[str, Any] = summary(scores, {name: judged.headline for name, judged in config.evaluated.items()})
+        data: dict[str, Any] = summary(scores, {name: section.headline for name, section in config.evaluated.items()})
         (folder / "summary.json").write_text(json.dumps(data, indent=1) + "\n")
         monitor.say("")
         if scores:
             print_table(monitor.console, data)
     if benchmark.sets:
-        monitor.say(f"pictures:     {folder / 'grid.png'}")
+        monitor.say(f"images:     {folder / 'grid.png'}")
         monitor.say(f"report:       {benchmark.folder / REPORT_FILE}")
     monitor.say(f"TensorBoard:  tensorboard --logdir {folder / 'tensorboard'}")
     monitor.say(f"scores:       {folder / 'summary.json'}")

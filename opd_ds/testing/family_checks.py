@@ -33,7 +33,7 @@ def tiny_module(name: str) -> ModuleType:
 
 
 def build(name: str, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> ModelFamily:
-    """Pictures are wider than high, so that the two cannot be confused."""
+    """Images are wider than high, so that the two cannot be confused."""
     settings = {"height": 16, "width": 24, "max_text_length": 24, "text_encoders": "resident"} | settings
     return build_family(name, folder, dtype=dtype, device=CPU, **settings)
 
@@ -87,7 +87,7 @@ def draw(tiny: ModuleType, family: ModelFamily, pipeline: Any, guidance: float, 
 
 
 def check_parity(tiny: ModuleType, family: ModelFamily, guidance: float) -> Tensor:
-    """Latents and pictures are the pipeline's; returns the latents."""
+    """Latents and images are the pipeline's; returns the latents."""
     pipeline = load_pipeline(family, family.path)
     final = roll_out(family, family.load_transformer(), guidance)
     close(final, draw(tiny, family, pipeline, guidance))

@@ -1,4 +1,4 @@
-"""Adding up the round's loss: micro-batch by micro-batch over all tasks, then one look at the sums."""
+"""Adding up the round's loss: micro-batch by micro-batch over all tasks, then one reduction of the sums."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class LossTerm:
     Attributes:
         loss, measured: float32 [b], of these rows, and what else the loss measured of them.
         steps: int64 [b], on the device of `loss`.
-        weights: [b], there as well, 0 for samples that only fill up or do not count.
+        weights: [b], there as well, 0 for padding and for samples that do not count.
         pairs: (sample, step) pairs of the task in this optimizer step that count, over all ranks.
     """
 

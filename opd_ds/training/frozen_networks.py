@@ -24,7 +24,7 @@ class FrozenNetwork(ABC):
         """Inside, the network is on the device, with `adapter` switched on."""
 
     def prefetch(self) -> None:  # noqa: B027 (most have nothing to do)
-        """It is asked next: what has to travel sets out, where the device has room for it."""
+        """It is queried next: its transfer starts now if the device can hold it."""
 
 
 class InStudent(FrozenNetwork):

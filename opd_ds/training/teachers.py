@@ -117,7 +117,7 @@ class TeacherPool:
             yield network
 
     def prefetch(self, task: str) -> None:
-        """`task` is asked next: what has to travel sets out, where the device has room for it beside what is there."""
+        """`task` is queried next: its transfer starts now if the device can hold it beside what is there."""
         self._networks[task].prefetch()
 
     def in_turn(self, tasks: Iterable[str]) -> list[str]:

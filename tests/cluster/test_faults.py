@@ -47,7 +47,7 @@ class Survivor:
     published: list[int]
 
     def after(self, rounds: int, fault: str, act: Callable[[], object]) -> None:
-        """Let the job get on by some rounds, do it harm, wait until it runs again."""
+        """Let the job run some rounds, do it harm, wait until it runs again."""
         file = self.folder / "metrics.jsonl"
         wait_for_rounds(self.folder, len(file.read_text().splitlines()) + rounds if file.is_file() else rounds)
         self._harm(fault, act)

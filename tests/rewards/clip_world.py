@@ -77,7 +77,7 @@ def write_clip_folder(folder: Path) -> Path:
     torch.manual_seed(5)
     model = CLIPModel(config)
     with torch.no_grad():
-        for parameter in model.parameters():  # as initialised, all pictures would look alike
+        for parameter in model.parameters():  # as initialised, all images would look alike
             parameter.add_(0.1 * torch.randn_like(parameter))
         model.logit_scale.fill_(4.6)
     model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Small pictures for the rewards' tests."""
+"""Small images for the rewards' tests."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 HERE = Path(__file__).parent
-# The picture that test_geneval_detector.py calls RECORDED: height, width.
+# The image that test_geneval_detector.py calls RECORDED: height, width.
 INPUT, CONTENT, ORIGINAL = (64, 96), (40, 60), (53, 80)
 
 

@@ -202,7 +202,7 @@ def test_another_dtype_is_refused(clip_folder: Path) -> None:
 
 
 def test_as_many_prompts_as_pictures(clip_folder: Path) -> None:
-    with pytest.raises(ValueError, match="3 pictures and 1 prompts"):
+    with pytest.raises(ValueError, match="3 images and 1 prompts"):
         ClipScore(weights=clip_folder).score(pictures(), ["one"])
 
 

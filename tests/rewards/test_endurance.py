@@ -1,4 +1,4 @@
-"""Ten thousand requests with random faults: every picture is accounted for, and neither side's memory grows."""
+"""Ten thousand requests with random faults: every image is accounted for, and neither side's memory grows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.rewards.test_remote import FAULTS, REFUSED, Faulty
 
 SERVER = "import sys; from opd_ds.rewards.server import serve; from tests.rewards.test_remote import Width; "
 SERVER += "serve(Width(), '127.0.0.1', int(sys.argv[1]))"
-# What a picture's metadata order of `Width`, what the client then counts, and in how many of 500 requests.
+# What an image's metadata order of `Width`, what the client then counts, and in how many of 500 requests.
 ORDERS = {
     None: ("", 350),
     "nan": ("without a score from the server", 50),

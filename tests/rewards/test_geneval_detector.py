@@ -27,11 +27,11 @@ from tests.rewards.tiny_clip import write_clip
 
 @pytest.fixture(scope="module")
 def recorded() -> dict[str, np.ndarray]:
-    """What mmdet 3.3.0 answered to `layout.pixels()` with `layout.state()`, as the picture below."""
+    """What mmdet 3.3.0 answered to `layout.pixels()` with `layout.state()`, as the image below."""
     return dict(np.load(Path(__file__).parent / "mmdet_tiny.npz"))
 
 
-# The recorded picture was 80 x 53, resized to 60 x 40, padded to 96 x 64.
+# The recorded image was 80 x 53, resized to 60 x 40, padded to 96 x 64.
 RECORDED = pipeline.Prepared(layout.pixels()[0], content=(40, 60), original=(53, 80))
 
 
@@ -139,7 +139,7 @@ def test_prepare_pads_with_grey_and_normalises() -> None:
 
 
 def test_detections_are_those_of_the_parts(detector: Detector) -> None:
-    """Two sizes in one call; the same objects as one picture at a time through the parts tested above."""
+    """Two sizes in one call; the same objects as one image at a time through the parts tested above."""
     random = np.random.default_rng(0)
     pictures = [
         Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((8, 120), (8, 120), (120, 8))

@@ -81,7 +81,7 @@ def test_the_real_models_read(ocr: Any, caplog: pytest.LogCaptureFixture) -> Non
     assert scores[5] == 0  # nothing to read is an answer, and a wrong one
     assert scores[6].isnan()
     assert sum(ocr.failures.values()) - sum(before.values()) == 1
-    assert "1 of 7 pictures have no score (1 without a text to look for)" in caplog.text
+    assert "1 of 7 images have no score (1 without a text to look for)" in caplog.text
 
 
 def test_every_mode_of_picture_is_read(ocr: Any) -> None:

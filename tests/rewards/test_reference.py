@@ -146,7 +146,7 @@ def test_parity_with_itself(library: Environment, tmp_path: Path) -> None:
     (tmp_path / "own.json").write_text('{"factor": 3.0}')
     (row, _) = parity(library, ours_exactly, tmp_path / "own.json", folder)
     assert row.mean == pytest.approx(3 * np.asarray(pictures()[0]).mean() + len("a red cat"))
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         parity(library, ours_exactly, pictures=tmp_path / "reference")
 
 

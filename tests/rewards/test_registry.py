@@ -54,7 +54,7 @@ def test_list_has_a_row_for_every_reward(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert rows["ocr"]["installed"]
     assert rows["jpeg_compressibility"] == {
         "name": "jpeg_compressibility",
-        "judges": "How little there is in a picture: minus its JPEG size in kB (1000 bytes), quality 95",
+        "judges": "How little there is in an image: minus its JPEG size in kB (1000 bytes), quality 95",
         "extra": None,
         "installed": True,
         "weights": {},
@@ -139,7 +139,7 @@ import torch
 from opd_ds.rewards import Needs
 
 class Bright:
-    """Brightness of the picture. Range [0, 255]."""
+    """Brightness of the image. Range [0, 255]."""
     name = "bright"
     needs: ClassVar[Needs] = Needs()
     def identity(self): return {"engine": "mean"}
@@ -161,5 +161,5 @@ def test_third_parties_register_entry_points(tmp_path: Path, monkeypatch: pytest
     assert build("bright").score([flat("white")], ["a"]).tolist() == [255.0]
     assert reward_class("ocr").__module__ == "opd_ds.rewards.ocr"  # ours are not replaced in silence
     rows = {row["name"]: row for row in json.loads(rewards("list", "--json")[1])}
-    assert rows["bright"]["judges"] == "Brightness of the picture"
+    assert rows["bright"]["judges"] == "Brightness of the image"
     assert rows["broken"]["judges"] == "does not import: ModuleNotFoundError: No module named 'not_there'"

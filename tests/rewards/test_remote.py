@@ -28,7 +28,7 @@ from tests.rewards.servers import answering, process_serving, running
 
 
 class Width:
-    """The picture's width plus the length of the prompt; `metadata["do"]` orders a fault."""
+    """The image's width plus the length of the prompt; `metadata["do"]` orders a fault."""
 
     name = "width"
     needs: ClassVar[Needs] = Needs()
@@ -193,7 +193,7 @@ def test_clients_that_leave_do_not_block_the_server(served: tuple[Width, str]) -
 
 @pytest.mark.parametrize(
     ("order", "reason"),
-    [("raise", "the reward failed: RuntimeError: the ruler is broken"), ("short", "0 scores for 1 pictures")],
+    [("raise", "the reward failed: RuntimeError: the ruler is broken"), ("short", "0 scores for 1 images")],
 )
 def test_a_reward_that_fails_is_a_logged_500(
     order: str, reason: str, served: tuple[Width, str], caplog: pytest.LogCaptureFixture
@@ -290,7 +290,7 @@ def test_every_fault_is_a_counted_gap(fault: str, faulty: tuple[Faulty, str], ca
     kind = FAULTS[fault][1]
     assert reward.failures == {kind: 2}
     assert server.asked == (1 if kind == "http 404" else 2)  # our own fault is not repeated
-    assert gap_lines(caplog) == [f"reward faulty at {url}: 2 of 2 pictures have no score (2 {kind})"]
+    assert gap_lines(caplog) == [f"reward faulty at {url}: 2 of 2 images have no score (2 {kind})"]
     server.fault = "none"
     server.release.set()
     assert reward.score([flat("red")] * 2, ["a", "b"]).tolist() == [1.0, 1.0]
@@ -301,10 +301,10 @@ def test_a_retry_that_succeeds_is_no_gap(faulty: tuple[Faulty, str], monkeypatch
     reward = build("remote", url=url, retries=2)
     server.fault = "500"
 
-    def mended(_: float) -> None:
+    def repaired(_: float) -> None:
         server.fault = "none"
 
-    monkeypatch.setattr("opd_ds.rewards.remote.time.sleep", mended)
+    monkeypatch.setattr("opd_ds.rewards.remote.time.sleep", repaired)
     assert reward.score([flat("red")], ["a"]).tolist() == [1.0]
     assert not reward.failures
 

@@ -46,7 +46,7 @@ def parity(
     folder: _Folder = None,
     tolerance: Annotated[float, typer.Option(help="largest difference, relative to values above 1")] = 1e-4,
 ) -> None:
-    """Compare our scorer with the reference library on the same pictures and weights; exit code 1 if they differ."""
+    """Compare our scorer with the reference library on the same images and weights; exit code 1 if they differ."""
     from rich.console import Console
 
     from opd_ds.utils.logging import quiet_libraries

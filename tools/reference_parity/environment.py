@@ -125,7 +125,7 @@ def build(name: str, folder: Path | None = None) -> Environment:
     for number, phase in enumerate(wanted.phases, start=1):
         environment.pip(number, phase)
     environment.run("import", *wanted.imports)
-    stamp.write_text(wanted.sha256)  # last: what was interrupted is built anew
+    stamp.write_text(wanted.sha256)  # last: what was interrupted is built again
     return environment
 
 

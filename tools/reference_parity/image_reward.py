@@ -47,7 +47,7 @@ def random_weights(path: str) -> None:
     torch.manual_seed(0)
     model = ImageReward(med_config=str(folder / "med_config.json"))
     for name, tensor in model.mlp.named_parameters():
-        if name.endswith("weight"):  # as they are made, every picture would get the same score
+        if name.endswith("weight"):  # as they are made, every image would get the same score
             torch.nn.init.normal_(tensor, std=tensor.shape[1] ** -0.5)
     torch.save(model.state_dict(), path)
 

@@ -35,7 +35,7 @@ def random_weights(path: str) -> None:
 
 
 def load(weights: str) -> Callable[[list[Image.Image], list[str], list[dict[str, Any]]], Arrays]:
-    """For the first two pictures, to the network's input `pixels_i` [3, H, W], its output `class_logits_i` [Q, 81] and
+    """For the first two images, to the network's input `pixels_i` [3, H, W], its output `class_logits_i` [Q, 81] and
     `mask_logits_i` [Q, H / 4, W / 4], and after post-processing, the best first, `scores_i` [N], `labels_i` [N],
     `boxes_i` [N, 4] and `areas_i` [N], the masks' numbers of pixels.
     """
@@ -70,7 +70,7 @@ def _detect(model: Any, image: Image.Image) -> Arrays:
     content = resized["img_shape"]
     pack = PackDetInputs(meta_keys=("ori_shape", "img_shape"))
     data = Compose([Pad(size_divisor=32, pad_val={"img": (128, 128, 128)}), pack])(resized)
-    # mmdet 2.x cuts the masks to the picture without its padding; 3.x's Pad would make it forget that size.
+    # mmdet 2.x cuts the masks to the image without its padding; 3.x's Pad would make it forget that size.
     data["data_samples"].set_metainfo({"img_shape": content})
 
     outputs: list[Any] = []

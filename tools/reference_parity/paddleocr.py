@@ -97,7 +97,7 @@ def random_weights(path: str) -> None:
 
 
 def load(weights: str) -> Callable[[list[Image.Image], list[str], list[dict[str, Any]]], Arrays]:
-    """A function of pictures and prompts to `score` [B] and `text` [B], what was read.
+    """A function of images and prompts to `score` [B] and `text` [B], what was read.
 
     The score is that of Flow-GRPO's public scorer: 1 where the first quoted part occurs in the text, else 1 - min(edit
     distance, length) / length. NaN without a quoted part, where that scorer stops.

@@ -1,4 +1,4 @@
-"""Our scorer against the reference library: same pictures, same weights, how far apart?"""
+"""Our scorer against the reference library: same images, same weights, how far apart?"""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def parity(
 
     Args:
         weights: a published checkpoint; by default random weights that the reference library makes.
-        pictures: a folder; a picture's name without its ending, underscores read as spaces, is its prompt. By default
+        pictures: a folder; an image's name without its ending, underscores read as spaces, is its prompt. By default
             drawn ones.
 
     Raises:
@@ -106,14 +106,14 @@ def draw_pictures() -> list[Image.Image]:
 
 
 def read_pictures(folder: Path) -> tuple[list[Image.Image], list[str]]:
-    """RGB pictures of a folder in name order, and their prompts.
+    """RGB images of a folder in name order, and their prompts.
 
     Raises:
         UserError: there are none.
     """
     files = sorted(file for file in folder.glob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     if not files:
-        raise UserError(f"{folder}: no pictures (png, jpg, jpeg, webp) there")
+        raise UserError(f"{folder}: no images (png, jpg, jpeg, webp) there")
     return [Image.open(file).convert("RGB") for file in files], [file.stem.replace("_", " ") for file in files]
 
 

@@ -1,4 +1,4 @@
-"""Prompts that ask for a text in the picture, in quotes, as the reward `ocr` looks for it."""
+"""Prompts that ask for a text in the image, in quotes, as the reward `ocr` searches it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""GenEval's colour classifier: CLIP, zero-shot, on the object cut out of its picture.
+"""GenEval's colour classifier: CLIP, zero-shot, on the object cut out of its image.
 
 Source: `ImageCrops` and `color_classification` in evaluate_images.py of github.com/djghosh13/geneval, with
-`zero_shot_classifier` of clip_benchmark 1.4.0. There the pictures go through float16 autocast; here everything is
+`zero_shot_classifier` of clip_benchmark 1.4.0. There the images go through float16 autocast; here everything is
 float32, so a colour on the border between two may come out differently.
 """
 
@@ -27,7 +27,7 @@ class ColourClassifier:
     """Names the colour of objects of one class.
 
     Args:
-        embed_images: pictures to [N, D] embeddings, of any length.
+        embed_images: images to [N, D] embeddings, of any length.
         embed_texts: texts to [N, D] embeddings in the same space.
     """
 
@@ -50,7 +50,7 @@ class ColourClassifier:
 
 
 def crop(image: Image.Image, detection: Detection) -> Image.Image:
-    """The detection's box out of an RGB picture; what is not the object is grey."""
+    """The detection's box out of an RGB image; what is not the object is grey."""
     if detection.mask is not None:
         ground = Image.new("RGB", image.size, GREY)
         image = Image.composite(image, ground, Image.fromarray(detection.mask))

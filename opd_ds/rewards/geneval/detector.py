@@ -55,9 +55,9 @@ class Detector:
 
     @torch.no_grad()
     def detect(self, images: Sequence[Image.Image]) -> list[list[Detection]]:
-        """Objects of each RGB picture above GenEval's lower threshold of 0.3.
+        """Objects of each RGB image above GenEval's lower threshold of 0.3.
 
-        Neighbours of equal size share a forward pass. Masks are as large as their picture.
+        Neighbours of equal size share a forward pass. Masks are as large as their image.
         """
         prepared = [pipeline.prepare(image) for image in images]
         detections = []

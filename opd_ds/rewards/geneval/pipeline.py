@@ -2,7 +2,7 @@
 
 The pipeline of `mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.py` (mmdet 2.28.2), which GenEval runs: resize 8-bit
 pixels, keeping the ratio, to fit (1333, 800); pad right and bottom with grey 128 to multiples of 32; normalise. mmdet
-3.x resizes in floating point and pads after normalising, with 0; pictures whose sides are no multiples of 32 then
+3.x resizes in floating point and pads after normalising, with 0; images whose sides are no multiples of 32 then
 differ along the padding.
 """
 
@@ -32,12 +32,12 @@ _ONE = 1 << 11
 
 @dataclass(frozen=True)
 class Prepared:
-    """A picture as the network sees it, and the sizes (height, width) that lead back.
+    """An image as the network sees it, and the sizes (height, width) that lead back.
 
     Attributes:
         pixels: [3, H, W] float32, normalised RGB; H and W are multiples of 32.
-        content: size of the resized picture, without padding.
-        original: size of the picture.
+        content: size of the resized image, without padding.
+        original: size of the image.
     """
 
     pixels: Tensor
@@ -47,8 +47,8 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Instances:
-    """Objects of one picture, [N] each: `scores` float32, `labels` int64, `boxes` [N, 4] float32 (left, top, right,
-    bottom; right and bottom are one past the last pixel) and `masks` [N, H, W] bool, in the picture's own size."""
+    """Objects of one image, [N] each: `scores` float32, `labels` int64, `boxes` [N, 4] float32 (left, top, right,
+    bottom; right and bottom are one past the last pixel) and `masks` [N, H, W] bool, in the image's own size."""
 
     scores: Tensor
     labels: Tensor
@@ -57,12 +57,12 @@ class Instances:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The picture in RGB, turned as its EXIF says: what OpenCV gives when it reads the file."""
+    """The image in RGB, turned as its EXIF says: what OpenCV gives when it reads the file."""
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def prepare(image: Image.Image) -> Prepared:
-    """An RGB picture of any size."""
+    """An RGB image of any size."""
     pixels = np.asarray(image)
     original = pixels.shape[:2]
     resized = resize_linear(pixels, fitted_size(*original))
@@ -109,16 +109,16 @@ def _taps(new: int, old: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDA
 
 @torch.no_grad()
 def instances(class_logits: Tensor, mask_logits: Tensor, prepared: Prepared) -> Instances:
-    """mmdet's `instance_postprocess`: the 100 best (query, class) pairs of one picture.
+    """mmdet's `instance_postprocess`: the 100 best (query, class) pairs of one image.
 
     A score is the class's softmax probability (no-object included, last) times the mean of sigmoid over the mask's
-    pixels. Masks are upsampled to the network's input, cut to its content, then resized to the picture; a pixel
+    pixels. Masks are upsampled to the network's input, cut to its content, then resized to the image; a pixel
     belongs to a mask where its logit is positive. A query may come with several classes.
 
     Args:
         class_logits: [Q, classes + 1].
         mask_logits: [Q, h, w], of any resolution.
-        prepared: the picture they belong to.
+        prepared: the image they belong to.
     """
     padded = _resized(mask_logits.float(), tuple(prepared.pixels.shape[1:]))
     logits = _resized(padded[:, : prepared.content[0], : prepared.content[1]], prepared.original)

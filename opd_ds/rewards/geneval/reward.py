@@ -40,12 +40,12 @@ CLIP = Weights(folder="clip-vit-large-patch14", source="openai/clip-vit-large-pa
 
 
 class GenEval(CountsGaps):
-    """Whether the picture holds the objects that the prompt asks for, in number, colour and place (arXiv 2310.11513).
+    """Whether the image holds the objects that the prompt asks for, in number, colour and place (arXiv 2310.11513).
 
     The prompt's metadata is a line of GenEval's prompt file (`tag`, `include`, `exclude`); a prompt without it is NaN.
     No unit. Range by `mode`:
       - strict, the default: 1 or 0, the benchmark's own verdict, so that a mean is a published GenEval number;
-        its overall is the mean of the tags' means (`tag_means`), not of the pictures.
+        its overall is the mean of the tags' means (`tag_means`), not of the images.
       - partial: the mean of sub-scores that Flow-GRPO trains on, at most 1, negative where far too many objects are
         found (down to -14 for 16 instead of 1).
 
@@ -54,7 +54,7 @@ class GenEval(CountsGaps):
         weights: the detector, see `Detector`; default is the published file below `weights_root()`.
         clip_weights: transformers folder of CLIP ViT-L/14; default below `weights_root()` or the hub's cache.
         mode: see above.
-        batch_size: pictures per pass of the detector.
+        batch_size: images per pass of the detector.
         unsafe_load: see `Detector`.
 
     Raises:
@@ -122,9 +122,9 @@ class GenEval(CountsGaps):
         for part in batches(asked, self._batch_size):
             found = self._detector.detect([picture for _, picture, _ in part])
             for (index, picture, task), objects in zip(part, found, strict=True):
-                results[index] = self._judge(picture, task, objects)
+                results[index] = self._score_one(picture, task, objects)
         return self._gaps.close(results)
 
-    def _judge(self, image: Image.Image, task: Task, objects: list[Detection]) -> float:
+    def _score_one(self, image: Image.Image, task: Task, objects: list[Detection]) -> float:
         rule = is_correct if self._mode == "strict" else partial_score
         return float(rule(keep(objects, task.tag), task, partial(self._colours, image)))

@@ -52,7 +52,7 @@ class Detection:
     Attributes:
         label: one of CLASSES.
         score: confidence in [0, 1].
-        box: left, top, right, bottom in pixels of the picture.
+        box: left, top, right, bottom in pixels of the image.
         mask: [H, W] bool, the object's pixels; the rules do not read it, the colour classifier does.
     """
 
@@ -171,7 +171,7 @@ def partial_score(found: Found, task: Task, colours_of: ColoursOf) -> float:
       - if n equals count and it names a colour: 1 - (count - those of that colour) / count;
       - if it names a position, and count and colour were right: 0 when the target clause failed; otherwise 1, preceded
         by a 0 when the relation does not hold. So a wrong position costs a half of that part, not all of it.
-    `exclude` clauses are not read. All sub-scores are 1 exactly when Flow-GRPO calls the picture `strict_correct`: the
+    `exclude` clauses are not read. All sub-scores are 1 exactly when Flow-GRPO calls the image `strict_correct`: the
     counts are then equal to those asked for, where `is_correct` takes them as a minimum.
     """
     parts: list[float] = []
@@ -222,7 +222,7 @@ def relations(box: tuple[float, float, float, float], target: tuple[float, float
 def tag_means(scores: Iterable[float], metadata: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Mean score of each tag present, in the order of TAGS, and `overall`: the mean of these means.
 
-    The published overall is this one, not the mean over pictures. NaN (not judged) is left out.
+    The published overall is this one, not the mean over images. NaN (no score) is left out.
     """
     by_tag: dict[str, list[float]] = {}
     for score, item in zip(scores, metadata, strict=True):

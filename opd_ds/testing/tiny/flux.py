@@ -77,7 +77,7 @@ def draw(
     *,
     pictures: bool = False,
 ) -> Tensor:
-    """What diffusers' pipeline makes of `noise` [B, C, h, w]: latents of that shape, or pictures [B, 3, H, W]."""
+    """What diffusers' pipeline makes of `noise` [B, C, h, w]: latents of that shape, or images [B, 3, H, W]."""
     packed = pipeline._pack_latents(noise, *noise.shape)
     drawn = run(
         pipeline, family, steps, pictures=pictures, prompt=prompts, guidance_scale=guidance, latents=packed

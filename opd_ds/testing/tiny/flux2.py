@@ -76,7 +76,7 @@ def draw(
     *,
     pictures: bool = False,
 ) -> Tensor:
-    """What diffusers' pipeline makes of `noise` [B, C, h, w]: latents of that shape, or pictures [B, 3, H, W]."""
+    """What diffusers' pipeline makes of `noise` [B, C, h, w]: latents of that shape, or images [B, 3, H, W]."""
     drawn = run(
         pipeline, family, steps, pictures=pictures, prompt=prompts, guidance_scale=guidance, latents=noise
     ).images

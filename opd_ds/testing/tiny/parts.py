@@ -22,7 +22,7 @@ DYNAMIC_SHIFT: dict[str, Any] = {
     "max_image_seq_len": 4096,
 }
 
-# A VAE that halves pictures of 16 x 16 pixels into latents of 4 channels.
+# A VAE that halves images of 16 x 16 pixels into latents of 4 channels.
 VAE_BLOCKS: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
@@ -46,7 +46,7 @@ def save(pipeline: Any, folder: Path) -> Path:
 
 
 def run(pipeline: Any, family: ModelFamily, steps: int, *, pictures: bool = False, **more: Any) -> Any:
-    """What `pipeline` gives with the family's settings: latents, or pictures [B, 3, H, W]."""
+    """What `pipeline` gives with the family's settings: latents, or images [B, 3, H, W]."""
     return pipeline(
         num_inference_steps=steps,
         height=family.height,

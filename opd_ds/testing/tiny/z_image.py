@@ -72,7 +72,7 @@ def draw(
     *,
     pictures: bool = False,
 ) -> Tensor:
-    """What diffusers' pipeline makes of `noise` [B, C, h, w]: latents of that shape, or pictures [B, 3, H, W]."""
+    """What diffusers' pipeline makes of `noise` [B, C, h, w]: latents of that shape, or images [B, 3, H, W]."""
     guided = {"guidance_scale": guidance - 1, "negative_prompt": [""] * len(prompts)}
     copied = list(prompts)  # the pipeline writes into it
     return run(pipeline, family, steps, pictures=pictures, prompt=copied, latents=noise, **guided).images

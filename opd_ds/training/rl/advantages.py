@@ -1,4 +1,4 @@
-"""From rewards to what is learned from: how much better a picture is than others of its prompt."""
+"""From rewards to what is learned from: how much better an image is than others of its prompt."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ def group_advantages(rewards: Tensor, group: int, std: Literal["batch", "group"]
     the group.
 
     Args:
-        rewards: [N], consecutive `group` of one prompt; NaN where a picture could not be judged.
+        rewards: [N], consecutive `group` of one prompt; NaN where an image has no score.
 
     Returns:
         float64 [N], 0 where the reward is NaN or has nothing to be compared with.
     """
     by_prompt = rewards.double().view(-1, group)
-    judged = torch.isfinite(by_prompt)
-    count = judged.sum(1, keepdim=True)
-    values = torch.where(judged, by_prompt, 0.0)
-    offset = torch.where(judged, values - values.sum(1, keepdim=True) / count.clamp_min(1), 0.0)
+    scored = torch.isfinite(by_prompt)
+    count = scored.sum(1, keepdim=True)
+    values = torch.where(scored, by_prompt, 0.0)
+    offset = torch.where(scored, values - values.sum(1, keepdim=True) / count.clamp_min(1), 0.0)
     if std == "group":
         spread = (offset.square().sum(1, keepdim=True) / count.clamp_min(1)).sqrt()
     else:
@@ -34,7 +34,7 @@ def group_advantages(rewards: Tensor, group: int, std: Literal["batch", "group"]
 
 
 def optimality(advantages: Tensor, clip: float, mode: Optimality = "all") -> Tensor:
-    """DiffusionNFT's probability r in [0, 1] of a good picture (arXiv 2509.16117): clamp(A / clip, -1, 1) / 2 + 1/2.
+    """DiffusionNFT's probability r in [0, 1] of a good image (arXiv 2509.16117): clamp(A / clip, -1, 1) / 2 + 1/2.
 
     r = 1/2 teaches nothing. `positive_only` and `negative_only` cut the other side of A off, `one_only` counts every A
     above 0 as 1, `binary` keeps the sign of A.

@@ -1,12 +1,12 @@
 """DiffusionNFT (arXiv 2509.16117): reinforcement learning on the forward process, by flow matching.
 
-Pictures x0 of an old policy are noised to x = (1 - sigma) x0 + sigma eps. Around the old velocity lie two implicit
+Images x0 of an old policy are noised to x = (1 - sigma) x0 + sigma eps. Around the old velocity lie two implicit
 ones,
 
     v+ = beta v + (1 - beta) v_old        v- = (1 + beta) v_old - beta v
 
-and with r in [0, 1], how good a picture is within its group, the loss is r l(v+) / beta + (1 - r) l(v-) / beta, where l
-is the squared error of the predicted picture over its own mean size (no gradient), as the authors' code has it. At
+and with r in [0, 1], how good an image is within its group, the loss is r l(v+) / beta + (1 - r) l(v-) / beta, where l
+is the squared error of the predicted image over its own mean size (no gradient), as the authors' code has it. At
 v = v_old the gradient is proportional to 2r - 1.
 """
 
@@ -69,7 +69,7 @@ class NftLoss:
         return policy + self._kl * distance, {"policy": policy, "start_distance": distance}
 
     def _error(self, difference: Tensor, sigma: Tensor) -> Tensor:
-        """Self-normalised squared error of the predicted picture, which is off by sigma * difference: [b]."""
+        """Self-normalised squared error of the predicted image, which is off by sigma * difference: [b]."""
         off = sigma.view(-1, *[1] * (difference.ndim - 1)) * difference
         size = off.detach().abs().double().flatten(1).mean(1).clamp_min(self.SMALLEST)
         return off.square().flatten(1).mean(1) / size.float()
