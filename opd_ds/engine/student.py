@@ -51,13 +51,9 @@ class StudentEngine:
             gather = "per_layer"
             if group.world.is_main:
                 logging.getLogger("opd_ds").info("parameters are on NVMe: rollouts gather weights layer by layer")
-<<<<<<< HEAD
-        self._twin = UnshardedReplica(module) if self.zero_stage == 3 and gather != "per_layer" else None
+        self._replica = UnshardedReplica(module) if self.zero_stage == 3 and gather != "per_layer" else None
         if self.zero_stage == 3:
             leave_uncompiled(module)  # the replica for rollouts has no hooks: its blocks stay compiled
-=======
-        self._replica = UnshardedReplica(module) if self.zero_stage == 3 and gather != "per_layer" else None
->>>>>>> words
         self._decided = gather != "auto"
         self._whole: nn.Module | None = None  # the replica, while it has weights
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
