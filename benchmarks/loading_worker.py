@@ -70,7 +70,7 @@ def main(config_file: str, out: str) -> None:
         family = load_family(config, files.model, group.device)
         group.gather(None)
         memory, read, started = PeakMemory(), _characters_read(), time.monotonic()
-        build = parameter_builder(files.student_ds_config, group.device)
+        build = parameter_builder(files.student_ds_config, group.device, family.empty_transformer)
         module = student_module(config.student, config.run.seed, family, None, build)
         found: dict[str, float] = dict(zip(("network", "mapped"), memory.next(), strict=True))
         student = StudentEngine(module, files.student_ds_config, group, config.rollout.gather)

@@ -7,13 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from opd_ds.cluster.world import World
 from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.loading import load_config, recipe_names
 from opd_ds.config.paths import package_root, resolve_ds_config, resolve_path
-from opd_ds.engine import NetworkSizes, fill_sizes, frozen_ds_config, read_ds_config, student_ds_config
+from opd_ds.engine import (
+    NetworkSizes,
+    fill_sizes,
+    frozen_ds_config,
+    parameter_builder,
+    read_ds_config,
+    student_ds_config,
+    swapped_apart,
+)
 from opd_ds.errors import UserError
 from tests.tiny import run_settings, write_config
 
@@ -273,3 +282,26 @@ def test_auto_sizes_follow_the_network_and_numbers_stand() -> None:
     assert swapped["buffer_size"] == 10**7
     own = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 7}}
     assert fill_sizes(own, large) == own
+
+
+def test_engines_that_swap_to_nvme_have_folders_of_their_own() -> None:
+    """DeepSpeed empties an engine's folder when it is made."""
+    shipped = read_ds_config(package_root() / "ds_configs" / "zero3_offload_nvme.json")
+    folders = set()
+    for name in ("student", "tasks.one.teacher"):
+        zero = swapped_apart(shipped, name)["zero_optimization"]
+        assert zero["offload_param"]["nvme_path"] == zero["offload_optimizer"]["nvme_path"]
+        folders.add(zero["offload_param"]["nvme_path"])
+    assert folders == {"/tmp/opd_ds_nvme/student", "/tmp/opd_ds_nvme/tasks.one.teacher"}
+    plain = read_ds_config(package_root() / "ds_configs" / "zero3.json")
+    assert swapped_apart(plain, "student") == plain
+
+
+def test_parameters_are_sharded_with_the_networks_own_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed makes the buffers of what swaps to NVMe when parameters are sharded, and drops an "auto" there."""
+    monkeypatch.setattr("opd_ds.engine.sharded_loading.ShardedParameters", lambda ds_config: ds_config)
+    shipped = read_ds_config(package_root() / "ds_configs" / "zero3_offload_nvme.json")
+    with torch.device("meta"):
+        network = torch.nn.Linear(30, 20)
+    built: Any = parameter_builder(shipped, torch.device("cpu"), lambda: network)
+    assert built["zero_optimization"]["offload_param"]["buffer_size"] == 600

@@ -15,10 +15,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 
 from opd_ds.checkpoint.export_student import STUDENT_ADAPTER
+from opd_ds.cluster.world import World
+from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.schema import RunConfig, TeacherSection
 from opd_ds.errors import UserError
 from opd_ds.models import lora
-from opd_ds.runs.setup import Parts
+from opd_ds.runs.setup import Parts, find_files
 from tests.ranks import TRAIN_MANY, launch
 from tests.runs import metrics
 from tests.tiny import ALL_SHARDED, run_settings, write_config
@@ -190,8 +192,25 @@ def test_what_cannot_be_shared_is_refused(build_run: Build, tiny_world: Path, wi
         section.placed("tasks.a.teacher", "lora", is_lora=False)
     with pytest.raises(UserError, match=r"student\.kind = 'full'"):
         section.placed("tasks.a.teacher", "full", is_lora=True)
-    with pytest.raises(UserError, match=r"scoring\.micro_batch = 'auto' .* rollout\.gather = 'per_layer'"):
-        build_run(**settings(tiny_world, wide, scoring__micro_batch="auto", rollout__gather="per_layer"))
+
+
+def test_batches_found_by_each_rank_are_refused_where_forwards_are_collective(
+    tiny_world: Path, wide: Path, tmp_path: Path
+) -> None:
+    def find(ranks: int, **changes: Any) -> None:
+        data = run_settings(tiny_world, tmp_path, **settings(tiny_world, wide, scoring__micro_batch="auto", **changes))
+        find_files(DistilConfig.model_validate(data), World(size=ranks, local_size=ranks))
+
+    swapped = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": str(tmp_path)}}}
+    nvme = tmp_path / "nvme.json"
+    nvme.write_text(json.dumps(swapped | {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}))
+    refusal = r"scoring\.micro_batch = 'auto' .* rollout\.gather = "
+    with pytest.raises(UserError, match=refusal + "'per_layer'"):
+        find(2, rollout__gather="per_layer")
+    with pytest.raises(UserError, match=refusal + "'once'"):  # parameters on NVMe are gathered per layer all the same
+        find(2, rollout__gather="once", deepspeed=str(nvme))
+    find(2, rollout__gather="once")
+    find(1, rollout__gather="per_layer")
 
 
 @pytest.mark.multirank

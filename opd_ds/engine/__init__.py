@@ -6,8 +6,10 @@ from opd_ds.engine.ds_config import (
     NetworkSizes,
     fill_sizes,
     frozen_ds_config,
+    parameters_on_nvme,
     read_ds_config,
     student_ds_config,
+    swapped_apart,
     zero_stage,
 )
 from opd_ds.engine.fake import fake_group
@@ -40,8 +42,10 @@ __all__ = [
     "frozen_ds_config",
     "init_group",
     "parameter_builder",
+    "parameters_on_nvme",
     "read_ds_config",
     "student_ds_config",
+    "swapped_apart",
     "write_shard",
     "zero_stage",
 ]

@@ -140,6 +140,18 @@ def frozen_ds_config(template: dict[str, Any], precision: str, world_size: int, 
     return ds
 
 
+def swapped_apart(ds_config: dict[str, Any], name: str) -> dict[str, Any]:
+    """The ds_config with a folder of its own for what is swapped to NVMe: DeepSpeed (0.19.8,
+    partitioned_param_swapper.py) empties the folder when it makes an engine, whatever another engine has there.
+    """
+    ds = copy.deepcopy(ds_config)
+    for block in ("offload_param", "offload_optimizer"):
+        swapped = ds.get("zero_optimization", {}).get(block, {})
+        if swapped.get("device") == "nvme" and "nvme_path" in swapped:
+            swapped["nvme_path"] = str(Path(swapped["nvme_path"]) / name)
+    return ds
+
+
 def _fill_batch_and_precision(ds: dict[str, Any], micro: int, precision: str, world_size: int, source: str) -> None:
     # DeepSpeed's own measure of throughput waits for the device at every forward.
     ds.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)

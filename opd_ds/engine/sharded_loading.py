@@ -6,6 +6,7 @@ and cuts it; `deepspeed.initialize` does the same to a whole network.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -13,20 +14,29 @@ import torch
 from torch import nn
 
 from opd_ds.engine import privates
-from opd_ds.engine.ds_config import zero_stage
+from opd_ds.engine.ds_config import NetworkSizes, fill_sizes, zero_stage
 from opd_ds.models import ParameterBuilder, StoredTensor, WholeParameters
 
 
-def parameter_builder(ds_config: dict[str, Any], device: torch.device) -> ParameterBuilder:
-    """How an engine with `ds_config` wants its network's parameters: sharded under ZeRO-3, else whole on `device`."""
-    return ShardedParameters(ds_config) if zero_stage(ds_config) == 3 else WholeParameters(device)
+def parameter_builder(
+    ds_config: dict[str, Any], device: torch.device, empty_network: Callable[[], nn.Module]
+) -> ParameterBuilder:
+    """How an engine with `ds_config` wants its network's parameters: sharded under ZeRO-3, else whole on `device`.
+    Collective.
+
+    Args:
+        empty_network: makes the network on meta: DeepSpeed sizes what swaps to NVMe here, not when the engine is made.
+    """
+    if zero_stage(ds_config) < 3:
+        return WholeParameters(device)
+    return ShardedParameters(fill_sizes(ds_config, NetworkSizes.of(empty_network())))
 
 
 class ShardedParameters:
     """This rank's part of every parameter, on device, host or NVMe as `offload_param` says; hpZ's second part as well.
 
-    Nothing is communicated. `deepspeed.initialize` takes such parameters as they are and shards those that are not yet,
-    an adapter's; buckets, hooks and optimizer are made as for any network.
+    Nothing is communicated, but that hpZ's group is made once. `deepspeed.initialize` takes such parameters as they are
+    and shards those that are not yet, an adapter's; buffers, hooks and optimizer are made as for any network.
     """
 
     def __init__(self, ds_config: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ _WHILE_ASKED = "teachers (while asked)"
 
 # Allowances, on CUDA: context and loaded kernels; NCCL's channels; what the caching allocator cannot use of its blocks.
 CONTEXT, NCCL, FRAGMENTATION = 0.6 * GIB, 1.0 * GIB, 0.05
-# What `rollout.gather: auto` gives whole weights, of the memory that is free (`engine/gathered.py`).
+# What `rollout.gather: auto` gives whole weights, of the memory that is free (`engine/replica.py`).
 WHOLE_SHARE = 0.5
 # Host memory of a process before it holds any tensor: Python, torch, its libraries.
 PROCESS = 3.0 * GIB

@@ -79,7 +79,9 @@ class Setting:
             f"train.micro_batch={self.train}",
         ]
         if self.placement is not None:
-            if self.placement == "zero_inference" and config.scoring.micro_batch == "auto":
+            # Forwards that may be collective: as many on every rank.
+            shared = self.placement == "auto" and self.deepspeed.startswith("zero3") and config.rollout.gather != "once"
+            if (self.placement == "zero_inference" or shared) and config.scoring.micro_batch == "auto":
                 lines.append("scoring.micro_batch=null")
             for name, teacher in config.teachers.items():
                 lines.append(f"tasks.{name}.teacher.placement={self.placement}")

@@ -25,8 +25,10 @@ from opd_ds.engine import (
     StudentEngine,
     frozen_ds_config,
     parameter_builder,
+    parameters_on_nvme,
     read_ds_config,
     student_ds_config,
+    swapped_apart,
     zero_stage,
 )
 from opd_ds.errors import UserError, about
@@ -78,7 +80,7 @@ def find_files(config: RunConfig, world: World) -> RunFiles:
         UserError: the first thing that is missing or contradictory.
     """
     ds_path = resolve_ds_config(config.deepspeed, "deepspeed")
-    ds_config = student_ds_config(read_ds_config(ds_path), config, world, str(ds_path))
+    ds_config = swapped_apart(student_ds_config(read_ds_config(ds_path), config, world, str(ds_path)), "student")
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {})
     if offload.get("device") == "nvme" and config.weight_snapshots:
         raise UserError(
@@ -101,7 +103,8 @@ def find_files(config: RunConfig, world: World) -> RunFiles:
         name: _find_teacher(config, config.teacher_key(name), teacher, world)
         for name, teacher in config.all_teachers.items()
     }
-    _refuse_uneven_forwards(config, teachers, zero_stage(ds_config))
+    if world.size > 1:
+        _refuse_uneven_forwards(config, teachers, ds_config)
     return RunFiles(model, start, teachers, prompts, eval_prompts, ds_config)
 
 
@@ -151,13 +154,15 @@ def _find_teacher(config: RunConfig, key: str, teacher: TeacherSection, world: W
     teacher = teacher.placed(key, config.student.kind, is_lora=is_lora)
     if teacher.placement == "zero_inference":
         path = resolve_ds_config(teacher.deepspeed or "zero_inference_gpu", f"{key}.deepspeed")
-        ds_config = frozen_ds_config(read_ds_config(path), config.precision, world.size, str(path))
+        completed = frozen_ds_config(read_ds_config(path), config.precision, world.size, str(path))
+        ds_config = swapped_apart(completed, key)
     return TeacherSpec(teacher, place, ds_config)
 
 
-def _refuse_uneven_forwards(config: RunConfig, teachers: dict[str, TeacherSpec], stage: int) -> None:
+def _refuse_uneven_forwards(config: RunConfig, teachers: dict[str, TeacherSpec], ds_config: dict[str, Any]) -> None:
     """Each rank finds its own `scoring.micro_batch: auto`, and layers that are gathered one by one need all ranks."""
-    if config.scoring.micro_batch != "auto" or stage < 3 or config.rollout.gather == "once":
+    whole = config.rollout.gather == "once" and not parameters_on_nvme(ds_config)
+    if config.scoring.micro_batch != "auto" or zero_stage(ds_config) < 3 or whole:
         return
     if any(spec.settings.placement == "shared" for spec in teachers.values()):
         raise UserError(
@@ -180,8 +185,8 @@ def prepare(config: RunConfig, group: Group) -> Parts:
         family.host_memory = memory
         _check_weights(config, files, family)
         identity = run_identity(config, files, family) if group.world.is_main else None
+    parameters = parameter_builder(files.student_ds_config, group.device, family.empty_transformer)
     with group.raise_on_any_rank():
-        parameters = parameter_builder(files.student_ds_config, group.device)
         module = student_module(config.student, config.run.seed, family, files.start, parameters)
         load_shared(module, files.teachers.values(), family)
         if config.model.compile_blocks:

@@ -18,6 +18,12 @@ class FlowMatching(Distillation):
     loss_class = FlowMatchingLoss
 
     def _collect(self, index: int, batches: dict[str, TaskBatch], meter: RoundMeter) -> Experience[TeacherVelocities]:
+        with self._teachers.gathered():
+            return self._draw_and_ask(index, batches, meter)
+
+    def _draw_and_ask(
+        self, index: int, batches: dict[str, TaskBatch], meter: RoundMeter
+    ) -> Experience[TeacherVelocities]:
         with meter.phase("rollout"):
             final, noised = {}, {}
             for task, batch in batches.items():

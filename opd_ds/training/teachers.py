@@ -78,7 +78,7 @@ class TeacherPool:
             assert self._student is not None
             return InStudent(self._student)
         path = None if spec.is_lora else spec.path
-        module = self._family.load_transformer(path, _parameter_builder(spec, self._device, self._memory))
+        module = self._family.load_transformer(path, _parameter_builder(spec, self._family, self._device, self._memory))
         if spec.is_lora:
             _add_adapters(module, [self._specs[task] for task in tasks], self._family)
         if placement == "stream":
@@ -129,10 +129,12 @@ class TeacherPool:
         return self._specs[task].settings.guidance
 
 
-def _parameter_builder(spec: TeacherSpec, device: torch.device, memory: HostMemory | None) -> ParameterBuilder:
+def _parameter_builder(
+    spec: TeacherSpec, family: ModelFamily, device: torch.device, memory: HostMemory | None
+) -> ParameterBuilder:
     if spec.settings.placement == "zero_inference":
         assert spec.ds_config is not None
-        return parameter_builder(spec.ds_config, device)
+        return parameter_builder(spec.ds_config, device, family.empty_transformer)
     if spec.settings.placement == "resident":
         return WholeParameters(device)
     return WholeParameters(torch.device("cpu")) if memory is None or memory.fills else ParametersElsewhere()
