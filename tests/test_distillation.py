@@ -27,7 +27,8 @@ SDE = {"rollout__kernel": "flow", "rollout__noise_level": 0.7}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "closed form": {},
     "closed form, SDE": SDE,
-    "PPO-style": SDE | {"objective__method": "ppo"},
+    # Its gradient varies most: with a third of these samples, some random teachers are not approached in twelve rounds.
+    "PPO-style": SDE | {"objective__method": "ppo", "rollout__samples": 48},
     "velocity": {"objective": {"target": "velocity", "weighting": "uniform"}},
     "one query": {"rollout__trained_steps": {"queries": 1}},
     "one low-noise query": {"rollout__trained_steps": {"queries": 1, "favour": "low_noise"}},
@@ -40,7 +41,7 @@ def test_every_objective_comes_nearer_to_its_teacher(build_run: Build, tiny_worl
     """The measured KL falls; SFT's is measured against single images and keeps their spread."""
     task = own_teacher(tiny_world, path=str(tiny_world / "other"), guidance=1.0)
     changes = {"rollout__samples": 16, "rollout__guidance": 1.0, "rollout__micro_batch": 16, "train__micro_batch": 64}
-    _, parts = build_run(tasks={"t": task}, optimizer={"lr": 3e-3}, deepspeed="zero0", **changes, **OBJECTIVES[name])
+    _, parts = build_run(tasks={"t": task}, optimizer={"lr": 3e-3}, deepspeed="zero0", **changes | OBJECTIVES[name])
     measure = "flow_error" if name == "SFT" else "kl"
     kls = [parts.trainer.run_round(index).losses.means["t"][measure] for index in range(12)]
     assert sum(kls[-3:]) < (0.95 if name == "SFT" else 0.85) * sum(kls[:3]), kls

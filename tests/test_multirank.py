@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -233,11 +232,9 @@ def test_a_rank_that_fails_alone_speaks_once_and_nobody_hangs(tiny_world: Path, 
         "from opd_ds.cli.main import main\n"
         "main()\n"
     )
-    started = time.monotonic()
     process = under_deepspeed(str(script))
-    out, _ = process.communicate(timeout=300)
+    out, _ = process.communicate(timeout=300)  # a collective would wait for 40 minutes
     assert process.returncode != 0
     errors = [line for line in out.splitlines() if "opd-ds: error:" in line]
     assert len(errors) == 1, out[-3000:]
     assert "[rank 1] tasks.one.teacher.path = './gone': no such file" in errors[0]
-    assert time.monotonic() - started < 120
