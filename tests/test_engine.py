@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -342,3 +345,33 @@ def test_a_deterministic_run_has_the_same_numbers_on_a_cpu(build_run: Callable[.
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert measured() == plain
+
+
+FREED = """
+import sys, torch
+from pathlib import Path
+from opd_ds.engine.memory import return_freed_memory
+
+def resident():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) // 1024
+
+if sys.argv[1] == "returned":
+    return_freed_memory()
+del (first := [torch.ones(7 << 20)])[:]  # what is freed once, glibc takes for the size of what will be wanted again
+before = resident()
+tensors = [(torch.ones(1 << 20), bytes(100_000)) for _ in range(40)]
+kept = [small for _, small in tensors]
+del tensors
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
+def test_freed_host_memory_goes_back_to_the_system() -> None:
+    def left(how: str) -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", FREED, how], capture_output=True, text=True, timeout=120, check=True
+        )
+        return int(done.stdout)
+
+    assert left("returned") < 20 < 100 < left("kept")  # MiB, of 160
