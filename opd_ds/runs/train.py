@@ -271,7 +271,7 @@ def _finish(config: RunConfig, parts: Parts, baselines: list[EvalModel], session
         if scores:
             print_table(monitor.console, data)
     if benchmark.sets:
-        monitor.say(f"images:     {folder / 'grid.png'}")
+        monitor.say(f"images:       {folder / 'grid.png'}")
         monitor.say(f"report:       {benchmark.folder / REPORT_FILE}")
     monitor.say(f"TensorBoard:  tensorboard --logdir {folder / 'tensorboard'}")
     monitor.say(f"scores:       {folder / 'summary.json'}")
