@@ -33,7 +33,7 @@ from opd_ds.plan.memory import Memory, batches, buffer_bytes, run_memory
 from opd_ds.plan.metering import forward_cost, training_cost
 from opd_ds.plan.network import Counts, Model, count, find_model, known_configs, known_models
 from opd_ds.plan.planner import AS_FAST, fit, make_plan, settings
-from opd_ds.plan.zero import Part, Phase, Zero, student_state
+from opd_ds.plan.zero import Part, Phase, Zero, frozen_weights, student_state
 from opd_ds.runs.setup import Parts
 from opd_ds.training.buffer import PerPair, PerState, TrajectoryBuffer
 from tests.tiny import ALL_SHARDED, run_settings, write_config
@@ -487,3 +487,14 @@ def test_a_round_at_true_width_takes_what_the_plan_says(tmp_path: Path, model: s
 def test_a_model_that_no_true_width_is_known_of() -> None:
     with pytest.raises(UserError, match=r"--model FLUX1-dev: unknown; allowed: .*Did you mean 'FLUX\.1-dev'"):
         cases(["FLUX1-dev"], 1, 1)
+
+
+def test_one_device_gathers_what_stands_on_its_host() -> None:
+    """Without offload the shard of a single rank is the parameter; from the host it has to come."""
+
+    def gathered(zero: dict[str, Any]) -> float:
+        plan = frozen_weights(COUNTS, 2, Zero.of({"zero_optimization": {"stage": 3, **zero}}, 1), {Phase.SCORE})
+        return sum(part.nbytes for part in plan.device if "gathered" in part.name)
+
+    assert gathered({}) == 0
+    assert gathered({"offload_param": {"device": "cpu"}}) > 0

@@ -172,7 +172,7 @@ def _sharded_weights(
     elements: the last half of that before the turn from forward to backward. A forward without a gradient begins as
     the one that it remembers, so there, too, they stay, and until the next backward.
     """
-    if zero.world == 1:  # nothing is gathered, the shard is the parameter
+    if zero.world == 1 and not zero.offload_param:  # nothing is gathered, the shard is the parameter
         share = float(counts.parameters)
         small = whole = 0
     else:
