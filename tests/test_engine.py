@@ -289,34 +289,31 @@ def test_the_lock_of_a_killed_stranger_is_taken_when_it_is_old(tmp_path: Path) -
     lock.release()
 
 
+def assert_waits_for(release: Callable[[], None], lock: BuildLock) -> None:
+    """`lock` is not had before `release`, and is then."""
+    waiting = threading.Thread(target=lock.try_acquire)
+    waiting.start()
+    waiting.join(1)
+    assert waiting.is_alive()
+    release()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    lock.release()
+
+
 def test_a_live_lock_stays_however_old_it_is(tmp_path: Path) -> None:
     """Of another program on this machine, which is slow: it would fail when it releases what is gone."""
     (tmp_path / "op.so").touch()
     stranger = FileBaton(str(tmp_path / "lock"))
     assert stranger.try_acquire()
     os.utime(tmp_path / "lock", (0, 0))
-    lock = BuildLock(str(tmp_path / "lock"))
-    waiting = threading.Thread(target=lock.try_acquire)
-    waiting.start()
-    waiting.join(1)
-    assert waiting.is_alive()
-    stranger.release()
-    waiting.join(10)
-    assert not waiting.is_alive()
-    lock.release()
+    assert_waits_for(stranger.release, BuildLock(str(tmp_path / "lock")))
 
 
 def test_one_builds_after_the_other(tmp_path: Path) -> None:
     first, second = (BuildLock(str(tmp_path / "lock")) for _ in range(2))
     assert first.try_acquire()
-    waiting = threading.Thread(target=second.try_acquire)
-    waiting.start()
-    waiting.join(0.5)
-    assert waiting.is_alive()
-    first.release()
-    waiting.join(10)
-    assert not waiting.is_alive()
-    second.release()
+    assert_waits_for(first.release, second)
 
 
 # ---- determinism ----

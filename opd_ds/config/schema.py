@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -306,7 +307,7 @@ class WatchSection(Section):
     rollouts: NonNegativeInt = Field(8, description="images per task of the round's own rollouts on rank 0")
 
 
-class RunConfig(Section):
+class RunConfig(Section, ABC):
     """What all runs have. Batch sizes named `samples` are global; those named `micro_batch` are per rank and change no
     result.
     """
@@ -366,13 +367,13 @@ class RunConfig(Section):
         return self.model.text_cache or self.run.output_dir / "text_cache"
 
     @property
+    @abstractmethod
     def algorithm(self) -> Algorithm:
         """What the run learns by."""
-        raise NotImplementedError
 
     @property
     def trainer(self) -> str:
-        """ "module:Class" of what runs the rounds."""
+        """What runs the rounds, as "module:Class"."""
         return self.algorithm.fused_trainer if self.rollout.mode == "fused" else self.algorithm.trainer
 
     @property
