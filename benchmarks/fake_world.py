@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from opd_ds.cluster.world import World
 from opd_ds.config.loading import parse_config
 from opd_ds.config.paths import resolve_ds_config
-from opd_ds.config.schema import EmaSection
+from opd_ds.config.sections import EmaSection
 from opd_ds.engine import NetworkSizes, ShardedEma, StudentEngine, fake_group, fill_sizes, read_ds_config
 from opd_ds.engine import student_ds_config as complete
 from opd_ds.errors import UserError

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from opd_ds.cli.main import app
 from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.loading import load_config, parse_prompts
-from opd_ds.config.schema import PromptsSection
+from opd_ds.config.sections import PromptsSection
 from opd_ds.data import PromptSet
 from opd_ds.data.generators.compositions import _KINDS, as_lines, compositions
 from opd_ds.data.generators.lettering import lettering

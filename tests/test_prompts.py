@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_ds.config.schema import TrainedSteps
+from opd_ds.config.sections import TrainedSteps
 from opd_ds.data import PromptSet, draw_prompts, shard
 from opd_ds.diffusion.noise import SampleNoise, sample_seed
 from opd_ds.errors import UserError

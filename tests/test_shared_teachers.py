@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from opd_ds.checkpoint.export_student import STUDENT_ADAPTER
 from opd_ds.cluster.world import World
 from opd_ds.config.algorithms import DistilConfig
-from opd_ds.config.schema import RunConfig, TeacherSection
+from opd_ds.config.schema import RunConfig
+from opd_ds.config.sections import TeacherSection
 from opd_ds.errors import UserError
 from opd_ds.models import lora
 from opd_ds.runs.setup import Parts, find_files

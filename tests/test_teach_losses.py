@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from opd_ds.config.rl import GuardSection, NftSection
-from opd_ds.config.schema import TrainedSteps
+from opd_ds.config.sections import TrainedSteps
 from opd_ds.diffusion import kernel, log_ratio
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.training.buffer import choose_steps, noised_states

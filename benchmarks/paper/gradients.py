@@ -197,7 +197,7 @@ def main(teacher: str, task: str, out: Path, batch: int, rollouts: int, transiti
     """At the miniature's base, for the teacher at a path, on a task's training prompts: writes a JSON."""
     from opd_ds.config.loading import load_config
     from opd_ds.config.paths import resolve_path
-    from opd_ds.config.schema import StudentSection
+    from opd_ds.config.sections import StudentSection
     from opd_ds.data import PromptSet
     from opd_ds.training.networks import load_family, student_module
     from opd_ds.utils.logging import quiet_libraries

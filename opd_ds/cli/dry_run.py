@@ -7,7 +7,8 @@ import json
 import yaml
 
 from opd_ds.cluster.world import World
-from opd_ds.config.schema import RunConfig, TrainedSection
+from opd_ds.config.schema import RunConfig
+from opd_ds.config.sections import TrainedSection
 from opd_ds.data import shard
 from opd_ds.models import family_class
 from opd_ds.runs.setup import find_files

@@ -10,7 +10,8 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from opd_ds.config.base import Algorithm
 from opd_ds.config.objectives import ClosedForm, FlowMatching, Objective, PolicyGradient
 from opd_ds.config.rl import GuardSection, LearnedSection, NftSection, RewardAlgorithm
-from opd_ds.config.schema import ANCHOR, AnchorSection, RunConfig, TaskSection, TeacherSection, TrainedSteps
+from opd_ds.config.schema import RunConfig
+from opd_ds.config.sections import ANCHOR, AnchorSection, TaskSection, TeacherSection, TrainedSteps
 
 # A further algorithm is one line here: its section says the rest, its trainer included.
 ALGORITHMS: dict[str, type[Algorithm]] = {

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 from opd_ds.config.algorithms import ALGORITHMS, DistilConfig, TeachConfig
 from opd_ds.config.paths import package_root
-from opd_ds.config.schema import PromptsSection, RunConfig
+from opd_ds.config.schema import RunConfig
+from opd_ds.config.sections import PromptsSection
 from opd_ds.errors import UserError, nearest
 
 # Sections that are one of several algorithms: the key that chooses.

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from opd_ds.config.base import Algorithm, Section
-from opd_ds.config.schema import RewardSection, TrainedSection
+from opd_ds.config.sections import RewardSection, TrainedSection
 
 
 class WeightedReward(RewardSection):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from opd_ds.config.schema import PromptsSection
+from opd_ds.config.sections import PromptsSection
 from opd_ds.data.readers import Problem, Row, locate, rows
 from opd_ds.errors import UserError
 from opd_ds.rewards.geneval.rules import Task

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from opd_ds.config.schema import PromptsSection
+from opd_ds.config.sections import PromptsSection
 from opd_ds.data.readers import Problem, Row, locate, rows
 from opd_ds.errors import UserError
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_ds.config.paths import PACKAGE_PREFIX, resolve_path
-from opd_ds.config.schema import PromptsSection
+from opd_ds.config.sections import PromptsSection
 from opd_ds.errors import UserError, nearest
 
 FILES = (".txt", ".jsonl", ".parquet", ".csv")

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from opd_ds.config.paths import PACKAGE_PREFIX, resolve_path
-from opd_ds.config.schema import PromptsSection, RunConfig, StudentSection
+from opd_ds.config.schema import RunConfig
+from opd_ds.config.sections import PromptsSection, StudentSection
 from opd_ds.data.readers import FILES, locate
 from opd_ds.doctor.findings import Seen, attempt, size_text
 from opd_ds.errors import UserError

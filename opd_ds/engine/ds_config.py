@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from opd_ds.cluster.world import World
-from opd_ds.config.schema import OptimizerSection, RunConfig
+from opd_ds.config.schema import RunConfig
+from opd_ds.config.sections import OptimizerSection
 from opd_ds.engine.privates import whole_shape
 from opd_ds.errors import UserError
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_ds.config.schema import EmaSection
+from opd_ds.config.sections import EmaSection
 from opd_ds.engine.state import EMA, ShardReader, entry
 from opd_ds.engine.student import StudentEngine
 from opd_ds.errors import Interrupted

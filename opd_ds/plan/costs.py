@@ -12,7 +12,8 @@ from safetensors import safe_open
 from torch import nn
 
 from opd_ds.config.paths import PACKAGE_PREFIX, resolve_ds_config, resolve_path
-from opd_ds.config.schema import LoraSection, RunConfig
+from opd_ds.config.schema import RunConfig
+from opd_ds.config.sections import LoraSection
 from opd_ds.engine import NetworkSizes, read_ds_config
 from opd_ds.models import lora
 from opd_ds.plan.inputs import network_inputs, squared_sum

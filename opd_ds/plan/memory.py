@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import ceil, prod
 
-from opd_ds.config.schema import ANCHOR, RunConfig, TeacherSection
+from opd_ds.config.schema import RunConfig
+from opd_ds.config.sections import ANCHOR, TeacherSection
 from opd_ds.engine import fill_sizes, frozen_ds_config, student_ds_config
 from opd_ds.models import family_class
 from opd_ds.plan.costs import Costs

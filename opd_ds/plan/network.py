@@ -17,7 +17,8 @@ from safetensors import safe_open
 from torch import nn
 
 from opd_ds.config.paths import PACKAGE_PREFIX, package_root, resolve_path
-from opd_ds.config.schema import LoraSection, RunConfig, StudentSection
+from opd_ds.config.schema import RunConfig
+from opd_ds.config.sections import LoraSection, StudentSection
 from opd_ds.errors import UserError, nearest
 from opd_ds.models import ModelFamily, family_class, lora
 from opd_ds.training.networks import DTYPES, load_family

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from rich.console import Console
 
 from opd_ds.config.paths import resolve_path
-from opd_ds.config.schema import PromptsSection, RewardSection, RunConfig
+from opd_ds.config.schema import RunConfig
+from opd_ds.config.sections import PromptsSection, RewardSection
 from opd_ds.data import PromptSet
 from opd_ds.engine import Group
 from opd_ds.errors import UserError

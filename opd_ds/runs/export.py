@@ -13,7 +13,8 @@ from opd_ds.checkpoint.export_student import STUDENT_ADAPTER
 from opd_ds.checkpoint.model_card import CARD, base_name, hub_id, loading_code, model_card, refuse_occupied
 from opd_ds.checkpoint.store import read_state, refuse_damaged
 from opd_ds.config.paths import resolve_path
-from opd_ds.config.schema import ANCHOR, RunConfig
+from opd_ds.config.schema import RunConfig
+from opd_ds.config.sections import ANCHOR
 from opd_ds.engine import consolidated_weights
 from opd_ds.errors import UserError, nearest
 from opd_ds.evaluation.results import RESULTS_FILE, as_markdown, read_results

@@ -15,7 +15,8 @@ import torch
 from opd_ds.cluster.world import World
 from opd_ds.config.paths import resolve_ds_config, resolve_path
 from opd_ds.config.rl import LearnedSection, WeightedReward
-from opd_ds.config.schema import ANCHOR, AnchorSection, RewardSection, RunConfig, TeacherSection
+from opd_ds.config.schema import RunConfig
+from opd_ds.config.sections import ANCHOR, AnchorSection, RewardSection, TeacherSection
 from opd_ds.data import PromptSet
 from opd_ds.data.text_cache import TextCache, encoders_identity
 from opd_ds.engine import (

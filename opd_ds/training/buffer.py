@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from opd_ds.config.schema import TrainedSteps
+from opd_ds.config.sections import TrainedSteps
 from opd_ds.diffusion.noise import SampleNoise, sample_seed
 from opd_ds.diffusion.rollout import chunks
 from opd_ds.models import Conditioning

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from opd_ds.config.algorithms import DistilConfig
-from opd_ds.config.schema import ANCHOR
+from opd_ds.config.sections import ANCHOR
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.diffusion.rollout import Trajectory
 from opd_ds.models import Conditioning

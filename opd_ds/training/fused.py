@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from opd_ds.config.algorithms import DistilConfig
-from opd_ds.config.schema import ANCHOR
+from opd_ds.config.sections import ANCHOR
 from opd_ds.diffusion.rollout import Predictor, chunks
 from opd_ds.models import Conditioning
 from opd_ds.training.accumulator import LossTerm, RoundAccumulator

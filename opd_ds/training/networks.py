@@ -9,7 +9,8 @@ from peft import LoraConfig
 from torch import nn
 
 from opd_ds.checkpoint.export_student import STUDENT_ADAPTER
-from opd_ds.config.schema import RunConfig, StudentSection
+from opd_ds.config.schema import RunConfig
+from opd_ds.config.sections import StudentSection
 from opd_ds.data.text_cache import TextCache
 from opd_ds.models import ModelFamily, ParameterBuilder, build_family, lora
 

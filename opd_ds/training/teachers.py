@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from opd_ds.checkpoint.export_student import STUDENT_ADAPTER
-from opd_ds.config.schema import TeacherSection
+from opd_ds.config.sections import TeacherSection
 from opd_ds.engine import StudentEngine, parameter_builder
 from opd_ds.errors import UserError, about
 from opd_ds.models import ModelFamily, ParameterBuilder, ParametersElsewhere, WholeParameters, compile_blocks, lora

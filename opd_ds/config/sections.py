@@ -1,0 +1,304 @@
+"""The sections of a run config. Every key is checked before anything heavy is imported or loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from opd_ds.config.base import Section
+from opd_ds.errors import UserError
+
+STOCHASTIC_KERNELS = ("flow", "dance", "ddim", "cps")
+# The name under which the anchor is asked; no task can have it.
+ANCHOR = "(anchor)"
+
+
+class RunSection(Section):
+    rounds: PositiveInt = Field(description="optimizer rounds in all")
+    seed: int = Field(0, description="names every prompt and noise draw together with round, task and sample index")
+    output_dir: Path = Field(description="metrics, TensorBoard, checkpoints and export go here")
+    checkpoint_every: PositiveInt = Field(25, description="rounds between checkpoints")
+    keep_checkpoints: PositiveInt = Field(2, description="how many of the newest checkpoints stay")
+    checkpoint_in_background: bool = Field(
+        False, description="rounds go on while a thread writes; needs host memory for one more copy of the state"
+    )
+    hang_minutes: PositiveFloat = Field(
+        30, description="when no rank makes progress for this long, the run ends and says who waits"
+    )
+    deterministic: bool = Field(
+        False,
+        description="on GPUs the same numbers bit for bit from every start on the same machines; slower. On CPUs that "
+        "holds anyway",
+    )
+    eval_every: NonNegativeInt = Field(0, description="rounds between evaluations of the student; 0: only at the end")
+    image_every: NonNegativeInt = Field(0, description="rounds between image grids in TensorBoard; 0: only at the end")
+
+
+class ModelSection(Section):
+    family: str = Field("sd3", description="`opd-ds models` lists them")
+    path: str = Field(description="diffusers folder, hub id, or package:<path inside opd_ds>")
+    height: PositiveInt | None = Field(None, description="pixels; default: the model's own size")
+    width: PositiveInt | None = Field(None, description="pixels; default: the model's own size")
+    frames: PositiveInt | None = Field(None, description="of a video; default: the family's own")
+    max_text_length: PositiveInt | None = Field(
+        None, description="tokens of a prompt; T5's where there are several encoders; default: the family's own"
+    )
+    negative_prompt: str = ""
+    text_encoders: Literal["resident", "offload", "cached"] = Field(
+        "offload",
+        description="on the device all the time; there only to encode; or never loaded: read what `opd-ds data encode` "
+        "wrote",
+    )
+    compile_blocks: bool = Field(
+        False,
+        description="torch.compile of the network's blocks, student's and teachers'; minutes at the first round. Under "
+        "ZeRO-3 only where weights are gathered once: DeepSpeed's hooks are not compiled",
+    )
+    text_cache: Path | None = Field(
+        None, description="folder of encoded prompts; default: text_cache in run.output_dir"
+    )
+
+
+class LoraSection(Section):
+    rank: PositiveInt = 32
+    alpha: PositiveFloat = 64
+    targets: tuple[str, ...] | None = Field(None, description="modules to adapt; default: those of the model family")
+
+
+class EmaSection(Section):
+    decay: float = Field(0.9, ge=0, lt=1)
+    warmup: bool = Field(True, description="decay = min(decay, (1 + updates) / (10 + updates))")
+    every: PositiveInt = Field(1, description="optimizer steps between EMA updates")
+
+
+class StudentSection(Section):
+    kind: Literal["full", "lora"] = "full"
+    start: str | None = Field(
+        None, description="weights to start from instead of the base's: a LoRA, or a full checkpoint where kind is full"
+    )
+    lora: LoraSection = LoraSection()
+    gradient_checkpointing: bool = False
+    ema: EmaSection = EmaSection()
+
+
+class OptimizerSection(Section):
+    """Fills the entries of the ds_config that say "auto"; an explicit entry there wins unless both are given."""
+
+    lr: PositiveFloat = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(1e-4, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
+    warmup_rounds: NonNegativeInt = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+
+
+class TrainedSteps(Section):
+    """Which steps of a trajectory are trained: give exactly one."""
+
+    fraction: float | None = Field(None, gt=0, le=1, description="the first int(steps * fraction) steps")
+    steps: tuple[NonNegativeInt, ...] | None = Field(None, description="these steps, counted from the noise end")
+    queries: PositiveInt | None = Field(None, description="this many random steps per trajectory")
+    favour: Literal["none", "low_noise"] = Field(
+        "none", description="where random queries fall: everywhere alike, or by Beta(5, 2) towards the image's end"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> TrainedSteps:
+        if self.favour != "none" and self.queries is None:
+            raise ValueError(f"favour = {self.favour!r} is for random steps: give queries, not fraction or steps")
+        if sum(value is not None for value in (self.fraction, self.steps, self.queries)) != 1:
+            raise ValueError("give exactly one of fraction, steps, queries")
+        return self
+
+
+class RolloutSection(Section):
+    samples: PositiveInt = Field(description="trajectories per task and round over all ranks")
+    steps: PositiveInt = 10
+    kernel: Literal["euler", "flow", "dance", "ddim", "dpm1", "dpm2", "cps"] = "euler"
+    noise_level: float = Field(0.0, ge=0)
+    guidance: float = Field(4.5, ge=0, description="the student's, in rollout, training and evaluation")
+    micro_batch: PositiveInt = Field(8, description="trajectories per forward and rank")
+    mode: Literal["buffered", "fused"] = "buffered"
+    gather: Literal["auto", "once", "per_layer"] = Field(
+        "auto",
+        description="under ZeRO-3, for rollouts and evaluation: the student's weights whole on every rank, once, or "
+        "layer by layer at every forward; auto: once where half of the free memory is enough",
+    )
+    trained_steps: TrainedSteps = TrainedSteps(fraction=1.0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RolloutSection:
+        if self.noise_level > 0 and self.kernel not in STOCHASTIC_KERNELS:
+            raise ValueError(
+                f"noise_level = {self.noise_level:g} contradicts kernel = {self.kernel!r}, which is deterministic; "
+                f"set noise_level to 0 or choose one of {', '.join(STOCHASTIC_KERNELS)}"
+            )
+        if self.noise_level > 1 and self.kernel in ("ddim", "cps"):
+            raise ValueError(f"noise_level = {self.noise_level:g}: kernel {self.kernel!r} allows 0 to 1")
+        chosen = self.trained_steps
+        if chosen.steps is not None and (not chosen.steps or max(chosen.steps) >= self.steps):
+            raise ValueError(f"trained_steps.steps = {list(chosen.steps)}: must name steps 0 to {self.steps - 1}")
+        if chosen.steps is not None and len(set(chosen.steps)) != len(chosen.steps):
+            raise ValueError(f"trained_steps.steps = {list(chosen.steps)}: a step is named twice")
+        if chosen.queries is not None and chosen.queries > self.steps:
+            raise ValueError(f"trained_steps.queries = {chosen.queries}: a trajectory has only {self.steps} steps")
+        if chosen.fraction is not None and int(self.steps * chosen.fraction) < 1:
+            raise ValueError(f"trained_steps.fraction = {chosen.fraction:g} of {self.steps} steps leaves no step")
+        return self
+
+
+class TrainSection(Section):
+    micro_batch: PositiveInt = Field(8, description="(state, step) pairs per forward/backward and rank")
+    inner_epochs: PositiveInt = Field(1, description="passes over the buffer, each one optimizer step")
+
+
+class ScoringSection(Section):
+    micro_batch: PositiveInt | Literal["auto"] | None = Field(
+        None,
+        description="pairs per teacher forward and rank; default: train's, so that a student that is its own teacher "
+        "has loss 0; auto: on an accelerator the largest that fits, halved when memory runs out",
+    )
+
+
+class TeacherSection(Section):
+    path: str = Field(description="LoRA or full checkpoint: folder, safetensors file, hub id or package:<path>")
+    guidance: float = Field(4.5, ge=0, description="the teacher's own, apart from the student's")
+    placement: Literal["auto", "resident", "shared", "offload", "stream", "zero_inference"] = Field(
+        "auto",
+        description="on the device; a further adapter in the LoRA student's network; on the host, on the device while "
+        "it is asked; on the host, block by block with every forward, the next one on its way; sharded over the "
+        "ranks. auto: shared where student and teacher are LoRAs, else resident",
+    )
+    deepspeed: str | None = Field(None, description="ds_config of a zero_inference teacher; default zero_inference_gpu")
+    trust_base: bool = Field(False, description="accept a LoRA that names another base (a renamed copy of ours)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TeacherSection:
+        if self.deepspeed is not None and self.placement != "zero_inference":
+            raise ValueError(f"deepspeed is read only with placement = 'zero_inference', not {self.placement!r}")
+        return self
+
+    def placed(self, key: str, student: str, *, is_lora: bool) -> TeacherSection:
+        """The section with its placement decided, where that is `auto`.
+
+        Args:
+            key: of the section in the run config.
+            student: `student.kind`. All LoRAs of a run stand on its base, in its precision.
+
+        Raises:
+            UserError: `shared` where it is not possible.
+        """
+        possible = is_lora and student == "lora"
+        if self.placement == "shared" and not possible:
+            found = "the teacher is a full checkpoint" if not is_lora else f"student.kind = {student!r}"
+            raise UserError(
+                f"{key}.placement = 'shared' makes the teacher an adapter in a LoRA student's network, but {found}; "
+                "set it to resident, offload, stream or zero_inference"
+            )
+        if self.placement != "auto":
+            return self
+        return self.model_copy(update={"placement": "shared" if possible else "resident"})
+
+
+class AnchorSection(TeacherSection):
+    """A frozen teacher that every task is also held to, with a small weight (Flow-OPD, arXiv 2605.08063)."""
+
+    weight: PositiveFloat = Field(0.02, description="factor on the anchor's part beside the task teacher's")
+
+
+class RewardSection(Section):
+    """One reward; a bare name stands for a mapping with that name."""
+
+    name: str = Field(description="as in opd_ds.rewards")
+    label: str = Field(description="what results call it; default: its name")
+    options: dict[str, Any] = Field(default_factory=dict, description="the reward's own, see its class")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        return {"label": value["name"], **value} if isinstance(value, dict) and "name" in value else value
+
+
+Cell = str | bool | int | float
+
+
+class PromptsSection(Section):
+    """Where prompts come from; a path alone stands for a mapping with that path."""
+
+    path: str = Field(
+        description="file (.txt, .jsonl, .parquet, .csv), package:<path inside opd_ds>, or a data set: folder or hub id"
+    )
+    column: str = Field("prompt", description="where the prompt stands; a .txt file is prompts alone")
+    metadata: tuple[str, ...] | None = Field(
+        None, description="columns that reach the rewards; default: all others, but for images, sound and bytes"
+    )
+    where: dict[str, Cell | tuple[Cell, ...]] = Field(
+        default_factory=dict, description="keep the rows whose columns hold this value, or one of these"
+    )
+    unique: bool = Field(False, description="keep only the first of equal prompts")
+    limit: PositiveInt | None = Field(None, description="keep only the first so many")
+    subset: str | None = Field(None, description="of a data set with several configurations")
+    split: str | None = Field(None, description="of a data set with several")
+    streaming: bool = Field(False, description="read a data set as it arrives instead of downloading all of it first")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class EvaluatedSection(Section):
+    """What is drawn and scored: a task, or a probe."""
+
+    eval_prompts: PromptsSection | None = Field(None, description="held-out prompts")
+    guidance: float | None = Field(None, ge=0, description="the student's on these; default rollout.guidance")
+    rewards: tuple[RewardSection, ...] = Field(
+        (), description="they monitor and never decide a gradient; the first is the headline"
+    )
+
+    @property
+    def headline(self) -> str | None:
+        """The label of the reward that stands for the task in summaries."""
+        return self.rewards[0].label if self.rewards else None
+
+
+class ProbeSection(EvaluatedSection):
+    """A prompt set that is drawn and scored beside the tasks and never trained on."""
+
+    eval_prompts: PromptsSection = Field(description="held-out prompts")
+
+
+class TrainedSection(EvaluatedSection):
+    prompts: PromptsSection = Field(description="training prompts")
+    weight: PositiveFloat = Field(1.0, description="factor on this task's loss")
+
+
+class TaskSection(TrainedSection):
+    teacher: TeacherSection
+
+
+class EvaluationSection(Section):
+    steps: PositiveInt = Field(40, description="Euler steps")
+    samples_per_prompt: PositiveInt = 1
+    micro_batch: PositiveInt = 16
+    seed: int = 1234
+    grid_prompts: NonNegativeInt = Field(4, description="prompts per task in image grids")
+    baselines: bool = Field(True, description="also score base and teachers, at the end of the run")
+
+
+class WatchSection(Section):
+    """Rewards measured between rounds, in a thread beside the training. Needs tasks with rewards."""
+
+    every: NonNegativeInt = Field(0, description="rounds between two reward evaluations; 0: never")
+    held_out: NonNegativeInt = Field(8, description="images per task of the first held-out prompts, on fixed noise")
+    rollouts: NonNegativeInt = Field(8, description="images per task of the round's own rollouts on rank 0")
