@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from opd_ds.cli.config import app as config_app
 from opd_ds.cli.data import app as data_app
 from opd_ds.cli.doctor import doctor
 from opd_ds.cli.eval import evaluate
@@ -23,6 +24,7 @@ from opd_ds.errors import Interrupted
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 miniature = typer.Typer(no_args_is_help=True, help="The embedded world: a tiny SD3 on handwritten digits.")
 app.add_typer(miniature, name="miniature")
+app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(rewards_app, name="rewards")
 app.command("eval")(evaluate)

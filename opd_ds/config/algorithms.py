@@ -51,9 +51,9 @@ class DistilConfig(RunConfig):
 
     resume_invariants: ClassVar[tuple[str, ...]] = (*RunConfig.resume_invariants, "objective")
 
-    objective: AnyObjective = ClosedForm()
+    objective: AnyObjective = Field(ClosedForm(), description="by what the student learns from its teachers")
     anchor: AnchorSection | None = None
-    tasks: dict[str, TaskSection] = Field(min_length=1)
+    tasks: dict[str, TaskSection] = Field(min_length=1, description="what is learned, by names of your own")
 
     @property
     def algorithm(self) -> Algorithm:
@@ -122,7 +122,7 @@ class TeachConfig(RunConfig):
 
     resume_invariants: ClassVar[tuple[str, ...]] = (*RunConfig.resume_invariants, "teach")
 
-    teach: AnyRewardAlgorithm
+    teach: AnyRewardAlgorithm = Field(description="by what the student learns from rewards")
     tasks: dict[str, LearnedSection] = Field(min_length=1)
 
     @property

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 
 class Section(BaseModel):
-    """Unknown keys are errors everywhere."""
+    """Unknown keys are errors everywhere.
+
+    Attributes:
+        short_key: the key that a text in place of the section gives; empty where it has to be a mapping.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    short_key: ClassVar[str] = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {cls.short_key: value} if cls.short_key and isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        section = handler(core_schema)
+        return {"anyOf": [{"type": "string"}, section]} if cls.short_key else section
 
 
 class Algorithm(Section):

@@ -10,13 +10,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from opd_ds.config.algorithms import ALGORITHMS, DistilConfig, TeachConfig
+from opd_ds.config.keys import CHOSEN_BY, all_keys, keys_at
 from opd_ds.config.paths import package_root
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import PromptsSection
 from opd_ds.errors import UserError, nearest
-
-# Sections that are one of several algorithms: the key that chooses.
-_CHOSEN_BY = {"teach": "algorithm", "objective": "method"}
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -160,19 +158,19 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 def _explain(kind: type[BaseModel], problem: Any) -> str:
     # A union's error names the chosen branch, which is no key.
     location = [
-        str(part) for place, part in enumerate(problem["loc"]) if place != 1 or problem["loc"][0] not in _CHOSEN_BY
+        str(part) for place, part in enumerate(problem["loc"]) if place != 1 or problem["loc"][0] not in CHOSEN_BY
     ]
     key = ".".join(location)
     value = problem["input"]
     shown = "" if isinstance(value, dict | BaseModel) else f" = {value!r}"
     if problem["type"] == "extra_forbidden":
-        fields = _fields_at(kind, location[:-1], problem["loc"])
-        similar = nearest(location[-1], fields) or nearest(key, _all_keys(kind))
+        fields = keys_at(kind, location[:-1], problem["loc"])
+        similar = nearest(location[-1], fields) or nearest(key, all_keys(kind))
         return f"{key}{shown}: unknown key; allowed here: {', '.join(fields)}.{similar}"
     if problem["type"] == "missing":
         return f"{key}: required and missing; add it to the config or give --set {key}=..."
     if problem["type"].startswith("union_tag"):
-        chosen = _CHOSEN_BY[key]
+        chosen = CHOSEN_BY[key]
         found = value.get(chosen) if isinstance(value, dict) else value
         allowed = problem.get("ctx", {}).get("expected_tags", "").replace("'", "") or ", ".join(
             name for name, section in ALGORITHMS.items() if chosen in section.model_fields
@@ -180,36 +178,3 @@ def _explain(kind: type[BaseModel], problem: Any) -> str:
         return f"{key}.{chosen} = {found!r}: allowed are {allowed}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key}{shown}: {message}" if key else message
-
-
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that an annotation such as `dict[str, TaskSection]` or `NftSection | GuardSection` holds."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for argument in getattr(annotation, "__args__", ()) for section in _sections(argument)]
-
-
-def _fields_at(kind: type[BaseModel], location: list[str], where: tuple[Any, ...]) -> list[str]:
-    """The keys that are valid in the section at `location`."""
-    model: type[BaseModel] = kind
-    skip = False
-    for part in location:
-        if skip or part.isdecimal():  # the free name of a task, the place in a list
-            skip = False
-            continue
-        annotation = model.model_fields[part].annotation
-        model, *others = _sections(annotation)
-        for other in others:
-            if ALGORITHMS.get(str(where[1])) is other:
-                model = other
-        skip = "[str, " in str(annotation)
-    return list(model.model_fields)
-
-
-def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in model.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _all_keys(field.annotation, f"{prefix}{name}.")
-    return keys

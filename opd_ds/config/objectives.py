@@ -19,9 +19,19 @@ class Objective(Algorithm):
 class PaperObjective(Objective):
     """What DiffusionOPD (arXiv 2605.15055) and its comparisons have in common."""
 
-    target: Literal["transition", "velocity", "x0"] = "transition"
-    weighting: Literal["kl", "uniform", "normalized"] = "kl"
-    clip: PositiveFloat = Field(1e-4, description="of the likelihood ratio; read with method = 'ppo' only")
+    target: Literal["transition", "velocity", "x0"] = Field(
+        "transition",
+        description="what student and teacher are compared in: the mean of the next state, the velocity, or the image "
+        "that it predicts",
+    )
+    weighting: Literal["kl", "uniform", "normalized"] = Field(
+        "kl",
+        description="of the steps: the exact KL's (for transition only), half the squared error of the target, or "
+        "that scaled to a mean of 1 over the steps",
+    )
+    clip: PositiveFloat = Field(
+        1e-4, description="the likelihood ratio counts as 1 - clip to 1 + clip; read with method = 'ppo' only"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> PaperObjective:

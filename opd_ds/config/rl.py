@@ -11,6 +11,8 @@ from opd_ds.config.sections import RewardSection, TrainedSection
 
 
 class WeightedReward(RewardSection):
+    """One reward that is learned from; a bare name stands for a mapping with that name."""
+
     weight: float = Field(1.0, description="factor on this reward in the sum that is learned from")
 
 
@@ -25,13 +27,12 @@ class LearnedSection(TrainedSection):
 
 class OldPolicySection(Section):
     """The policy that NFT samples with follows the trained one: after each round old = d * old + (1 - d) * new with
-    d = min(rate * max(0, s - start), maximum), s counting optimizer steps
-    (in fp16 those that were skipped too).
+    d = min(rate * max(0, s - start), maximum), s counting optimizer steps (in fp16 those that were skipped too).
     """
 
-    start: NonNegativeInt = 0
-    rate: float = Field(0.001, ge=0)
-    maximum: float = Field(0.5, ge=0, lt=1)
+    start: NonNegativeInt = Field(0, description="optimizer steps before d rises; until then old = new")
+    rate: float = Field(0.001, ge=0, description="by which d rises at every optimizer step")
+    maximum: float = Field(0.5, ge=0, lt=1, description="that d reaches")
 
 
 class RewardAlgorithm(Algorithm):
@@ -42,7 +43,7 @@ class RewardAlgorithm(Algorithm):
     algorithm: str
     group: int = Field(24, ge=2, description="images of one prompt, compared with each other")
     advantage_std: Literal["batch", "group"] = Field("batch", description="whose deviation scales the advantages")
-    advantage_clip: PositiveFloat = 5.0
+    advantage_clip: PositiveFloat = Field(5.0, description="advantages are cut off at this value on both sides of 0")
     reward_attempts: PositiveInt = Field(3, description="calls of a reward before images without a score are left out")
     schedule: Literal["together", "alternate"] = Field(
         "together", description="with several tasks: all in every round, or one after the other"

@@ -41,7 +41,9 @@ class RunConfig(Section, ABC):
 
     run: RunSection
     model: ModelSection
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "bf16", description="of weights and passes; masters, moments and averages are always fp32"
+    )
     deepspeed: str = Field("zero3", description="name in ds_configs/ or path of a DeepSpeed JSON")
     student: StudentSection = StudentSection()
     optimizer: OptimizerSection = OptimizerSection()

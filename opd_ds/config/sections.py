@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -16,6 +16,8 @@ ANCHOR = "(anchor)"
 
 
 class RunSection(Section):
+    """How long a run is, and what it writes when."""
+
     rounds: PositiveInt = Field(description="optimizer rounds in all")
     seed: int = Field(0, description="names every prompt and noise draw together with round, task and sample index")
     output_dir: Path = Field(description="metrics, TensorBoard, checkpoints and export go here")
@@ -37,6 +39,8 @@ class RunSection(Section):
 
 
 class ModelSection(Section):
+    """The base model of student and teachers, and how it is loaded."""
+
     family: str = Field("sd3", description="`opd-ds models` lists them")
     path: str = Field(description="diffusers folder, hub id, or package:<path inside opd_ds>")
     height: PositiveInt | None = Field(None, description="pixels; default: the model's own size")
@@ -45,7 +49,7 @@ class ModelSection(Section):
     max_text_length: PositiveInt | None = Field(
         None, description="tokens of a prompt; T5's where there are several encoders; default: the family's own"
     )
-    negative_prompt: str = ""
+    negative_prompt: str = Field("", description="of the pass without prompt, where guidance makes two passes")
     text_encoders: Literal["resident", "offload", "cached"] = Field(
         "offload",
         description="on the device all the time; there only to encode; or never loaded: read what `opd-ds data encode` "
@@ -62,37 +66,51 @@ class ModelSection(Section):
 
 
 class LoraSection(Section):
-    rank: PositiveInt = 32
-    alpha: PositiveFloat = 64
+    """The LoRA of a LoRA student."""
+
+    rank: PositiveInt = Field(32, description="of the two added matrices; more learns more, and takes more memory")
+    alpha: PositiveFloat = Field(64, description="the added weights are scaled by alpha / rank")
     targets: tuple[str, ...] | None = Field(None, description="modules to adapt; default: those of the model family")
 
 
 class EmaSection(Section):
-    decay: float = Field(0.9, ge=0, lt=1)
+    """The exponential moving average of the student's weights: what evaluation draws with and export writes."""
+
+    decay: float = Field(0.9, ge=0, lt=1, description="share of the old average in the new one; 0: no average is kept")
     warmup: bool = Field(True, description="decay = min(decay, (1 + updates) / (10 + updates))")
     every: PositiveInt = Field(1, description="optimizer steps between EMA updates")
 
 
 class StudentSection(Section):
-    kind: Literal["full", "lora"] = "full"
+    """What is trained."""
+
+    kind: Literal["full", "lora"] = Field(
+        "full", description="all weights of the network, or a LoRA on the frozen base"
+    )
     start: str | None = Field(
         None, description="weights to start from instead of the base's: a LoRA, or a full checkpoint where kind is full"
     )
     lora: LoraSection = LoraSection()
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="activations are computed again in the backward pass: less memory, one more forward pass"
+    )
     ema: EmaSection = EmaSection()
 
 
 class OptimizerSection(Section):
     """Fills the entries of the ds_config that say "auto"; an explicit entry there wins unless both are given."""
 
-    lr: PositiveFloat = 3e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
-    weight_decay: float = Field(1e-4, ge=0)
-    max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
-    warmup_rounds: NonNegativeInt = 0
-    schedule: Literal["constant", "cosine"] = "constant"
+    lr: PositiveFloat = Field(3e-4, description="learning rate, the highest of the schedule")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay of first and second moments")
+    eps: PositiveFloat = Field(1e-8, description="Adam's addition to the denominator")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW's, decoupled from the gradient")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="gradients with a larger norm are scaled down to it; 0: no clipping"
+    )
+    warmup_rounds: NonNegativeInt = Field(0, description="rounds in which the learning rate rises to lr")
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="the learning rate after the warmup: lr, or a half cosine down to the last round"
+    )
 
 
 class TrainedSteps(Section):
@@ -115,13 +133,25 @@ class TrainedSteps(Section):
 
 
 class RolloutSection(Section):
+    """How the student draws the images that it learns on."""
+
     samples: PositiveInt = Field(description="trajectories per task and round over all ranks")
-    steps: PositiveInt = 10
-    kernel: Literal["euler", "flow", "dance", "ddim", "dpm1", "dpm2", "cps"] = "euler"
-    noise_level: float = Field(0.0, ge=0)
+    steps: PositiveInt = Field(10, description="sampler steps of a trajectory")
+    kernel: Literal["euler", "flow", "dance", "ddim", "dpm1", "dpm2", "cps"] = Field(
+        "euler", description="sampler; flow, dance, ddim and cps draw noise at every step, the others do not"
+    )
+    noise_level: float = Field(
+        0.0,
+        ge=0,
+        description="of the noise at every step; 0 makes every sampler deterministic; ddim and cps: at most 1",
+    )
     guidance: float = Field(4.5, ge=0, description="the student's, in rollout, training and evaluation")
     micro_batch: PositiveInt = Field(8, description="trajectories per forward and rank")
-    mode: Literal["buffered", "fused"] = "buffered"
+    mode: Literal["buffered", "fused"] = Field(
+        "buffered",
+        description="training after the rollout, from a buffer; or in the rollout's own forward pass, which saves one "
+        "pass per step and needs shared or resident teachers",
+    )
     gather: Literal["auto", "once", "per_layer"] = Field(
         "auto",
         description="under ZeRO-3, for rollouts and evaluation: the student's weights whole on every rank, once, or "
@@ -151,11 +181,15 @@ class RolloutSection(Section):
 
 
 class TrainSection(Section):
+    """How a round's pairs are trained on."""
+
     micro_batch: PositiveInt = Field(8, description="(state, step) pairs per forward/backward and rank")
     inner_epochs: PositiveInt = Field(1, description="passes over the buffer, each one optimizer step")
 
 
 class ScoringSection(Section):
+    """How frozen networks are asked: teachers, and earlier policies of the student."""
+
     micro_batch: PositiveInt | Literal["auto"] | None = Field(
         None,
         description="pairs per teacher forward and rank; default: train's, so that a student that is its own teacher "
@@ -164,6 +198,10 @@ class ScoringSection(Section):
 
 
 class TeacherSection(Section):
+    """The model that a task is learned from; a path alone stands for a mapping with that path."""
+
+    short_key: ClassVar[str] = "path"
+
     path: str = Field(description="LoRA or full checkpoint: folder, safetensors file, hub id or package:<path>")
     guidance: float = Field(4.5, ge=0, description="the teacher's own, apart from the student's")
     placement: Literal["auto", "resident", "shared", "offload", "stream", "zero_inference"] = Field(
@@ -174,11 +212,6 @@ class TeacherSection(Section):
     )
     deepspeed: str | None = Field(None, description="ds_config of a zero_inference teacher; default zero_inference_gpu")
     trust_base: bool = Field(False, description="accept a LoRA that names another base (a renamed copy of ours)")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> TeacherSection:
@@ -217,13 +250,15 @@ class AnchorSection(TeacherSection):
 class RewardSection(Section):
     """One reward; a bare name stands for a mapping with that name."""
 
+    short_key: ClassVar[str] = "name"
+
     name: str = Field(description="as in opd_ds.rewards")
-    label: str = Field(description="what results call it; default: its name")
+    label: str = Field("", description="what results call it; default: its name")
     options: dict[str, Any] = Field(default_factory=dict, description="the reward's own, see its class")
 
     @model_validator(mode="before")
     @classmethod
-    def _short_forms(cls, value: Any) -> Any:
+    def _short_form(cls, value: Any) -> Any:
         if isinstance(value, str):
             value = {"name": value}
         return {"label": value["name"], **value} if isinstance(value, dict) and "name" in value else value
@@ -234,6 +269,8 @@ Cell = str | bool | int | float
 
 class PromptsSection(Section):
     """Where prompts come from; a path alone stands for a mapping with that path."""
+
+    short_key: ClassVar[str] = "path"
 
     path: str = Field(
         description="file (.txt, .jsonl, .parquet, .csv), package:<path inside opd_ds>, or a data set: folder or hub id"
@@ -250,11 +287,6 @@ class PromptsSection(Section):
     subset: str | None = Field(None, description="of a data set with several configurations")
     split: str | None = Field(None, description="of a data set with several")
     streaming: bool = Field(False, description="read a data set as it arrives instead of downloading all of it first")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
 
 
 class EvaluatedSection(Section):
@@ -279,19 +311,25 @@ class ProbeSection(EvaluatedSection):
 
 
 class TrainedSection(EvaluatedSection):
+    """A task."""
+
     prompts: PromptsSection = Field(description="training prompts")
     weight: PositiveFloat = Field(1.0, description="factor on this task's loss")
 
 
 class TaskSection(TrainedSection):
+    """A task that is learned from its teacher."""
+
     teacher: TeacherSection
 
 
 class EvaluationSection(Section):
+    """How held-out prompts are drawn, during the run and at its end."""
+
     steps: PositiveInt = Field(40, description="Euler steps")
-    samples_per_prompt: PositiveInt = 1
-    micro_batch: PositiveInt = 16
-    seed: int = 1234
+    samples_per_prompt: PositiveInt = Field(1, description="images of every prompt, from noise of their own")
+    micro_batch: PositiveInt = Field(16, description="images per forward and rank")
+    seed: int = Field(1234, description="of the noise; the same for every model, so that images can be compared")
     grid_prompts: NonNegativeInt = Field(4, description="prompts per task in image grids")
     baselines: bool = Field(True, description="also score base and teachers, at the end of the run")
 
