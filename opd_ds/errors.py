@@ -20,7 +20,9 @@ class DamagedCheckpointError(UserError):
 
 
 class Interrupted(SystemExit):
-    """The run saved its state and left, after a signal; `code` tells whether it wants to be started again."""
+    """The run saved its state and left, after a signal; `code`, never 0, tells whether it wants to be started again."""
+
+    code: int
 
 
 @contextmanager

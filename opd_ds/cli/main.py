@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from opd_ds.cli.config import app as config_app
 from opd_ds.cli.data import app as data_app
@@ -18,10 +19,28 @@ from opd_ds.cli.models import models
 from opd_ds.cli.plan import plan
 from opd_ds.cli.rewards import app as rewards_app
 from opd_ds.cli.train import teach, train
+from opd_ds.cluster.endings import EndedEarlyError, no_silent_end
 from opd_ds.cluster.failures import report_and_exit
 from opd_ds.errors import Interrupted
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+class _Commands(TyperGroup):
+    """All commands. Typer's own endings are exceptions of other kinds; what these are, a library has raised."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except Interrupted:
+            raise
+        except SystemExit as end:
+            raise EndedEarlyError(f"exit({end.code!r}) was called before the command was done") from end
+        except EOFError as error:  # typer (0.29) would say nothing but "Aborted!"
+            raise EndedEarlyError(f"a file ended too early: {error}") from error
+
+
+app = typer.Typer(
+    cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+)
 miniature = typer.Typer(no_args_is_help=True, help="The embedded world: a tiny SD3 on handwritten digits.")
 app.add_typer(miniature, name="miniature")
 app.add_typer(config_app, name="config")
@@ -74,7 +93,8 @@ def build_miniature(
 def main() -> None:
     """Run the command; see `opd_ds.cluster.failures` for how errors are said."""
     try:
-        app()
+        with no_silent_end():
+            app()
     except BaseException as error:
         if isinstance(error, SystemExit) and not isinstance(error, Interrupted):  # typer's own ending
             raise

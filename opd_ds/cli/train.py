@@ -14,6 +14,9 @@ Recipe = Annotated[str | None, typer.Option(help="a shipped recipe, see `opd-ds 
 Config = Annotated[Path | None, typer.Option(help="your own YAML run config")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, repeatable")]
 Resume = Annotated[str, typer.Option(help="never, auto, or the folder of a checkpoint")]
+DoneFile = Annotated[
+    Path | None, typer.Option(help="made on every node once all is done; the launcher scripts look for it")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved run and start nothing")]
 
 
@@ -23,16 +26,24 @@ def _command(only_teach: bool, text: str) -> Callable[..., None]:
         config: Config = None,
         overrides: Overrides = None,
         resume: Resume = "never",
+        done_file: DoneFile = None,
         dry_run: DryRun = False,
     ) -> None:
-        _start(recipe, config, overrides or [], resume, dry_run=dry_run, only_teach=only_teach)
+        _start(recipe, config, overrides or [], resume, done_file, dry_run=dry_run, only_teach=only_teach)
 
     command.__doc__ = text
     return command
 
 
 def _start(
-    recipe: str | None, config: Path | None, overrides: list[str], resume: str, *, dry_run: bool, only_teach: bool
+    recipe: str | None,
+    config: Path | None,
+    overrides: list[str],
+    resume: str,
+    done_file: Path | None,
+    *,
+    dry_run: bool,
+    only_teach: bool,
 ) -> None:
     from opd_ds.cluster.rendezvous import prepare_environment
     from opd_ds.cluster.signals import listen
@@ -62,6 +73,8 @@ def _start(
     timeout = timedelta(minutes=settings.run.hang_minutes + 10)
     with init_group(world, timeout, deterministic=settings.run.deterministic) as group:
         run_training(settings, group, resume)
+    if done_file is not None and world.local_rank == 0:
+        done_file.touch()
 
 
 train = _command(

@@ -37,7 +37,7 @@ def report_and_exit(error: BaseException) -> None:
     """
     if isinstance(error, Interrupted):
         # The state is saved. A normal exit would wait for rewards that are still being computed.
-        _end(error.code if isinstance(error.code, int) else 0)
+        _end(error.code)
     watchdog = _watchdog()
     if watchdog is not None:
         ignore_signals()
@@ -97,7 +97,7 @@ def _message(error: BaseException, where: str) -> str:
     if isinstance(error, OSError) and error.errno in _DISK:
         file = f" {error.filename}" if error.filename else ""
         return f"opd-ds: error: {where}could not write{file}: {error.strerror}; the last checkpoint is intact"
-    trace = "".join(traceback.format_exception(error))
+    trace = "".join(traceback.format_exception(error)).rstrip()
     return f"opd-ds: {where}failed:\n{trace}"
 
 

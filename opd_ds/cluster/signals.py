@@ -32,6 +32,7 @@ class StopRequest:
     def __init__(self) -> None:
         self._asked: frozenset[int] = frozenset()  # replaced, not changed: two threads look at it
         self._first = 0.0
+        self._ended = False
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         # Python runs a handler only when its main thread is back from C++, which a hanging collective never is. The
@@ -48,12 +49,18 @@ class StopRequest:
                     self._note(number)
 
     def _note(self, number: int) -> None:
+        if self._ended:
+            return
         now = time.monotonic()
         if self._asked and now - self._first > SAME_REQUEST_SECONDS:
             os._exit(128 + number)  # what is being written has no name yet: nothing is damaged
         if not self._asked:
             self._first = now
         self._asked |= {number}
+
+    def ignore(self) -> None:
+        """From here on signals change nothing."""
+        self._ended = True
 
     def agreed(self, group: Gathers) -> int | None:
         """The exit code all ranks are to leave with if any of them was asked to stop, else None: 75 after SIGUSR1, 143
@@ -63,6 +70,11 @@ class StopRequest:
         if not asked:
             return None
         return RESTART if signal.SIGUSR1 in asked else 128 + max(asked)
+
+
+def _in_main_thread() -> bool:
+    """Python installs signal handlers in no other thread."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
@@ -86,11 +98,16 @@ def ignore_signals() -> None:
     Launchers and SLURM send SIGTERM to the other ranks as soon as the first is gone; a rank that dies of it would hide
     the exit code on which they agreed.
     """
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    if _request is not None:
+        _request.ignore()
+    if _in_main_thread():
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def exit_code_on_sigterm(code: int) -> None:
-    """From here on SIGTERM ends the process with this exit code, and in silence."""
+    """From here on SIGTERM ends the process with this exit code, and in silence. Only the main thread can say so."""
+    if not _in_main_thread():
+        return
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(code))

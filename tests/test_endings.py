@@ -1,0 +1,84 @@
+"""A run ends with 0 only when it did what it was asked to do, whatever a library does; real processes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from opd_ds.cluster.rendezvous import unused_port
+from tests.ranks import SET_BY_LAUNCHERS, fork
+from tests.tiny import run_settings, write_config
+
+# What a library may do in round 2 of 3, and what is said of it.
+SCRIPT = """
+import os, sys, threading
+import opd_ds.cluster.watchdog
+import opd_ds.training.trainer
+from opd_ds.cli.main import main
+
+opd_ds.cluster.watchdog.BEAT_SECONDS = 0.5
+plain = opd_ds.training.trainer.Trainer.run_round
+
+def in_thread(work):
+    thread = threading.Thread(target=work, name="writer")
+    thread.start()
+    thread.join(30)
+
+def run_round(self, index):
+    if index == 1 and os.environ.get("RANK", "0") in {ranks!r}:
+        {deed}
+    return plain(self, index)
+
+opd_ds.training.trainer.Trainer.run_round = run_round
+sys.argv = ["opd-ds", "train", *sys.argv[1:]]
+main()
+"""
+DEEDS = {
+    "nothing": ("pass", ""),
+    "exit": ("exit(0)", "exit(0) was called before the command was done"),
+    "os._exit": ("os._exit(0)", "rank.py:17, before the command was done"),
+    "end of file": ("raise EOFError('Ran out of input')", "a file ended too early: Ran out of input"),
+    "thread": ("in_thread(lambda: {}['x'])", "thread 'writer' ended before the command was done: KeyError('x')"),
+    "exit in a thread": ("in_thread(exit)", "thread 'writer' ended before the command was done: SystemExit(None)"),
+}
+
+
+def run(world: Path, folder: Path, deed: str, ranks: tuple[str, ...], count: int = 1) -> tuple[list[int], list[str]]:
+    """Exit codes and outputs of `count` ranks, of which `ranks` do the deed."""
+    config = write_config(folder / "run.yaml", run_settings(world, folder / "out"))
+    script = folder / "rank.py"
+    script.write_text(SCRIPT.format(deed=DEEDS[deed][0], ranks=ranks))
+    plain = {name: value for name, value in os.environ.items() if name not in SET_BY_LAUNCHERS}
+    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(unused_port())}
+    processes = [
+        fork(
+            str(script), "--config", str(config), "--done-file", str(folder / "done"),
+            environment=plain | (shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}),
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+    return [process.wait(120) for process in processes], [process.output for process in processes]
+
+
+@pytest.mark.parametrize("deed", DEEDS)
+def test_a_library_does_not_end_a_run_in_silence(tiny_world: Path, tmp_path: Path, deed: str) -> None:
+    (code,), (said,) = run(tiny_world, tmp_path, deed, ("0",))
+    expected = DEEDS[deed][1]
+    assert code == (1 if expected else 0), said
+    assert expected in said.splitlines()[-1]
+    assert (tmp_path / "done").exists() == (code == 0)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("ranks", [("1",), ("0", "1")], ids=["one", "all"])
+@pytest.mark.parametrize("deed", ["exit", "os._exit"])
+def test_ranks_that_are_ended_all_say_failure(
+    tiny_world: Path, tmp_path: Path, deed: str, ranks: tuple[str, ...]
+) -> None:
+    codes, outputs = run(tiny_world, tmp_path, deed, ranks, count=2)
+    assert codes == [1, 1], outputs
+    assert "".join(outputs).count("EndedEarlyError: ") == 1
+    assert not (tmp_path / "done").exists()
