@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from opd_ds.cli.train import Config, Overrides, Recipe
+from opd_ds.errors import UserError
 
 Gpus = Annotated[str, typer.Option(help="devices to plan for, as 8xH100-80GB; 2xcpu for processes on a CPU")]
 Fit = Annotated[str | None, typer.Option(help="devices, as for --gpus: search the fastest setting that fits on them")]
+HostMemory = Annotated[
+    str | None,
+    typer.Option(help="GiB of a node's host memory, or `here` for this machine's; default: what the kind usually has"),
+]
+Write = Annotated[Path | None, typer.Option(help="write the run with the recommended setting to this file")]
 Json = Annotated[bool, typer.Option("--json", help="print one object, sizes in bytes")]
 
 
@@ -20,45 +27,39 @@ def plan(
     overrides: Overrides = None,
     gpus: Gpus = "8xH100-80GB",
     fit: Fit = None,
+    host_memory: HostMemory = None,
+    write: Write = None,
     as_json: Json = False,
 ) -> None:
-    """What a run will need: memory by part, passes and seconds a round. Needs neither weights nor GPUs.
+    """What a run will need: memory by part, passes and seconds a round; and the fastest setting that fits.
 
-    Takes a minute or more: the network's passes are measured without data.
+    Needs neither weights nor GPUs. Takes a minute or more: the network's passes are measured without data.
     """
     from opd_ds.cluster.rendezvous import prepare_environment
     from opd_ds.cluster.world import World
     from opd_ds.config.loading import load_config
-    from opd_ds.plan.devices import parse_devices
+    from opd_ds.plan.devices import parse_devices, parse_host_memory
 
     settings = load_config(recipe, config, overrides or [])
-    devices = parse_devices(gpus, "--gpus") if fit is None else parse_devices(fit, "--fit")
+    host = parse_host_memory(host_memory, "--host-memory")
+    devices = parse_devices(fit or gpus, "--fit" if fit else "--gpus", host)
+    if write is not None and write.exists():
+        raise UserError(f"--write {write}: is there already, and nothing is overwritten; give another name")
     prepare_environment(World())
 
-    from opd_ds.errors import UserError
-    from opd_ds.plan import planner, report
-    from opd_ds.plan.costs import Costs
-    from opd_ds.plan.network import find_model
+    from opd_ds.plan import report
+    from opd_ds.plan.planner import compare
     from opd_ds.utils.logging import quiet_libraries
 
     quiet_libraries()
-    costs = Costs(find_model(settings), settings)
-    problem = setting = None
-    try:
-        setting, found = planner.fit(settings, costs, devices)
-    except UserError as error:
-        if fit is not None:
-            raise
-        problem = str(error)
-    if fit is None:
-        found = planner.make_plan(settings, costs, devices)
-    data = report.as_json(found, costs, setting)
-    if as_json:
-        typer.echo(json.dumps(data, indent=1))
-        return
-    typer.echo(report.as_text(data))
-    typer.echo(f"\n# {'the plan above' if fit else 'recommended'}: the fastest setting that fits on {devices}")
-    if setting is None:
-        typer.echo(problem)
-        return
-    typer.echo(" \\\n".join(f"  --set {line}" for line in setting.overrides(settings)))
+    found = compare(settings, devices)
+    if fit is not None and found.recommended is None:
+        raise UserError(found.problem)
+    data = report.as_json(found, detailed=found.recommended if fit else found.configured)
+    typer.echo(json.dumps(data, indent=1) if as_json else report.as_text(data))
+    if write is not None:
+        if found.setting is None:
+            raise UserError(f"--write {write}: not written; {found.problem}")
+        best = load_config(recipe, config, [*(overrides or []), *found.setting.overrides(settings)])
+        write.write_text(report.as_config(best, str(devices)), encoding="utf-8")
+        typer.echo(f"\nwritten to {write}", err=as_json)

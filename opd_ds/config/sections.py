@@ -55,6 +55,9 @@ class ModelSection(Section):
         description="on the device all the time; there only to encode; or never loaded: read what `opd-ds data encode` "
         "wrote",
     )
+    decode_micro_batch: PositiveInt | None = Field(
+        None, description="images that the VAE decodes at once; default: as many as are drawn at once"
+    )
     compile_blocks: bool = Field(
         False,
         description="torch.compile of the network's blocks, student's and teachers'; minutes at the first round. Under "

@@ -136,6 +136,7 @@ class ModelFamily(ABC):
         max_text_length: tokens of the longest prompt (of T5 where there are several encoders); None takes the family's
             default.
         text_encoders: `resident` keeps them on the device, `offload` brings them there only to encode.
+        decode_micro_batch: images that the VAE decodes at once; None: all that it is given.
 
     Raises:
         UserError: a folder of another layout, or a size that the network cannot draw.
@@ -167,10 +168,12 @@ class ModelFamily(ABC):
         frames: int | None = None,
         max_text_length: int | None = None,
         text_encoders: Literal["resident", "offload"] = "offload",
+        decode_micro_batch: int | None = None,
     ) -> None:
         self.path, self.dtype, self.device = path, dtype, device
         self.max_text_length = max_text_length or self.default_text_length
         self._keep_encoders = text_encoders == "resident"
+        self._decoded_at_once = decode_micro_batch
         self._transformer_config = self._read_config("transformer/config.json")
         found = self._transformer_config.get("_class_name")
         if found != self.transformer_class:
@@ -366,7 +369,8 @@ class ModelFamily(ABC):
                 vae = _diffusers_class(self.vae_class).from_pretrained(self.path, subfolder="vae", dtype=self.dtype)
                 self._vae = vae.requires_grad_(False).eval().to(self.device)
         with torch.no_grad():
-            pictures = self.decode_with(self._vae, latents.to(self.device, self.dtype))
+            parts = latents.to(self.device, self.dtype).split(self._decoded_at_once or len(latents))
+            pictures = torch.cat([self.decode_with(self._vae, part) for part in parts])
         return (pictures.float() / 2 + 0.5).clamp(0, 1)
 
     def check_adapter(self, path: Path) -> None:

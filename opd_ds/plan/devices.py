@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from opd_ds.cluster.world import World
 from opd_ds.errors import UserError, nearest
+from opd_ds.utils.machine import host_memory
 
 GIB = 2**30
 GPUS_PER_NODE = 8
@@ -21,6 +22,7 @@ class DeviceKind:
         flops: bf16 peak a second, without sparsity.
         link: bytes a second and direction to the other GPUs of a node.
         host: bytes a second between device and host memory.
+        host_memory: bytes of its node's host memory for each device, as machines with this kind usually have; assumed.
     """
 
     name: str
@@ -28,6 +30,7 @@ class DeviceKind:
     flops: float
     link: float
     host: float
+    host_memory: float
 
     @property
     def is_cpu(self) -> bool:
@@ -38,29 +41,39 @@ class DeviceKind:
 _KINDS = {
     kind.name: kind
     for kind in (
-        DeviceKind("A100-40GB", 39.4 * GIB, 312e12, 300e9, 25e9),
-        DeviceKind("A100-80GB", 79.2 * GIB, 312e12, 300e9, 25e9),
-        DeviceKind("H100-80GB", 79.1 * GIB, 989e12, 450e9, 50e9),
-        DeviceKind("H200-141GB", 139.8 * GIB, 989e12, 450e9, 50e9),
-        DeviceKind("B200-180GB", 178.0 * GIB, 2250e12, 900e9, 50e9),
-        DeviceKind("A6000-48GB", 47.5 * GIB, 155e12, 25e9, 25e9),
-        DeviceKind("L40S-48GB", 44.7 * GIB, 362e12, 25e9, 25e9),
-        DeviceKind("RTX4090-24GB", 23.5 * GIB, 165e12, 25e9, 25e9),
-        DeviceKind("cpu", 64.0 * GIB, 0.1e12, 10e9, 10e9),
+        DeviceKind("A100-40GB", 39.4 * GIB, 312e12, 300e9, 25e9, 128 * GIB),
+        DeviceKind("A100-80GB", 79.2 * GIB, 312e12, 300e9, 25e9, 128 * GIB),
+        DeviceKind("H100-80GB", 79.1 * GIB, 989e12, 450e9, 50e9, 224 * GIB),
+        DeviceKind("H200-141GB", 139.8 * GIB, 989e12, 450e9, 50e9, 224 * GIB),
+        DeviceKind("B200-180GB", 178.0 * GIB, 2250e12, 900e9, 50e9, 224 * GIB),
+        DeviceKind("A6000-48GB", 47.5 * GIB, 155e12, 25e9, 25e9, 64 * GIB),
+        DeviceKind("L40S-48GB", 44.7 * GIB, 362e12, 25e9, 25e9, 96 * GIB),
+        DeviceKind("RTX4090-24GB", 23.5 * GIB, 165e12, 25e9, 25e9, 64 * GIB),
+        DeviceKind("cpu", 64.0 * GIB, 0.1e12, 10e9, 10e9, 64 * GIB),
     )
 }
 
 
 @dataclass(frozen=True)
 class Devices:
-    """So many devices of one kind, at most eight on a node."""
+    """So many devices of one kind, at most eight on a node.
+
+    Attributes:
+        host: bytes of a node's host memory; None: what the kind usually has.
+    """
 
     kind: DeviceKind
     count: int
+    host: float | None = None
 
     @property
     def per_node(self) -> int:
         return min(self.count, GPUS_PER_NODE)
+
+    @property
+    def host_memory(self) -> float:
+        """Bytes of a node's host memory."""
+        return self.per_node * self.kind.host_memory if self.host is None else self.host
 
     @property
     def world(self) -> World:
@@ -70,8 +83,25 @@ class Devices:
         return f"{self.count}x{self.kind.name}"
 
 
-def parse_devices(text: str, option: str) -> Devices:
-    """`8xH100-80GB`, `H100-80GB` for one, `2xcpu`.
+def parse_host_memory(text: str | None, option: str) -> float | None:
+    """Bytes, from GiB or `here`; None where nothing is said.
+
+    Raises:
+        UserError: no positive number.
+    """
+    if text is None or text == "here":
+        return text and host_memory()
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = 0.0
+    if not 0 < gib < float("inf"):
+        raise UserError(f"{option} = {text!r}: allowed are GiB of a node, as 1024, or `here` for this machine's memory")
+    return gib * GIB
+
+
+def parse_devices(text: str, option: str, host: float | None = None) -> Devices:
+    """`8xH100-80GB`, `H100-80GB` for one, `2xcpu`; `host` as in `Devices`.
 
     Raises:
         UserError: an unknown kind, no positive count, or nodes that are not full.
@@ -86,4 +116,4 @@ def parse_devices(text: str, option: str) -> Devices:
     number = int(count or 1)
     if number < 1 or (number > GPUS_PER_NODE and number % GPUS_PER_NODE):
         raise UserError(f"{option} = {text!r}: allowed are 1 to {GPUS_PER_NODE} devices or multiples of them")
-    return Devices(_KINDS[names[kind.lower()]], number)
+    return Devices(_KINDS[names[kind.lower()]], number, host)

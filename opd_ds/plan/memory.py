@@ -355,12 +355,19 @@ def _vae(config: RunConfig, costs: Costs, devices: Devices, element: int, *, eva
     """
     parts = [Part("VAE", element * costs.model.vae_parameters)]
     if evaluating:
-        decode = costs.decode(config.evaluation.micro_batch).peak
+        decode = decoded_bytes(config, costs, config.evaluation.micro_batch)
         parts.append(Part("VAE decode", decode, frozenset({Phase.DECODE})))
     if config.learns_from_rewards:
         drawn = min(config.rollout.micro_batch, rows_per_rank(config, devices))
-        parts.append(Part("VAE decode", costs.decode(drawn).peak, frozenset({Phase.ROLLOUT})))
+        parts.append(Part("VAE decode", decoded_bytes(config, costs, drawn), frozenset({Phase.ROLLOUT})))
     return parts
+
+
+def decoded_bytes(config: RunConfig, costs: Costs, images: int) -> float:
+    """The most that decoding so many images takes: those that the VAE works on, and those that are done."""
+    at_once = min(images, config.model.decode_micro_batch or images)
+    whole, part = costs.decode(images), costs.decode(at_once)
+    return part.peak + (whole.saved - part.saved)
 
 
 def _rewards(config: RunConfig) -> list[Part]:

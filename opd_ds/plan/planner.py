@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from opd_ds.config.schema import RunConfig
@@ -11,7 +12,9 @@ from opd_ds.errors import UserError
 from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import GIB, Devices
 from opd_ds.plan.memory import Memory, allowance, layout, rows_per_rank, run_memory
+from opd_ds.plan.network import find_model
 from opd_ds.plan.timing import Seconds, round_seconds
+from opd_ds.plan.zero import Phase
 
 AS_FAST = 1.03  # the estimate is no finer than that
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -36,8 +39,19 @@ class Plan:
         return self.memory.peak + allowance(self.memory, self.devices)
 
     @property
+    def host_needed(self) -> float:
+        """Bytes on a node's host; on CPUs the tensors of its processes too."""
+        tensors = self.devices.per_node * self.memory.peak if self.devices.kind.is_cpu else 0.0
+        return self.memory.host_peak(self.devices.per_node) + tensors
+
+    @property
+    def fills(self) -> float:
+        """Bytes needed in parts of what is there, on a device or on a host, whichever is nearer its limit."""
+        return max(self.needed / self.devices.kind.memory, self.host_needed / self.devices.host_memory)
+
+    @property
     def fits(self) -> bool:
-        return self.needed <= self.devices.kind.memory
+        return self.fills <= 1
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,8 @@ class Setting:
 
     Attributes:
         placement: of all teachers; None where there is none.
+        rollout, train, evaluate: micro-batches.
+        decode: images that the VAE decodes at once; None: all of a micro-batch.
     """
 
     deepspeed: str
@@ -53,6 +69,13 @@ class Setting:
     placement: str | None
     rollout: int
     train: int
+    evaluate: int
+    decode: int | None
+
+    @property
+    def layout(self) -> tuple[str, bool, str | None]:
+        """Where things are, whatever the batches."""
+        return self.deepspeed, self.checkpointing, self.placement
 
     def of(self, config: RunConfig) -> RunConfig:
         """`config` with this setting."""
@@ -61,6 +84,8 @@ class Setting:
             "student": config.student.model_copy(update={"gradient_checkpointing": self.checkpointing}),
             "rollout": config.rollout.model_copy(update={"micro_batch": self.rollout}),
             "train": config.train.model_copy(update={"micro_batch": self.train}),
+            "evaluation": config.evaluation.model_copy(update={"micro_batch": self.evaluate}),
+            "model": config.model.model_copy(update={"decode_micro_batch": self.decode}),
         }
         if self.placement is not None:
             place = {"placement": self.placement, "deepspeed": None}
@@ -77,6 +102,8 @@ class Setting:
             f"student.gradient_checkpointing={str(self.checkpointing).lower()}",
             f"rollout.micro_batch={self.rollout}",
             f"train.micro_batch={self.train}",
+            f"evaluation.micro_batch={self.evaluate}",
+            f"model.decode_micro_batch={'null' if self.decode is None else self.decode}",
         ]
         if self.placement is not None:
             # Forwards that may be collective: as many on every rank.
@@ -97,10 +124,50 @@ def make_plan(config: RunConfig, costs: Costs, devices: Devices) -> Plan:
     return Plan(config, devices, memory, seconds)
 
 
-def settings(config: RunConfig, devices: Devices) -> Iterator[Setting]:
-    """The search space. Stage 0 is left out in half precision: there gradients of many micro-batches would add up in
-    it.
+@dataclass(frozen=True)
+class Comparison:
+    """A run as it is configured beside the fastest setting that fits.
+
+    Attributes:
+        configured: None where the configured ds_config does not go with the devices.
+        problem: why there is no recommendation, or why the configured run has no plan; empty where both are there.
     """
+
+    costs: Costs
+    devices: Devices
+    configured: Plan | None
+    setting: Setting | None
+    recommended: Plan | None
+    problem: str
+
+
+def compare(config: RunConfig, devices: Devices) -> Comparison:
+    """Both plans.
+
+    Raises:
+        UserError: the model is unknown, or neither the configured run nor any setting can be planned.
+    """
+    costs = Costs(find_model(config), config)
+    configured = setting = recommended = None
+    problems: list[UserError] = []
+    try:
+        configured = make_plan(config, costs, devices)
+    except UserError as error:
+        problems.append(error)
+    try:
+        setting, recommended = fit(config, costs, devices)
+    except UserError as error:
+        problems.append(error)
+    if configured is None and recommended is None:
+        raise problems[0]
+    return Comparison(costs, devices, configured, setting, recommended, " ".join(map(str, problems)))
+
+
+def settings(config: RunConfig, devices: Devices) -> Iterator[Setting]:
+    """The search space, with evaluation and decoding as configured. Stage 0 is left out in half precision: there
+    gradients of many micro-batches would add up in it.
+    """
+    evaluate, decode = config.evaluation.micro_batch, config.model.decode_micro_batch
     rows = rows_per_rank(config, devices)
     fused = config.rollout.mode == "fused"
     rollouts = _up_to(rows * config.tasks_per_round)
@@ -111,7 +178,7 @@ def settings(config: RunConfig, devices: Devices) -> Iterator[Setting]:
             for placement in placements:
                 for rollout in rollouts:
                     for train in trains:
-                        yield Setting(deepspeed, checkpointing, placement, rollout, train)
+                        yield Setting(deepspeed, checkpointing, placement, rollout, train, evaluate, decode)
 
 
 def _up_to(most: int) -> tuple[int, ...]:
@@ -119,27 +186,65 @@ def _up_to(most: int) -> tuple[int, ...]:
 
 
 def fit(config: RunConfig, costs: Costs, devices: Devices) -> tuple[Setting, Plan]:
-    """The fastest setting that fits; of those that are as fast within 3 %, the first of `settings`: the plainest.
+    """The fastest setting that fits. Of those that are as fast within 3 %: the plainest layout, the first of
+    `settings`, and in it the largest micro-batches, which is where the estimate is least to be trusted.
 
     Raises:
-        UserError: none fits, naming the largest part of the one that needs least.
+        UserError: none fits, naming the largest part of the one that comes nearest.
     """
     fitting: list[tuple[Setting, Plan]] = []
-    smallest: Plan | None = None
+    nearest: Plan | None = None
     for setting in settings(config, devices):
-        plan = make_plan(setting.of(config), costs, devices)
-        if smallest is None or plan.needed < smallest.needed:
-            smallest = plan
+        setting, plan = _evaluated_in_less(setting, config, costs, devices)
+        if nearest is None or plan.fills < nearest.fills:
+            nearest = plan
         if plan.fits:
             fitting.append((setting, plan))
-    if fitting:
-        fastest = min(plan.seconds.total for _, plan in fitting)
-        return next((setting, plan) for setting, plan in fitting if plan.seconds.total <= fastest * AS_FAST)
-    assert smallest is not None
-    phase = smallest.memory.worst
-    largest = max((part for part in smallest.memory.device if part.alive(phase)), key=lambda part: part.nbytes)
-    raise UserError(
-        f"{devices}: nothing fits; the setting that needs least takes {smallest.needed / GIB:.1f} GiB of "
+    if not fitting:
+        assert nearest is not None
+        raise UserError(_nothing_fits(nearest))
+    fastest = min(plan.seconds.total for _, plan in fitting)
+    as_fast = [(setting, plan) for setting, plan in fitting if plan.seconds.total <= fastest * AS_FAST]
+    plainest = as_fast[0][0].layout
+    return max(
+        (found for found in as_fast if found[0].layout == plainest), key=lambda found: found[0].rollout * found[0].train
+    )
+
+
+def _evaluated_in_less(setting: Setting, config: RunConfig, costs: Costs, devices: Devices) -> tuple[Setting, Plan]:
+    """`setting`, with smaller evaluation micro-batches and decoding image by image as far as only that makes it fit.
+    An evaluation is no part of a round: this costs no time that is planned.
+    """
+    sizes = [setting.evaluate, *(size for size in reversed(_SIZES) if size < setting.evaluate)]
+    for evaluate, decode in product(sizes, dict.fromkeys((setting.decode, 1))):
+        tried = replace(setting, evaluate=evaluate, decode=decode)
+        plan = make_plan(tried.of(config), costs, devices)
+        if plan.fits or not _evaluation_decides(plan):
+            break
+    return tried, plan
+
+
+def _evaluation_decides(plan: Plan) -> bool:
+    """Whether what does not fit is a phase that draws for an evaluation, or that decodes."""
+    decoding = Phase.ROLLOUT if plan.config.learns_from_rewards else Phase.DECODE
+    return plan.needed > plan.devices.kind.memory and plan.memory.worst in (Phase.EVALUATE, Phase.DECODE, decoding)
+
+
+def _nothing_fits(plan: Plan) -> str:
+    """Why, of the plan that comes nearest to fitting, and what to do."""
+    devices, memory = plan.devices, plan.memory
+    smaller = ", a LoRA student" if plan.config.student.kind == "full" else ""
+    if plan.host_needed / devices.host_memory > plan.needed / devices.kind.memory:
+        largest = max([*memory.host, *memory.node], key=lambda part: part.nbytes)
+        return (
+            f"{devices}: nothing fits; the setting that comes nearest takes {plan.host_needed / GIB:,.0f} GiB of "
+            f"{devices.host_memory / GIB:,.0f} GiB of a node's host memory (--host-memory), most of it {largest.name}; "
+            f"take more nodes or devices{smaller}, or another placement of the teachers"
+        )
+    phase = memory.worst
+    largest = max((part for part in memory.device if part.alive(phase)), key=lambda part: part.nbytes)
+    return (
+        f"{devices}: nothing fits; the setting that comes nearest takes {plan.needed / GIB:.1f} GiB of "
         f"{devices.kind.memory / GIB:.1f} GiB a device in phase {phase.value}, most of it {largest.name} "
-        f"({largest.nbytes / GIB:.1f} GiB); take more or larger devices, a LoRA student, or a smaller image"
+        f"({largest.nbytes / GIB:.1f} GiB); take more or larger devices{smaller}, or a smaller image"
     )

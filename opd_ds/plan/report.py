@@ -6,19 +6,26 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+import yaml
+
+from opd_ds.config.schema import RunConfig
+from opd_ds.errors import UserError
 from opd_ds.plan import timing
-from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import GIB
 from opd_ds.plan.memory import allowance, batches
 from opd_ds.plan.passes import Passes, round_passes
-from opd_ds.plan.planner import Plan, Setting
+from opd_ds.plan.planner import Comparison, Plan
 from opd_ds.plan.zero import Part, Phase
 
 
-def as_json(plan: Plan, costs: Costs, setting: Setting | None) -> dict[str, Any]:
-    """Bytes, seconds and counts; `setting` is the search's, None when nothing fits."""
-    model, counts, memory = costs.model, costs.student(), plan.memory
+def as_json(found: Comparison, detailed: Plan | None) -> dict[str, Any]:
+    """Bytes, seconds and counts of the plan `detailed`, and both plans in short."""
+    costs, plan = found.costs, detailed
+    if plan is None:
+        raise UserError(found.problem)
+    model, counts, memory, devices = costs.model, costs.student(), plan.memory, plan.devices
     phase = memory.worst
+    recommended = found.setting is not None and plan is found.recommended
     return {
         "model": {
             "source": model.source,
@@ -29,31 +36,62 @@ def as_json(plan: Plan, costs: Costs, setting: Setting | None) -> dict[str, Any]
             "latent_shape": list(model.family.latent_shape),
             "text_tokens": model.tokens,
         },
-        "devices": {"kind": plan.devices.kind.name, "count": plan.devices.count, "memory": plan.devices.kind.memory},
+        "devices": {"kind": devices.kind.name, "count": devices.count, "memory": devices.kind.memory},
+        "plan_of": "recommended" if recommended else "configured",
         "device_bytes": {
             "phase": phase.value,
             "parts": _by_name(part for part in memory.device if part.alive(phase)),
             "phases": {one.value: memory.in_phase(one) for one in Phase},
             "peak": memory.peak,
-            "allowance": allowance(memory, plan.devices),
+            "allowance": allowance(memory, devices),
             "needed": plan.needed,
-            "fits": plan.fits,
+            "fits": plan.needed <= devices.kind.memory,
         },
         "host_bytes_per_node": {
             "per_process": _by_name(memory.host),
             "once": _by_name(memory.node),
-            "processes": plan.devices.per_node,
-            "peak": memory.host_peak(plan.devices.per_node),
+            "processes": devices.per_node,
+            "peak": plan.host_needed,
+            "memory": devices.host_memory,
+            "assumed": devices.host is None,
+            "fits": plan.host_needed <= devices.host_memory,
         },
         "round": {
             "passes": _passes(plan),
-            "batches": batches(plan.config, plan.devices),
+            "batches": batches(plan.config, devices),
             "seconds": plan.seconds.phases | {"total": plan.seconds.total},
-            "run_hours": plan.seconds.total * plan.config.run.rounds / 3600,
+            "run_hours": _hours(plan),
         },
-        "fit": None if setting is None else setting.overrides(plan.config),
+        "compared": {"configured": _in_short(found.configured), "recommended": _in_short(found.recommended)},
+        "fit": None if found.setting is None else found.setting.overrides(plan.config),
+        "problem": found.problem,
         "notes": memory.notes,
         "assumptions": assumptions(),
+    }
+
+
+def _hours(plan: Plan) -> float:
+    return plan.seconds.total * plan.config.run.rounds / 3600
+
+
+def _in_short(plan: Plan | None) -> dict[str, Any] | None:
+    if plan is None:
+        return None
+    config = plan.config
+    return {
+        "fits": plan.fits,
+        "device_bytes": plan.needed,
+        "host_bytes": plan.host_needed,
+        "worst_phase": plan.memory.worst.value,
+        "round_seconds": plan.seconds.total,
+        "run_hours": _hours(plan),
+        "deepspeed": config.deepspeed,
+        "checkpointing": config.student.gradient_checkpointing,
+        "placement": ", ".join(sorted({teacher.placement for teacher in config.teachers.values()})) or None,
+        "rollout_micro_batch": config.rollout.micro_batch,
+        "train_micro_batch": config.train.micro_batch,
+        "evaluation_micro_batch": config.evaluation.micro_batch,
+        "decode_micro_batch": config.model.decode_micro_batch,
     }
 
 
@@ -62,23 +100,24 @@ def as_text(found: dict[str, Any]) -> str:
     model, device, host, a_round = (found[key] for key in ("model", "device_bytes", "host_bytes_per_node", "round"))
     kind = f"{found['devices']['count']}x{found['devices']['kind']}"
     shape = "x".join(map(str, model["latent_shape"]))
+    of = "the run with the recommended setting" if found["plan_of"] == "recommended" else "the run as configured"
+    assumed = " (assumed; --host-memory)" if host["assumed"] else ""
     lines = [
         "# model",
         f"{model['transformer']}, {model['parameters'] / 1e9:.3f} B parameters and {model['buffers'] / 1e9:.3f} B in "
         f"buffers ({model['source']}); {model['trained'] / 1e6:,.1f} M trained",
-        f"latents {shape}, {model['text_tokens']} text tokens",
+        f"latents {shape}, {model['text_tokens']} text tokens; below: {of}",
         "",
         f"# memory of one device ({kind}) in its worst phase, {device['phase']}: GiB",
         *_table(device["parts"]),
         *_table({"tensors": device["peak"], "allowance": device["allowance"]}),
-        _row("needed", device["needed"])
-        + f"  of {found['devices']['memory'] / GIB:.1f}: {'fits' if device['fits'] else 'DOES NOT FIT'}",
+        _row("needed", device["needed"]) + _verdict(found["devices"]["memory"], device["fits"]),
         "by phase: " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in device["phases"].items()),
         "",
         f"# memory of one node's host: GiB, of each of {host['processes']} processes",
         *_table(host["per_process"]),
         *(["once for all of them:", *_table(host["once"])] if host["once"] else []),
-        _row("at once, of all", host["peak"]),
+        _row("at once, of all", host["peak"]) + _verdict(host["memory"], host["fits"]) + assumed,
         "",
         "# a round",
         *(f"{name:28} {p['forward']:9,} forward {p['backward']:9,} backward" for name, p in a_round["passes"].items()),
@@ -89,7 +128,37 @@ def as_text(found: dict[str, Any]) -> str:
     if found["notes"]:
         lines += ["", "# taken for granted", *found["notes"]]
     lines += ["", "# assumptions", *found["assumptions"]]
+    lines += ["", f"# as configured, and recommended: the fastest setting that fits on {kind}"]
+    lines += [*_side_by_side(**found["compared"]), *([found["problem"]] if found["problem"] else [])]
+    if found["fit"]:
+        lines += ["", " \\\n".join(f"  --set {line}" for line in found["fit"])]
     return "\n".join(lines)
+
+
+def as_config(config: RunConfig, devices: str) -> str:
+    """`config` as a YAML file, with what was set in it; the rest is defaults."""
+    settings = yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+    return f"# The fastest setting that fits on {devices}, by `opd-ds plan`.\n{settings}"
+
+
+def _verdict(there: float, fits: bool) -> str:
+    return f"  of {there / GIB:,.1f}: {'fits' if fits else 'DOES NOT FIT'}"
+
+
+def _side_by_side(configured: dict[str, Any] | None, recommended: dict[str, Any] | None) -> list[str]:
+    """One line a value, of both plans; `-` where there is none."""
+
+    def shown(key: str, value: Any) -> str:
+        if key.endswith("_bytes"):
+            return f"{value / GIB:,.1f} GiB"
+        if isinstance(value, bool | None):
+            return {True: "yes", False: "no", None: "-"}[value]
+        return f"{value:,.2f}" if isinstance(value, float) else str(value)
+
+    keys = list(configured or recommended or ())
+    columns = [[shown(key, plan[key]) if plan else "-" for key in keys] for plan in (configured, recommended)]
+    rows = zip((key.replace("_", " ") for key in keys), *columns, strict=True)
+    return [f"{name:26} {first:>22} {second:>22}".rstrip() for name, first, second in rows]
 
 
 def assumptions() -> list[str]:
@@ -98,6 +167,7 @@ def assumptions() -> list[str]:
         f"time: {timing.ACHIEVED:.0%} of the bf16 peak, {timing.LINK_ACHIEVED:.0%} of the links, "
         f"{timing.BETWEEN_NODES / 1e9:.0f} GB/s a device between nodes, {timing.OPERATION * 1e6:.0f} us to start a "
         "kernel; moving weights hides behind arithmetic",
+        "host memory of a node: what nodes of the kind usually have, unless --host-memory says it",
         "allowance on a GPU: CUDA context 0.6 GiB, NCCL 1.0 GiB, 5 % of tensors for what the allocator cannot use",
     ]
 
