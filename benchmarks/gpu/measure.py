@@ -22,6 +22,7 @@ from opd_ds.plan.memory import run_memory
 from opd_ds.plan.network import find_model
 from opd_ds.plan.passes import Passes, round_passes
 from opd_ds.training.meter import RoundMeter
+from opd_ds.utils.machine import host_memory
 
 GIB = 2**30
 
@@ -149,7 +150,8 @@ def this_device(session: Session) -> Devices:
         return parse_devices("1xcpu", "--gpus")
     _, total = torch.cuda.mem_get_info()
     host = session.earlier.get("versions", {}).get("host to device, pinned", {}).get("GB/s", 25.0)
-    kind = DeviceKind(torch.cuda.get_device_name(), float(total), matmul_flops(session) or 1e14, 1e11, host * 1e9)
+    flops = matmul_flops(session) or 1e14
+    kind = DeviceKind(torch.cuda.get_device_name(), float(total), flops, 1e11, host * 1e9, host_memory())
     return Devices(kind, 1)
 
 

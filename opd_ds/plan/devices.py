@@ -89,8 +89,10 @@ def parse_host_memory(text: str | None, option: str) -> float | None:
     Raises:
         UserError: no positive number.
     """
-    if text is None or text == "here":
-        return text and host_memory()
+    if text is None:
+        return None
+    if text == "here":
+        return host_memory()
     try:
         gib = float(text)
     except ValueError:
