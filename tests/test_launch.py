@@ -66,6 +66,8 @@ def test_from_the_environment(environment: dict[str, str], world: World) -> None
     found = detect_world(environment)
     assert found.job or world.size == 1
     assert World(**vars(found) | {"job": world.job if not world.job else found.job}) == world
+    freed = {name: value for name, value in environment.items() if name not in found.told_by.split()}
+    assert detect_world(freed) == World()
 
 
 @pytest.mark.parametrize(
@@ -208,16 +210,22 @@ def test_launcher_scripts_can_ask_for_a_port() -> None:
     assert int(asked.stdout) in list(ports("4242")), asked.stderr
 
 
-def agreed(job: str, size: int, timeout: float = 20) -> list[int]:
+def agreed(job: str, size: int, timeout: float = 20, address: str = "127.0.0.1") -> list[int]:
     """What each of `size` ranks, all on this host, takes for the port."""
     with ThreadPoolExecutor(size) as pool:
-        worlds = [World(rank, rank, size, size, "127.0.0.1", None, job) for rank in range(size)]
+        worlds = [World(rank, rank, size, size, address, None, job) for rank in range(size)]
         return list(pool.map(lambda world: agree_on_port(world, timeout), worlds))
 
 
 def test_ranks_agree_on_a_port() -> None:
     first, *others = agreed("agree", 4)
     assert others == [first] * 3
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+def test_ranks_agree_where_rank_0_has_an_ipv6_address_only() -> None:
+    first, second = agreed("six", 2, address="::1")
+    assert first == second
 
 
 def test_ranks_agree_although_strangers_hold_the_first_ports() -> None:
@@ -258,5 +266,5 @@ def test_a_visitor_who_gives_up_keeps_nobody_out() -> None:
 
 def test_no_rank_0_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(1, 1, 2, 2, "127.0.0.1", None, "nobody")
-    with pytest.raises(UserError, match=r"rank 1 found no rank 0 of job 'nobody' on 127\.0\.0\.1 within 1 s"):
+    with pytest.raises(UserError, match=r"rank 1 of 2 has waited 1 s for rank 0 of job 'nobody' on 127\.0\.0\.1; "):
         agree_on_port(world, timeout=1)

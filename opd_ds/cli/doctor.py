@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from opd_ds.cluster.endings import end_now
 from opd_ds.cluster.rendezvous import prepare_environment
 from opd_ds.cluster.world import detect_world
 
@@ -52,6 +52,5 @@ def doctor(
     # The other ranks end well: a launcher ends all ranks at the first that does not, rank 0 in the middle of its table.
     code = 1 if report is not None and report.problems else 0
     if outcome.hangs:
-        sys.stdout.flush()
-        os._exit(code)  # a thread that hangs in a collective keeps the interpreter from ending
+        end_now(code)
     raise typer.Exit(code)

@@ -16,6 +16,16 @@ class EndedEarlyError(RuntimeError):
     """A library ended the process, or one of its threads, before the command was done."""
 
 
+_exit_now = os._exit
+
+
+def end_now(code: int) -> NoReturn:
+    """End a command that is done although a thread of it hangs, which would keep the interpreter from ending."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _exit_now(code)
+
+
 @contextmanager
 def no_silent_end() -> Iterator[None]:
     """Inside, `os._exit(0)` and an exception that ends a thread end this process with a message and a code other
@@ -25,14 +35,14 @@ def no_silent_end() -> Iterator[None]:
     did for the run (heartbeats, signals, writing) is not done any more. Processes that this one forks may use
     `os._exit(0)`, as multiprocessing does. `exit(0)` is a SystemExit: see `opd_ds.cli.main`.
     """
-    exit_now, thread_hook, process = os._exit, threading.excepthook, os.getpid()
+    thread_hook, process = threading.excepthook, os.getpid()
 
     def checked_exit(status: int) -> NoReturn:
         if status == 0 and os.getpid() == process:
             caller = sys._getframe(1)
             place = f"{caller.f_code.co_filename}:{caller.f_lineno}"
             report_and_exit(EndedEarlyError(f"os._exit(0) was called at {place}, before the command was done"))
-        exit_now(status)
+        _exit_now(status)
 
     def report_thread(died: threading.ExceptHookArgs) -> None:
         name = died.thread.name if died.thread is not None else "without a name"
@@ -44,4 +54,4 @@ def no_silent_end() -> Iterator[None]:
     try:
         yield
     finally:
-        os._exit, threading.excepthook = exit_now, thread_hook
+        os._exit, threading.excepthook = _exit_now, thread_hook

@@ -17,10 +17,12 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from opd_ds.cluster.signals import exit_code_asked_for
 from opd_ds.cluster.world import World
-from opd_ds.errors import UserError
+from opd_ds.errors import Interrupted, UserError
 
 START_TIMEOUT = 600.0
+SAID_AFTER = 30.0
 _ANSWER_SECONDS = 3.0
 _PORTS_TRIED = 32
 
@@ -33,20 +35,16 @@ def ports(job: str) -> Iterator[int]:
 
 
 def listener(job: str) -> socket.socket:
-    """A socket bound to the first of the job's ports that is free on this host.
+    """A socket that listens on the first of the job's ports that is free on this host.
 
     Raises:
         UserError: all are taken.
     """
     for port in ports(job):
-        bound = socket.socket()
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            bound.bind(("", port))
-        except OSError:
-            bound.close()
-            continue
-        return bound
+        with contextlib.suppress(OSError):
+            if socket.has_dualstack_ipv6():  # the others may know this host by an IPv6 address only
+                return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+            return socket.create_server(("", port))
     tried = ", ".join(map(str, islice(ports(job), 3)))
     raise UserError(f"all {_PORTS_TRIED} ports of job {job!r} are taken on this host ({tried}, ...); set MASTER_PORT")
 
@@ -63,26 +61,66 @@ def agree_on_port(world: World, timeout: float = START_TIMEOUT) -> int:
 
     Raises:
         UserError: rank 0 was not found in time, or has no free port.
+        Interrupted: this process was asked to stop.
     """
     greeting = f"opd-ds {world.job}".encode()
     if world.is_main:
         door = listener(world.job)
-        door.listen(128)
         with listener(f"{world.job}/store") as free:
             port = int(free.getsockname()[1])
         threading.Thread(target=_answer, args=(door, greeting, port, timeout), daemon=True).start()
         return port
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
+    waiting = Waiting(world, timeout)
+    while True:
         for candidate in ports(world.job):
             told = _knock(world.master_addr, candidate, greeting)
             if told is not None:
                 return told
-        time.sleep(0.5)
-    raise UserError(
-        f"rank {world.rank} found no rank 0 of job {world.job!r} on {world.master_addr} within {timeout:.0f} s; is it "
-        "started, and may this host connect to it? MASTER_ADDR and MASTER_PORT name another place"
-    )
+        waiting.go_on(f"rank 0 of job {world.job!r} on {world.master_addr}", 0.5)
+
+
+class Waiting:
+    """A wait for other ranks, which may never come: it says so after a while, and ends after `timeout` seconds."""
+
+    def __init__(self, world: World, timeout: float) -> None:
+        self._world, self._timeout, self._began, self._said = world, timeout, time.monotonic(), False
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return max(0.0, self._began + self._timeout - time.monotonic())
+
+    def go_on(self, missing: str, pause: float) -> None:
+        """Wait for another `pause` seconds.
+
+        Args:
+            missing: who is not there.
+
+        Raises:
+            UserError: the time is up.
+            Interrupted: this process was asked to stop. There is nothing to save yet, and nobody to agree with.
+        """
+        world, waited = self._world, time.monotonic() - self._began
+        code = exit_code_asked_for()
+        if code is not None:
+            print(f"opd-ds: rank {world.rank} stops waiting for {missing}", file=sys.stderr)
+            raise Interrupted(code)
+        text = f"rank {world.rank} of {world.size} has waited {waited:.0f} s for {missing}"
+        if self.left == 0:
+            raise UserError(f"{text}; {self._advice()}")
+        if waited > SAID_AFTER and not self._said and self._speaks():
+            print(f"opd-ds: {text} and goes on waiting; {self._advice()}", file=sys.stderr, flush=True)
+            self._said = True
+        time.sleep(min(pause, self.left))
+
+    def _advice(self) -> str:
+        alone = f"; if this process should run alone: unset {self._world.told_by}" if self._world.told_by else ""
+        return f"are all ranks started, and may they connect to {self._world.master_addr}?{alone}"
+
+    def _speaks(self) -> bool:
+        """Rank 0, and where that is missing, the next on its node and the first on every other."""
+        world = self._world
+        return world.is_main or world.local_rank == (1 if world.rank == world.local_rank else 0)
 
 
 def _answer(door: socket.socket, greeting: bytes, port: int, seconds: float) -> None:

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Set
 from types import FrameType
 from typing import Any, Protocol
 
@@ -66,10 +67,17 @@ class StopRequest:
         """The exit code all ranks are to leave with if any of them was asked to stop, else None: 75 after SIGUSR1, 143
         after SIGTERM, 130 after SIGINT. Collective.
         """
-        asked = {number for numbers in group.gather(self._asked) for number in numbers}
-        if not asked:
-            return None
-        return RESTART if signal.SIGUSR1 in asked else 128 + max(asked)
+        return _exit_code({number for numbers in group.gather(self._asked) for number in numbers})
+
+    def alone(self) -> int | None:
+        """The same for this process alone, while it cannot ask the others yet."""
+        return _exit_code(self._asked)
+
+
+def _exit_code(asked: Set[int]) -> int | None:
+    if not asked:
+        return None
+    return RESTART if signal.SIGUSR1 in asked else 128 + max(asked)
 
 
 def _in_main_thread() -> bool:
@@ -90,6 +98,11 @@ def listen() -> StopRequest:
     if _request is None:
         _request = StopRequest()
     return _request
+
+
+def exit_code_asked_for() -> int | None:
+    """The exit code to leave with if this process was asked to stop; None where nobody listens to signals."""
+    return _request.alone() if _request is not None else None
 
 
 def ignore_signals() -> None:

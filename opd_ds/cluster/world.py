@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from opd_ds.errors import UserError
 
@@ -20,6 +20,7 @@ class World:
         master_addr: host of rank 0.
         master_port: where its store listens; None: the ranks have yet to agree, along `rendezvous.ports(job)`.
         job: a name all ranks share, different from that of any other run at the same time.
+        told_by: the variables without which this process would run alone.
     """
 
     rank: int = 0
@@ -29,6 +30,7 @@ class World:
     master_addr: str = LOCALHOST
     master_port: int | None = None
     job: str = ""
+    told_by: str = field(default="", compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -45,6 +47,14 @@ class _Claim:
     size: int
     local_size: int
     nodes: int = 1
+
+
+# What to unset so that a source says nothing.
+_UNSET = {
+    "RANK": "RANK LOCAL_RANK WORLD_SIZE",
+    "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_RANK",
+    "SLURM_PROCID": "SLURM_STEP_ID",
+}
 
 
 def detect_world(environment: Mapping[str, str] = os.environ) -> World:
@@ -68,7 +78,10 @@ def detect_world(environment: Mapping[str, str] = os.environ) -> World:
         raise UserError(f"MASTER_PORT = {port!r}: needs a port, 1 to 65535")
     address = environment.get("MASTER_ADDR") or _master_address(environment, first)
     job = _job(environment, first)
-    return World(first.rank, first.local_rank, first.size, first.local_size, address, int(port) if port else None, job)
+    told_by = " ".join(_UNSET[claim.source] for claim in claims)
+    return World(
+        first.rank, first.local_rank, first.size, first.local_size, address, int(port) if port else None, job, told_by
+    )
 
 
 def _launcher(environment: Mapping[str, str]) -> _Claim | None:
@@ -78,7 +91,10 @@ def _launcher(environment: Mapping[str, str]) -> _Claim | None:
         return None
     if len(present) < len(names):
         missing = ", ".join(sorted(set(names) - set(present)))
-        raise UserError(f"{', '.join(present)} set but {missing} not; start with the deepspeed launcher or torchrun")
+        raise UserError(
+            f"{', '.join(present)} set but {missing} not; start with the deepspeed launcher or torchrun, or, to run "
+            f"alone: unset {' '.join(present)}"
+        )
     rank, local_rank, size = (_number(environment, name) for name in names)
     # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE.
     local = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environment), None)

@@ -12,9 +12,9 @@ import time
 from datetime import timedelta
 from typing import Any
 
+from opd_ds.cluster.store import open_store
 from opd_ds.cluster.world import World
-from opd_ds.doctor.findings import one_line, who
-from opd_ds.errors import UserError
+from opd_ds.doctor.findings import who
 
 _STOP = "stop"
 _TOLD = "told"
@@ -47,7 +47,7 @@ class Meeting:
         """
         if self.world.size == 1:
             return
-        self._store = _connect(self.world, self.timeout)
+        self._store = open_store(self.world, self.timeout)
         self.hosts = self.from_main(self.to_main(self.hosts[0]))
 
     def to_main(self, value: Any) -> list[Any]:
@@ -124,30 +124,3 @@ class Meeting:
 
 def _address() -> str:
     return f"{os.environ.get('MASTER_ADDR', '(MASTER_ADDR not set)')}:{os.environ.get('MASTER_PORT', '?')}"
-
-
-def _connect(world: World, timeout: float) -> Any:
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if absent:
-        raise UserError(f"{', '.join(absent)} not set; start with the deepspeed launcher, torchrun or srun")
-    # As torch's env:// does it: torchrun's agent has the store already; else rank 0 opens it, and the process group
-    # that starts later in this process shares it (multi_tenant).
-    from_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    try:
-        return TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=world.is_main and not from_agent,
-            timeout=timedelta(seconds=timeout),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-    except (RuntimeError, ValueError) as error:
-        if world.is_main and not from_agent:
-            what = "cannot open the meeting point; set MASTER_PORT to a free port"
-        else:
-            what = f"cannot reach rank 0 within {timeout:g} s; is it started, and may this node connect to it?"
-        host = socket.gethostname()
-        raise UserError(f"rank {world.rank} on {host}, MASTER {_address()}: {what} ({one_line(error)})") from error

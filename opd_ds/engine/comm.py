@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from opd_ds.cluster.rendezvous import set_local_rank
+from opd_ds.cluster.store import wait_for_ranks
 from opd_ds.cluster.watchdog import Watchdog, start_watchdog
 from opd_ds.cluster.world import World
 from opd_ds.engine import privates
@@ -141,12 +142,13 @@ def init_group(world: World, timeout: timedelta = timedelta(minutes=30), *, dete
     """Start DeepSpeed's process group (nccl on CUDA, gloo on CPU), and the watch over its ranks.
 
     Args:
-        timeout: for the ranks to arrive; later, for a single collective.
+        timeout: for a single collective.
         deterministic: see `make_deterministic`.
 
     Raises:
         UserError: on a CPU without a C++ compiler, which DeepSpeed needs there once; a rank that did not arrive; more
-            processes on this node than devices.
+            processes on this node than devices; MASTER_PORT is taken.
+        Interrupted: this process was asked to stop while it waited for other ranks.
     """
     if deterministic:
         make_deterministic()
@@ -174,14 +176,9 @@ def init_group(world: World, timeout: timedelta = timedelta(minutes=30), *, dete
         accelerator.set_device(device.index)
         set_local_rank(device.index)  # what DeepSpeed takes for the device (engine.py, comm/torch.py)
     guard_builds()
-    try:
-        deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, timeout=timeout)
-    except torch.distributed.DistStoreError as error:
-        raise UserError(
-            f"rank {world.rank} of {world.size}: not all ranks arrived at {os.environ['MASTER_ADDR']} within "
-            f"{timeout.total_seconds():.0f} s ({str(error).splitlines()[0]}); are all of them started, and may they "
-            "connect to it?"
-        ) from error
+    store = wait_for_ranks(world)  # torch would wait in silence, and for as long as for a collective
+    deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, timeout=timeout)
+    del store
     if on_cpu:
         torch.distributed.barrier()  # all ranks have mapped the shared memory by then
         privates.unlink_shm_buffer(world.rank)
