@@ -34,6 +34,15 @@ def about(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {error}") from error
 
 
+def shown(value: object, length: int = 80) -> str:
+    """`value` as a message quotes it: its `repr`, of which `length` characters stay, from both ends."""
+    text = repr(value)
+    if len(text) <= length:
+        return text
+    kept = (length - 5) // 2
+    return f"{text[:kept]} ... {text[-kept:]}"
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """`' Did you mean ...?'` for the closest allowed name, or an empty string when nothing is close."""
     close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)

@@ -83,7 +83,7 @@ def test_rows_of_one_file_go_to_tasks(table: Path) -> None:
     [
         ({}, "needs a non-empty text under 'prompt'; texts are under 'caption', 'task'"),
         ({"column": "caption", "where": {"tasks": "ocr"}}, "no column 'tasks'; there are .*Did you mean 'task'"),
-        ({"column": "caption", "where": {"task": "text"}}, "no row has task = 'text'; task has count, look, ocr"),
+        ({"column": "caption", "where": {"task": "text"}}, "no row has task = 'text'; task has 'count', 'look', 'ocr'"),
         ({"column": "caption", "metadata": ("tag",)}, "has no 'tag', which `metadata` names"),
         ({"column": "caption", "split": "train"}, r"tasks\.one\.prompts\.split = 'train' is for data sets"),
     ],
@@ -148,7 +148,7 @@ def test_data_sets_of_the_hub_library(
     assert found.prompts == ("a", "b", "a")
     assert found.metadata == ({"rank": 1}, {"rank": 2}, {"rank": 3})
     assert read(folder, column="caption", split="train", streaming=streaming, limit=1).prompts == ("a",)
-    with pytest.raises(UserError, match=rf"data set {folder}: has the splits train, test; choose one with split"):
+    with pytest.raises(UserError, match=rf"data set {folder}: has the splits 'train', 'test'; choose one with split"):
         read(folder, column="caption", streaming=streaming)
     with pytest.raises(UserError, match=r"not readable as a data set .*dev"):
         read(folder, column="caption", split="dev", streaming=streaming)

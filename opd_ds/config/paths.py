@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import stat
 from importlib import resources
 from pathlib import Path
 
-from opd_ds.errors import UserError, nearest
+from opd_ds.errors import UserError, nearest, shown
 
 PACKAGE_PREFIX = "package:"
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(/.+)?$")
@@ -14,6 +15,27 @@ _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(/.+)?$")
 
 def package_root() -> Path:
     return Path(str(resources.files("opd_ds")))
+
+
+def find_local(value: str, key: str) -> Path | None:
+    """The file or folder at `value`, with `~` replaced; None where there is none.
+
+    Raises:
+        UserError: nobody can look there, or it is a pipe or a device, naming `key`.
+    """
+    if not value.strip():
+        raise UserError(f"{key} = {value!r}: is empty; give a path")
+    try:
+        place = Path(value).expanduser()
+        mode = place.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, RuntimeError, ValueError) as error:  # too long, forbidden, links in a circle; no such user; NUL
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{key} = {shown(value)}: {reason}; give a path that can be read") from error
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise UserError(f"{key} = {shown(value)}: is a pipe or a device; give a file or a folder")
+    return place
 
 
 def resolve_path(value: str, key: str) -> Path:
@@ -24,15 +46,17 @@ def resolve_path(value: str, key: str) -> Path:
         UserError: nothing is there, naming the config key.
     """
     if value.startswith(PACKAGE_PREFIX):
-        path = package_root() / value.removeprefix(PACKAGE_PREFIX)
-        if not path.exists():
-            raise UserError(f"{key} = {value!r}: opd_ds carries no such file")
+        path = find_local(str(package_root() / value.removeprefix(PACKAGE_PREFIX)), key)
+        if path is None:
+            raise UserError(f"{key} = {shown(value)}: opd_ds carries no such file")
         return path
-    local = Path(value).expanduser()
-    if local.exists():
+    local = find_local(value, key)
+    if local is not None:
         return local.resolve()
     if value.startswith((".", "/", "~")) or not _HUB_ID.match(value):
-        raise UserError(f"{key} = {value!r}: no such file or folder; give a path that exists or a hub id 'org/name'")
+        raise UserError(
+            f"{key} = {shown(value)}: no such file or folder; give a path that exists or a hub id 'org/name'"
+        )
     return _from_hub(value, key)
 
 
@@ -63,12 +87,13 @@ def _from_hub(value: str, key: str) -> Path:
 
 
 def resolve_ds_config(value: str, key: str) -> Path:
-    """A DeepSpeed JSON: a path, or the name of one shipped in ds_configs/ (with or without folder and ending)."""
-    if Path(value).expanduser().is_file():
-        return Path(value).expanduser()
+    """A DeepSpeed JSON: a path, or the name of one shipped in ds_configs/ (with or without that folder and ending)."""
+    found = find_local(value, key)
+    if found is not None and found.is_file():
+        return found
     shipped = package_root() / "ds_configs"
-    candidate = shipped / f"{Path(value).name.removesuffix('.json')}.json"
-    if candidate.is_file():
-        return candidate
     names = sorted(path.stem for path in shipped.glob("*.json"))
-    raise UserError(f"{key} = {value!r}: no such file; shipped are {', '.join(names)}.{nearest(value, names)}")
+    name = value.removeprefix("ds_configs/").removesuffix(".json")
+    if name in names:
+        return shipped / f"{name}.json"
+    raise UserError(f"{key} = {shown(value)}: no such file; shipped are {', '.join(names)}.{nearest(value, names)}")

@@ -7,22 +7,26 @@ from dataclasses import dataclass, field
 
 from opd_ds.config.sections import PromptsSection
 from opd_ds.data.readers import Problem, Row, locate, rows
-from opd_ds.errors import UserError
+from opd_ds.errors import UserError, shown
 from opd_ds.rewards.geneval.rules import Task
-from opd_ds.rewards.ocr import target_text
+from opd_ds.rewards.ocr import is_text, quotations, target_text
 
 _SHOWN = 5
+_TAGS_SHOWN, _TAG_LENGTH = 20, 40
 
 
 @dataclass
 class Findings:
-    """Counts of a prompt set; `problems` would end a run or leave a prompt without a score."""
+    """Counts of a prompt set; `problems` would end a run or leave a prompt without a score. `odd_quotes` are prompts
+    with quote marks that stand alone."""
 
     prompts: int = 0
+    longest: Row | None = None
     tags: Counter[str] = field(default_factory=Counter)
     quoting: int = 0
     geneval: int = 0
     repeats: list[Row] = field(default_factory=list)
+    odd_quotes: list[Row] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -38,7 +42,14 @@ def look_through(chosen: PromptsSection, key: str) -> Findings:
             found.problems.append(row)
             continue
         found.prompts += 1
+        if found.longest is None or len(row.prompt) > len(found.longest.prompt):
+            found.longest = row
         found.quoting += bool(target_text(row.prompt, row.metadata))
+        text = row.metadata.get("text")
+        if text is None and quotations(row.prompt)[1]:
+            found.odd_quotes.append(row)
+        if text is not None and not is_text(text):
+            found.problems.append(Problem(f"text = {shown(text, 40)}: the reward `ocr` needs a text", row.place))
         if row.prompt in seen:
             found.repeats.append(row)
         seen.add(row.prompt)
@@ -57,16 +68,29 @@ def describe(found: Findings) -> str:
     """For people: a line per thing that there is."""
     lines = [f"prompts       {found.prompts}"]
     if found.tags:
-        lines.append(f"tags          {', '.join(f'{tag} {count}' for tag, count in found.tags.most_common())}")
+        tags = [f"{_plain(tag)} {count}" for tag, count in found.tags.most_common(_TAGS_SHOWN)]
+        more = [f"and {len(found.tags) - _TAGS_SHOWN} more"] if len(found.tags) > _TAGS_SHOWN else []
+        lines.append(f"tags          {', '.join(tags + more)}")
     if found.geneval:
         lines.append(f"GenEval       {found.geneval} with metadata that the reward `geneval` reads")
     if found.quoting:
         lines.append(f"quoted text   {found.quoting} that the reward `ocr` can score")
+    if found.odd_quotes:
+        first = found.odd_quotes[0]
+        target = target_text(first.prompt, first.metadata)
+        lines.append(f"odd quotes    {len(found.odd_quotes)} with quote marks that stand alone, as inch signs do")
+        lines.append(f"  {first.place}: {shown(first.prompt)}: `ocr` looks for {shown(target, 40)}")
     if found.repeats:
         first = found.repeats[0]
-        lines.append(f"repeats       {len(found.repeats)}, the first: {first.place}: {first.prompt!r}")
+        lines.append(f"repeats       {len(found.repeats)}, the first: {first.place}: {shown(first.prompt)}")
+    if found.longest:
+        lines.append(f"longest       {len(found.longest.prompt)} characters, {found.longest.place}")
     lines.append(f"problems      {len(found.problems) or 'none'}")
     lines += [f"  {problem.place or 'all of it'}: {problem.what}" for problem in found.problems[:_SHOWN]]
     if len(found.problems) > _SHOWN:
         lines.append(f"  and {len(found.problems) - _SHOWN} more")
     return "\n".join(lines)
+
+
+def _plain(tag: str) -> str:
+    return tag if tag.isprintable() and len(tag) <= _TAG_LENGTH else shown(tag, _TAG_LENGTH)

@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
-from opd_ds.config.paths import PACKAGE_PREFIX, resolve_path
+from opd_ds.config.paths import PACKAGE_PREFIX, find_local, resolve_path
 from opd_ds.config.sections import PromptsSection
-from opd_ds.errors import UserError, nearest
+from opd_ds.errors import UserError, nearest, shown
 
 FILES = (".txt", ".jsonl", ".parquet", ".csv")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_MEDIA = ("Image", "Audio", "Video", "Pdf")  # classes of datasets, which not all of its versions have
-_SHOWN = 8  # values in a message
+_INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")  # Unicode's categories: control, format, white space
+_SHOWN = 5  # values in a message
+_TOO_DEEP = "lists and objects are nested too deeply"
 
 
 @dataclass(frozen=True)
@@ -57,20 +62,19 @@ def locate(chosen: PromptsSection, key: str) -> Path | str:
     """
     value = chosen.path
     is_file = value.startswith(PACKAGE_PREFIX) or Path(value).suffix in FILES
+    found = None if value.startswith(PACKAGE_PREFIX) else find_local(value, key)
     if not is_file:
-        if Path(value).expanduser().is_dir():
-            return Path(value).expanduser().resolve()
-        if _HUB_ID.fullmatch(value) and not value.startswith((".", "~")) and not Path(value).exists():
+        if found is not None and found.is_dir():
+            return found.resolve()
+        if found is None and _HUB_ID.fullmatch(value) and not value.startswith((".", "~")):
             return value
         raise UserError(
-            f"{key} = {value!r}: allowed are files that end in {', '.join(FILES)}, folders of data sets that exist, "
-            "and hub ids 'org/name'"
+            f"{key} = {shown(value)}: allowed are files that end in {', '.join(FILES)}, folders of data sets that "
+            "exist, and hub ids 'org/name'"
         )
-    if not value.startswith(PACKAGE_PREFIX) and not Path(value).expanduser().is_file():
-        raise UserError(
-            f"{key} = {value!r}: no such file, looked for from {Path.cwd()}; data/README.md says where the public "
-            "prompt sets come from"
-        )
+    if not value.startswith(PACKAGE_PREFIX) and (found is None or found.is_dir()):
+        reason = "is a folder" if found else f"no such file, looked for from {Path.cwd()}"
+        raise UserError(f"{key} = {shown(value)}: {reason}; data/README.md says where the public prompt sets come from")
     for name in ("subset", "split", "streaming"):
         if asked := getattr(chosen, name):
             raise UserError(f"{key}.{name} = {asked!r} is for data sets, and {value} is a file; remove it")
@@ -83,15 +87,40 @@ def rows(source: Path | str, chosen: PromptsSection) -> Iterator[Row | Problem]:
     """What `chosen` keeps of `source`, which `locate` gave; problems in their places among the rows."""
     seen: set[str] = set()
     kept = 0
-    for row in _prompts(source, chosen):
-        if isinstance(row, Row) and chosen.unique:
-            if row.prompt in seen:
-                continue
-            seen.add(row.prompt)
-        yield row
-        kept += isinstance(row, Row)
-        if kept == chosen.limit:
-            return
+    try:
+        for row in map(_without_flaw, _prompts(source, chosen)):
+            if isinstance(row, Row) and chosen.unique:
+                if row.prompt in seen:
+                    continue
+                seen.add(row.prompt)
+            yield row
+            kept += isinstance(row, Row)
+            if kept == chosen.limit:
+                return
+    except OSError as error:
+        yield Problem(f"cannot be read: {error.strerror or error}")
+
+
+def _without_flaw(row: Row | Problem) -> Row | Problem:
+    """A problem where tokenizers, hashes and reward servers could not take the row."""
+    if isinstance(row, Problem):
+        return row
+    if "\0" in row.prompt:
+        return Problem("the prompt holds a NUL character; remove it", row.place)
+    try:
+        json.dumps([[row.prompt, row.metadata]], ensure_ascii=False, default=str).encode()
+    except RecursionError:
+        return Problem(_TOO_DEEP, row.place)
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        return Problem(
+            f"holds {half!r}, one half of a character (a lone surrogate); remove it or write both", row.place
+        )
+    return row
+
+
+def _is_blank(text: str) -> bool:
+    return all(unicodedata.category(character) in _INVISIBLE for character in text)
 
 
 def _prompts(source: Path | str, chosen: PromptsSection) -> Iterator[Row | Problem]:
@@ -106,13 +135,13 @@ def _prompts(source: Path | str, chosen: PromptsSection) -> Iterator[Row | Probl
 def _row(record: _Record, chosen: PromptsSection) -> Row | Problem:
     columns, wanted = record.columns, chosen.metadata
     prompt = columns.get(chosen.column)
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not isinstance(prompt, str) or _is_blank(prompt):
         others = [name for name, value in columns.items() if isinstance(value, str) and name != chosen.column]
-        hint = f"; texts are under {', '.join(map(repr, others[:_SHOWN]))}" if others else ""
-        return Problem(f"needs a non-empty text under {chosen.column!r}{hint}", record.place)
+        hint = f"; texts are under {_listed(others)}" if others else ""
+        return Problem(f"needs a non-empty text under {shown(chosen.column, 40)}{hint}", record.place)
     absent = [name for name in wanted or () if name not in columns]
     if absent:
-        return Problem(f"has no {absent[0]!r}, which `metadata` names", record.place)
+        return Problem(f"has no {shown(absent[0], 40)}, which `metadata` names", record.place)
     names = [name for name in columns if name != chosen.column] if wanted is None else wanted
     return Row(prompt, {name: columns[name] for name in names}, record.place)
 
@@ -137,11 +166,17 @@ def _where(records: Iterable[_Record | Problem], chosen: PromptsSection) -> Iter
     if kept or not columns:
         return
     if absent := sorted(asked.keys() - columns):
-        known = ", ".join(sorted(columns))
-        yield Problem(f"where: no column {absent[0]!r}; there are {known}.{nearest(absent[0], columns)}")
+        similar = nearest(absent[0], columns)
+        yield Problem(f"where: no column {shown(absent[0], 40)}; there are {_listed(sorted(columns))}.{similar}")
         return
-    found = "; ".join(f"{name} has {', '.join(sorted(values)[:_SHOWN])}" for name, values in held.items())
-    yield Problem(f"where: no row has {', '.join(f'{name} = {v!r}' for name, v in chosen.where.items())}; {found}")
+    found = "; ".join(f"{name} has {_listed(sorted(values))}" for name, values in held.items())
+    wanted = ", ".join(f"{name} = {shown(value, 40)}" for name, value in chosen.where.items())
+    yield Problem(f"where: no row has {wanted}; {found}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(shown(name, 40) for name in names[:_SHOWN]) + more
 
 
 # ---- the formats ----
@@ -152,21 +187,21 @@ def _records(source: Path | str, chosen: PromptsSection) -> Iterator[_Record | P
         return _objects(source)
     if isinstance(source, Path) and source.suffix == ".csv":
         return _table(source)
-    return _data_set(source, chosen)
+    return _columns(source, chosen)
 
 
 def _lines(path: Path) -> Iterator[_Record | Problem]:
     """Lines that hold something; a line is what universal newlines make one, whatever else Unicode calls a break."""
-    for number, raw in enumerate(path.read_bytes().removeprefix(_BYTE_ORDER_MARK).splitlines(), 1):
+    for number, raw in enumerate(path.read_bytes().splitlines(), 1):
         place = f"line {number}"
-        try:
-            text = raw.decode("utf-8")
+        try:  # files put together by `cat` have byte-order marks further down, too
+            text = raw.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
         except UnicodeDecodeError:
             yield Problem("not UTF-8; convert the file to UTF-8", place)
             continue
         if "\0" in text:
             yield Problem("holds NUL characters (UTF-16?); convert the file to UTF-8", place)
-        elif text.strip():
+        elif not _is_blank(text):
             yield _Record({"line": text}, place)
 
 
@@ -176,11 +211,37 @@ def _objects(path: Path) -> Iterator[_Record | Problem]:
             yield line
             continue
         try:
-            value = json.loads(line.columns["line"])
+            value = json.loads(
+                line.columns["line"], object_pairs_hook=_named_once, parse_constant=_finite, parse_float=_finite
+            )
         except json.JSONDecodeError as error:
             yield Problem(f"not JSON ({error.msg})", line.place)
             continue
+        except ValueError as error:
+            yield Problem(f"not JSON ({error})", line.place)
+            continue
+        except RecursionError:
+            yield Problem(_TOO_DEEP, line.place)
+            continue
         yield _Record(value, line.place) if isinstance(value, dict) else Problem("needs an object {...}", line.place)
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _refuse_repeats([name for name, _ in pairs], "key")
+    return dict(pairs)
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is no number; write null")
+    return value
+
+
+def _refuse_repeats(names: Iterable[str], what: str) -> None:
+    name, times = max(Counter(names).items(), key=lambda counted: counted[1], default=("", 0))
+    if times > 1:
+        raise ValueError(f"the {what} {shown(name, 40)} stands there {times} times")
 
 
 def _table(path: Path) -> Iterator[_Record | Problem]:
@@ -192,32 +253,55 @@ def _table(path: Path) -> Iterator[_Record | Problem]:
     with path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, strict=True)
         try:
+            _refuse_repeats(reader.fieldnames or (), "column")
             for values in reader:
                 place = f"line {reader.line_num}"
                 if None in values or None in values.values():
                     yield Problem(f"has not the {len(reader.fieldnames or ())} columns of the first line", place)
                 else:
                     yield _Record(values, place)
-        except csv.Error as error:
+        except (csv.Error, ValueError) as error:
             yield Problem(f"not CSV ({error})", f"line {reader.line_num}")
 
 
-def _data_set(source: Path | str, chosen: PromptsSection) -> Iterator[_Record | Problem]:
-    kind = "parquet" if isinstance(source, Path) and source.is_file() else "a data set"
+def _columns(source: Path | str, chosen: PromptsSection) -> Iterator[_Record | Problem]:
+    is_file = isinstance(source, Path) and source.is_file()
     try:
-        opened = _open(source, chosen)
-        if isinstance(opened, dict):
-            if len(opened) > 1:
-                yield Problem(f"has the splits {', '.join(map(str, opened))}; choose one with split")
-                return
-            opened = next(iter(opened.values()))
-        for number, columns in enumerate(_readable(opened), 1):
+        found = _parquet(Path(source)) if is_file else _data_set(source, chosen)
+        for number, columns in enumerate(found, 1):
             yield _Record(columns, f"row {number}")
     except UserError:
         raise
     except Exception as error:  # many libraries below, with kinds of their own; the user needs the place and the reason
-        reason = (str(error).splitlines() or [""])[0]
+        reason = (str(error).splitlines() or [""])[0][:200]
+        kind = "parquet" if is_file else "a data set"
         yield Problem(f"not readable as {kind} ({type(error).__name__}: {reason})")
+
+
+def _parquet(file: Path) -> Iterator[dict[str, Any]]:
+    """By pyarrow: `datasets` takes [, *, ? and :: in a file's name for patterns, and reads other files instead."""
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(file) as opened:
+        _refuse_repeats(opened.schema_arrow.names, "column")
+        names = [field.name for field in opened.schema_arrow if not _holds_bytes(field.type)]
+        for batch in opened.iter_batches(columns=names):
+            yield from batch.to_pylist()
+
+
+def _data_set(source: Path | str, chosen: PromptsSection) -> Iterable[dict[str, Any]]:
+    opened = _open(source, chosen)
+    if isinstance(opened, dict):
+        if len(opened) > 1:
+            splits = _listed(list(map(str, opened)))
+            raise UserError(f"data set {source}: has the splits {splits}; choose one with split")
+        opened = next(iter(opened.values()))
+    # Columns that are no text or number would be decoded row by row.
+    large = (
+        [field.name for field in opened.features.arrow_schema if _holds_bytes(field.type)] if opened.features else []
+    )
+    rows: Iterable[dict[str, Any]] = opened.remove_columns(large) if large else opened
+    return rows
 
 
 def _open(source: Path | str, chosen: PromptsSection) -> Any:
@@ -225,8 +309,6 @@ def _open(source: Path | str, chosen: PromptsSection) -> Any:
 
     if isinstance(source, str):
         return datasets.load_dataset(source, chosen.subset, split=chosen.split, streaming=chosen.streaming)
-    if source.is_file():
-        return datasets.load_dataset("parquet", data_files=str(source), split="train", streaming=True)
     if any((source / name).is_file() for name in ("state.json", "dataset_dict.json")):  # as save_to_disk leaves them
         saved = datasets.load_from_disk(str(source))
         if chosen.split is None or not isinstance(saved, dict):
@@ -234,14 +316,18 @@ def _open(source: Path | str, chosen: PromptsSection) -> Any:
         if chosen.split not in saved:
             raise ValueError(f"no split {chosen.split!r}; there are {', '.join(map(str, saved))}")
         return saved[chosen.split]
+    if has_magic(str(source)) or "::" in str(source):
+        raise UserError(
+            f"data set {source}: `datasets` takes [, *, ? and :: in the name of a folder for a pattern; rename it"
+        )
     return datasets.load_dataset(str(source), chosen.subset, split=chosen.split, streaming=chosen.streaming)
 
 
-def _readable(opened: Any) -> Any:
-    """Without the columns that are no text or number, which would be decoded row by row."""
-    large = [
-        name
-        for name, feature in (opened.features or {}).items()
-        if type(feature).__name__ in _MEDIA or getattr(feature, "dtype", None) in ("binary", "large_binary")
-    ]
-    return opened.remove_columns(large) if large else opened
+def _holds_bytes(kind: Any) -> bool:
+    """Whether pyarrow's type has bytes somewhere inside, as images, sound and video have."""
+    from pyarrow import types
+
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+        return True
+    inside = [kind.value_type] if types.is_dictionary(kind) else [kind.field(at).type for at in range(kind.num_fields)]
+    return any(map(_holds_bytes, inside))

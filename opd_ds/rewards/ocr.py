@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
@@ -16,7 +16,8 @@ from opd_ds.rewards.base import Metadata, Needs
 from opd_ds.rewards.gaps import CountsGaps, Gaps, Result
 from opd_ds.rewards.ocr_engines import Engine, PaddleEngine, RapidOCREngine
 
-_QUOTED = re.compile('["“”„]([^"“”„]*)["“”]')
+# Marks that open a quotation, and those that close it, the likelier one first.
+_CLOSING = {'"': ('"', "”"), "“": ("”", '"'), "„": ("“", "”"), "”": ("”",)}
 _NO_TARGET = "without a text to look for"
 
 
@@ -25,13 +26,49 @@ def normalise(text: str) -> str:
     return "".join(text.lower().split())
 
 
+def quotations(prompt: str) -> tuple[list[str], bool]:
+    """What a prompt quotes, in its order, and whether it has quote marks that stand alone.
+
+    Quotes are "straight", “curly”, „low“ or ”high”, also behind a backslash, as in JSON. A mark right behind a number,
+    or behind one and between blanks, is an inch sign and opens nothing. Neither does a mark that is not closed.
+    Apostrophes are no quotes.
+    """
+    prompt = prompt.replace('\\"', '"')
+    found, alone, place = [], False, 0
+    while place < len(prompt):
+        mark, behind = prompt[place], place + 1
+        place = behind
+        if mark not in _CLOSING:
+            continue
+        ends = (prompt.find(closing, behind) for closing in _CLOSING[mark])
+        end = next((end for end in ends if end >= 0), -1)
+        if end < 0 or (mark in '"”' and _is_inch_sign(prompt[: behind - 1], prompt[behind:])):
+            alone = True
+            continue
+        found.append(prompt[behind:end])
+        place = end + 1
+    return found, alone
+
+
+def _is_inch_sign(before: str, after: str) -> bool:
+    number = before.rstrip(" ") if after.startswith(" ") else before
+    return number != "" and unicodedata.category(number[-1]) in ("Nd", "No")  # digits; ½ and its like
+
+
 def target_text(prompt: str, metadata: Mapping[str, Any]) -> str:
     """The text that should be seen, normalised: `metadata["text"]`, else all that the prompt quotes, in its order.
 
-    Quotes are "straight" or “curly”; a quote that is not closed quotes nothing. Empty where no text is asked for.
+    Empty where no text is asked for, and where `metadata["text"]` is neither text nor number.
     """
     text = metadata.get("text")
-    return normalise(str(text) if text is not None else " ".join(_QUOTED.findall(prompt)))
+    if text is None:
+        return normalise(" ".join(quotations(prompt)[0]))
+    return normalise(str(text)) if is_text(text) else ""
+
+
+def is_text(value: object) -> bool:
+    """Whether a value of the metadata can stand in a picture: 2024 can, true and a list cannot."""
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
 def text_score(read: str, target: str) -> float:

@@ -37,7 +37,7 @@ from opd_ds.evaluation.benchmark import Benchmark, EvaluationSet
 from opd_ds.evaluation.evaluator import Evaluator
 from opd_ds.evaluation.pictures import Painter
 from opd_ds.evaluation.reward_pool import RewardPool
-from opd_ds.models import ModelFamily, compile_blocks, lora
+from opd_ds.models import ModelFamily, compile_blocks, family_class, lora
 from opd_ds.rewards import Reward, build, check
 from opd_ds.training.networks import load_family, student_module
 from opd_ds.training.teachers import TeacherPool, TeacherSpec, check_weights, load_shared
@@ -94,7 +94,7 @@ def find_files(config: RunConfig, world: World) -> RunFiles:
             check(reward.name, f"{config.place(name)}.rewards", reward.options)
     prompts, eval_prompts = find_prompts(config)
     if world.is_main:
-        _say_repeats(config, prompts, eval_prompts)
+        _say_oddities(config, prompts, eval_prompts)
     model = resolve_path(config.model.path, "model.path")
     if world.is_main:
         texts = [found.prompts for found in (*prompts.values(), *eval_prompts.values())]
@@ -135,7 +135,8 @@ def check_text_cache(config: RunConfig, model: Path, prompts: list[str]) -> None
         TextCache(config.text_cache).check(encoders_identity(config, model), prompts)
 
 
-def _say_repeats(config: RunConfig, prompts: dict[str, PromptSet], eval_prompts: dict[str, PromptSet]) -> None:
+def _say_oddities(config: RunConfig, prompts: dict[str, PromptSet], eval_prompts: dict[str, PromptSet]) -> None:
+    length = config.model.max_text_length or family_class(config.model.family).default_text_length
     sets = {f"tasks.{name}.prompts": found for name, found in prompts.items()}
     sets |= {f"{config.place(name)}.eval_prompts": found for name, found in eval_prompts.items()}
     for key, found in sets.items():
@@ -144,6 +145,12 @@ def _say_repeats(config: RunConfig, prompts: dict[str, PromptSet], eval_prompts:
                 "%s: %d of %d prompts stand further up already and are drawn as often as they stand there; "
                 "`unique: true` keeps the first of each",
                 key, found.repeats, len(found),
+            )  # fmt: skip
+        if cut := sum(len(prompt.split()) > length for prompt in found.prompts):
+            logging.getLogger("opd_ds").warning(
+                "%s: %d of %d prompts have more words than the text encoder takes tokens, %d (model.max_text_length); "
+                "their ends are cut off",
+                key, cut, len(found), length,
             )  # fmt: skip
 
 

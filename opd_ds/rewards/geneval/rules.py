@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_ds.errors import UserError, nearest
+from opd_ds.errors import UserError, nearest, shown
 
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
@@ -86,23 +86,29 @@ class Task:
         """Read a line of GenEval's prompt file; None when it is not one (it has no `tag` or no `include`).
 
         Raises:
-            UserError: an unknown tag, class, colour or relation, or a count or target that cannot be meant.
+            UserError: an unknown tag, class, colour or relation, a count or target that cannot be meant, or clauses
+                that are no list of objects.
         """
         if not metadata.get("tag") or not metadata.get("include"):
             return None
         _allowed("tag", metadata["tag"], TAGS)
-        include: list[Clause] = []
-        for item in metadata["include"]:
-            include.append(_clause(item, position=len(include)))
-        exclude = tuple(_clause(item, position=0) for item in metadata.get("exclude") or ())
-        return cls(metadata["tag"], tuple(include), exclude)
+        include = tuple(_clause(item, position) for position, item in enumerate(_items(metadata, "include")))
+        exclude = tuple(_clause(item, position=0) for item in _items(metadata, "exclude"))
+        return cls(metadata["tag"], include, exclude)
+
+
+def _items(metadata: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]]:
+    found = metadata.get(key) or []
+    if not isinstance(found, list | tuple) or not all(isinstance(item, Mapping) for item in found):
+        raise UserError(f"GenEval metadata: {key} = {shown(found)}; allowed: a list of objects with class and count")
+    return found
 
 
 def _clause(item: Mapping[str, Any], position: int) -> Clause:
     """A clause; `position` is its own index, a position's target has to stand before it."""
     count = item.get("count")
-    if not isinstance(count, int) or count < 1:
-        raise UserError(f"GenEval metadata: count = {count!r} in {dict(item)}; allowed: a whole number from 1")
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise UserError(f"GenEval metadata: count = {shown(count)} in {shown(item)}; allowed: a whole number from 1")
     label = _allowed("class", item.get("class"), CLASSES)
     colour = item.get("color")
     if colour is not None:
@@ -114,16 +120,15 @@ def _clause(item: Mapping[str, Any], position: int) -> Clause:
             return Clause(label, count, colour, _allowed("position", relation, RELATIONS), target)
         case other:
             raise UserError(
-                f"GenEval metadata: position = {other!r} in clause {position}; "
+                f"GenEval metadata: position = {shown(other)} in clause {position}; "
                 "allowed: a relation and the index of an earlier clause, such as ['left of', 0]"
             )
 
 
 def _allowed(key: str, value: Any, allowed: Sequence[str]) -> str:
     if value not in allowed:
-        raise UserError(
-            f"GenEval metadata: {key} = {value!r}; allowed: {', '.join(allowed)}.{nearest(str(value), allowed)}"
-        )
+        known = ", ".join(allowed) if len(allowed) <= len(COLOURS) else f"the {len(allowed)} names of GenEval"
+        raise UserError(f"GenEval metadata: {key} = {shown(value)}; allowed: {known}.{nearest(str(value), allowed)}")
     return str(value)
 
 
