@@ -291,7 +291,7 @@ def test_one_file_of_a_hub_repository(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert resolve_path("org/name/loras/sd3_x.safetensors", "k") == tmp_path / "loras" / "sd3_x.safetensors"
-    assert asked == [("org/name", ["loras/sd3_x.safetensors"])]
+    assert asked == [("org/name", ["loras/sd3_x.safetensors", "loras/adapter_config.json"])]
 
 
 # ---- what does not fit ----
@@ -448,7 +448,8 @@ def test_what_does_not_fit_is_said_before_a_network_loads(
 
 
 def test_a_flux_lora_that_diffusers_cannot_convert(tmp_path: Path) -> None:
-    state = kohya() | {"lora_unet_double_blocks_77_img_attn_proj.lora_down.weight": torch.zeros(1, 1)}
+    name = "lora_unet_double_blocks_77_img_attn_proj"
+    state = kohya() | {f"{name}.lora_down.weight": torch.zeros(1, 1), f"{name}.lora_up.weight": torch.zeros(1, 1)}
     with pytest.raises(UserError, match=r"cannot convert it for FluxPipeline \(ValueError: Incompatible keys"):
         lora.read_adapter(save(state, tmp_path / "x.safetensors"), "FluxPipeline")
 

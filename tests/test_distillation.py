@@ -133,7 +133,7 @@ def test_a_student_that_starts_at_its_teacher_has_nothing_to_learn(
     ("student", "message"),
     [
         ({"kind": "lora", "start": "other"}, "is a full checkpoint and student.kind = 'lora'; set model.path to it"),
-        ({"kind": "lora", "start": "adapter2"}, "has rank 2 and alpha 4, student.lora has rank 4 and alpha 8"),
+        ({"kind": "lora", "start": "adapter2"}, "has rank 2, student.lora.rank is 4; set it"),
         ({"kind": "full", "start": "prompts.txt"}, "student.start = .*no safetensors file"),
     ],
 )

@@ -18,7 +18,7 @@ def export_student(student: StudentEngine, family: ModelFamily, kind: str, folde
         folder.mkdir(parents=True, exist_ok=True)
         if kind == "lora":
             config = lora.adapter_config(student.module, STUDENT_ADAPTER)
-            family.save_lora(lora.strip_adapter_name(weights), config, folder)
+            family.save_lora(*lora.to_store(weights, config), folder)
         else:
             family.save_full(weights, folder)
     group.barrier()

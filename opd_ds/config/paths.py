@@ -66,7 +66,11 @@ def _from_hub(value: str, key: str) -> Path:
     org, name, *rest = value.split("/", 2)
     subfolder = rest[0] if rest else ""
     one_file = subfolder.endswith(".safetensors")
-    patterns = [subfolder if one_file else f"{subfolder}/*"] if subfolder else None
+    patterns = None
+    if one_file:  # PEFT writes a LoRA's alpha to a file of its own
+        patterns = [subfolder, str(Path(subfolder).with_name("adapter_config.json"))]
+    elif subfolder:
+        patterns = [f"{subfolder}/*"]
     # Single-file and half-precision duplicates of the same weights are skipped.
     ignored = ["*.ckpt", "*.bin", "*.msgpack", "*.fp16.safetensors", "*.png", "*.jpg"]
     if not subfolder:

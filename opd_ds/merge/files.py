@@ -16,7 +16,7 @@ from torch import Tensor
 from opd_ds.config.paths import resolve_path
 from opd_ds.errors import UserError, about
 from opd_ds.models import ModelFamily, lora
-from opd_ds.models.adapter_files import exact_fields, scale
+from opd_ds.models.adapter_config import exact_fields, scale
 from opd_ds.models.weight_files import Shapes, network_files, read_shapes
 
 Factors = dict[str, tuple[Tensor, Tensor]]

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from opd_ds.errors import UserError
 from opd_ds.models import privates
+from opd_ds.models.adapter_config import FIELDS, rescaled
 from opd_ds.models.adapter_files import (
-    ADAPTER_KEY,
     DIFFUSERS_WEIGHTS,
-    FIELDS,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
     adapter_weights,
@@ -33,6 +32,7 @@ from opd_ds.models.adapter_files import (
     read_adapter,
     same_base,
 )
+from opd_ds.models.adapter_keys import ADAPTER_KEY
 from opd_ds.models.stored_weights import Stored, StoredTensor
 
 _MERGED = "merged"
@@ -59,9 +59,17 @@ def load_adapter(transformer: nn.Module, name: str, path: Path, pipeline_class: 
         pipeline_class: as for `read_adapter`.
 
     Raises:
-        UserError: as `read_adapter`; missing, unexpected or wrongly shaped keys, naming the first.
+        UserError: as `read_adapter` and `add_adapter`.
     """
-    config, state = read_adapter(path, pipeline_class)
+    add_adapter(transformer, name, *read_adapter(path, pipeline_class))
+
+
+def add_adapter(transformer: nn.Module, name: str, config: LoraConfig, state: dict[str, Tensor]) -> None:
+    """Add what `read_adapter` gives as a frozen adapter.
+
+    Raises:
+        UserError: missing, unexpected or wrongly shaped keys, naming the first.
+    """
     _inject(transformer, name, config)
     own = adapter_parameters(transformer, name)
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -174,6 +182,14 @@ def adapter_parameters(transformer: nn.Module, name: str) -> dict[str, nn.Parame
     return found
 
 
+def to_store(state: dict[str, Tensor], config: LoraConfig) -> tuple[dict[str, Tensor], LoraConfig]:
+    """An adapter's trained weights and its configuration in the form that `save_peft` and `ModelFamily.save_lora`
+    write: float32, keys without the adapter's name, and alpha = rank, so that readers of keys alone see its strength.
+    """
+    stored, kept = rescaled(config, strip_adapter_name(state), 1.0)
+    return kept, stored
+
+
 def strip_adapter_name(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """`<module>.lora_A.<adapter>.weight` to the stored form without the adapter's name; other keys are dropped."""
     matches = ((ADAPTER_KEY.match(key), value) for key, value in state.items())
@@ -231,6 +247,7 @@ __all__ = [
     "adapter_config",
     "adapter_parameters",
     "adapter_weights",
+    "add_adapter",
     "config_fields",
     "is_adapter",
     "load_adapter",
@@ -239,8 +256,10 @@ __all__ = [
     "named_base",
     "new_adapter",
     "read_adapter",
+    "rescaled",
     "same_base",
     "save_peft",
     "strip_adapter_name",
+    "to_store",
     "using",
 ]

@@ -87,8 +87,8 @@ def export_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "lora" and not merge:
         trained = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
-        weights = {key: w.to(DTYPES[dtype or "fp32"]) for key, w in lora.strip_adapter_name(trained).items()}
-        lora_config = lora.adapter_config(network, STUDENT_ADAPTER)
+        stored, lora_config = lora.to_store(trained, lora.adapter_config(network, STUDENT_ADAPTER))
+        weights = {key: value.to(DTYPES[dtype or "fp32"]) for key, value in stored.items()}
         if form == "peft":
             lora.save_peft(weights, lora_config, folder, base=config.model.path)
         else:

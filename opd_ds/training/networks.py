@@ -61,7 +61,9 @@ def student_module(
         module.enable_gradient_checkpointing()  # type: ignore[operator]
     if adapter is not None and settings.kind == "lora":
         module.requires_grad_(False)
-        lora.load_adapter(module, STUDENT_ADAPTER, adapter, family.pipeline_class)
+        # The start may record its strength as another alpha; the function is the same, and alpha the student's own.
+        read = lora.read_adapter(adapter, family.pipeline_class)
+        lora.add_adapter(module, STUDENT_ADAPTER, *lora.rescaled(*read, settings.lora.alpha / settings.lora.rank))
         lora.activate(module, STUDENT_ADAPTER, trainable=True)
     elif settings.kind == "lora":
         torch.manual_seed(seed)  # the same start on every rank
