@@ -100,7 +100,7 @@ def test_joint_and_cascade_have_the_budget_of_distilling(plan: Plan) -> None:
 def evaluation_of(run: Run) -> tuple[Any, ...]:
     """Everything that scores depend on beside the weights; a prompt set may be a task or a probe."""
     evaluated = run.config.evaluated
-    sets = {name: (one.eval_prompts, one.headline, one.guidance) for name, one in sorted(evaluated.items())}
+    sets = {name: (one.eval_prompts, one.rewards[0].label, one.guidance) for name, one in sorted(evaluated.items())}
     return run.config.evaluation, run.config.rollout.guidance, run.config.precision, sets
 
 

@@ -175,3 +175,19 @@ def test_recipes_are_listed() -> None:
     assert len(lines) == len(recipe_names())
     assert not any(line.startswith("_") for line in lines)  # parts of recipes
     assert load_config("miniature", None, []).deepspeed == "ds_configs/miniature.json"
+
+
+def test_a_run_without_rewards_shows_no_empty_tables(
+    run: Run, tiny_world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = str(tiny_world / "prompts.txt")
+    task = {"teacher": str(tiny_world / "other"), "prompts": prompts, "eval_prompts": prompts}
+    folder = run("out", tasks={"one": task}, run__rounds=1, evaluation__baselines=True)
+    said = capsys.readouterr().out
+    assert "held-out rewards" not in said
+    assert "mean reward" not in said
+    assert sorted(file.name for file in (folder / "eval").glob("results.*")) == ["results.json"]
+    report = (folder / "eval" / "report.html").read_text()
+    assert 'id="summary"' not in report
+    assert 'id="extremes"' not in report
+    assert report.count('class="tile"') == 3 * 5  # base, teacher and student on every prompt

@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 import yaml
 
 from opd_ds import TORCHVISION_PROBLEM
+from opd_ds.cli.train import Config, Overrides, Recipe
 from opd_ds.errors import UserError
 from opd_ds.rewards.base import SERVER, RewardUnavailableError
-from opd_ds.rewards.registry import build, check, reward_class, reward_names
+from opd_ds.rewards.registry import build, reward_names
+
+Json = Annotated[bool, typer.Option("--json", help="for programs")]
 
 app = typer.Typer(no_args_is_help=True, help="Rewards: what is installed, which weights are found, a server.")
 
 
-def _row(name: str) -> dict[str, Any]:
-    """What `list` says about one reward; imports its module, which imports nothing heavy."""
-    try:
-        found = reward_class(name)
-    except Exception as error:  # a third party's module may raise anything; the others are still listed
-        return {"name": name, "judges": f"does not import: {type(error).__name__}: {error}", "installed": False}
-    places = {weights.file or weights.folder: weights.find() for weights in found.needs.weights}
-    return {
-        "name": name,
-        "judges": (found.__doc__ or "").strip().partition("\n")[0].partition(". ")[0].rstrip("."),
-        "extra": found.needs.extra,
-        "installed": not found.needs.absent_packages(),
-        "weights": {file: str(place) if place else None for file, place in places.items()},
-    }
-
-
 @app.command("list")
-def list_rewards(as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
+def list_rewards(as_json: Json = False) -> None:
     """Every reward: what it scores, its extra, whether that is installed, and which weights are found where."""
-    rows = [_row(name) for name in reward_names()]
+    from opd_ds.rewards.needs import described
+
+    rows = [described(name) for name in reward_names()]
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
@@ -52,24 +42,51 @@ def list_rewards(as_json: Annotated[bool, typer.Option("--json", help="for progr
 
 
 @app.command("check")
-def check_rewards(names: Annotated[list[str], typer.Argument(help="rewards, see `opd-ds rewards list`")]) -> None:
-    """One line per reward: ready, or what is missing and where it belongs. Exit code 1 when anything is missing."""
-    ready = True
-    for name in names:
-        try:
-            check(name)
-            typer.echo(f"{name}: ready")
-        except UserError as problem:
-            ready = False
-            typer.echo(f"{name}: {problem}")
-    _say_torchvision()
-    if not ready:
+def check_rewards(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="rewards, see `opd-ds rewards list`, or FILE.py:NAME")
+    ] = None,
+    recipe: Recipe = None,
+    config: Config = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Per reward: ready, or a line for each thing that is missing and where it belongs. Exit code 1 if anything is.
+
+    Of the rewards that are named, or of all that the tasks and probes of a recipe or config need.
+    """
+    if bool(names) == bool(recipe or config):
+        raise UserError("give names of rewards, or a run with --recipe or --config")
+    from opd_ds.rewards.needs import problems, run_needs
+
+    if names:
+        rows = [{"reward": name, "asked_by": [], "absent": problems(name)} for name in names]
+    else:
+        from opd_ds.config.loading import load_config
+
+        found = run_needs(load_config(recipe, config, overrides or []))
+        rows = [{"reward": one.label, **asdict(one)} for one in found]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+    else:
+        _print_check(rows)
+    if any(row["absent"] for row in rows):
         raise typer.Exit(1)
+
+
+def _print_check(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        asked_by = f" ({', '.join(row['asked_by'])})" if row["asked_by"] else ""
+        for line in row["absent"] or ["ready"]:
+            typer.echo(f"{row['reward']}{asked_by}: {line}")
+    if not rows:
+        typer.echo("no rewards: this run needs none")
+    _say_torchvision()
 
 
 @app.command()
 def serve(
-    name: Annotated[str, typer.Argument(help="the reward, see `opd-ds rewards list`")],
+    name: Annotated[str, typer.Argument(help="the reward, see `opd-ds rewards list`, or FILE.py:NAME")],
     port: int = 8000,
     host: Annotated[
         str, typer.Option(help="0.0.0.0 to be reached from other machines; there is no login")

@@ -20,9 +20,14 @@ class LearnedSection(TrainedSection):
     """A task that is learned from its rewards."""
 
     rewards: tuple[WeightedReward, ...] = Field(
-        min_length=1, description="their weighted sum is learned from; the first is the headline"
+        min_length=1, description="their weighted sum is learned from, and is the headline"
     )
     turns: PositiveInt = Field(1, description="rounds in a row on this task where tasks alternate")
+
+    @property
+    def summed(self) -> dict[str, float]:
+        """All rewards, where there are several."""
+        return {reward.label: reward.weight for reward in self.rewards} if len(self.rewards) > 1 else {}
 
 
 class OldPolicySection(Section):

@@ -14,6 +14,7 @@ from opd_ds.config.base import Algorithm, Section
 from opd_ds.config.sections import (
     ANCHOR,
     STOCHASTIC_KERNELS,
+    WEIGHTED_SUM,
     EvaluatedSection,
     EvaluationSection,
     ModelSection,
@@ -77,6 +78,8 @@ class RunConfig(Section, ABC):
             for reward in section.rewards:
                 if not re.fullmatch(r"[A-Za-z0-9_.-]+", reward.label):
                     raise ValueError(f"{key}: the label {reward.label!r} may hold letters, digits, '_', '.', '-' only")
+                if reward.label == WEIGHTED_SUM:
+                    raise ValueError(f"{key}: {WEIGHTED_SUM!r} is the sum of a task's rewards; choose another label")
                 first = seen.setdefault(reward.label, reward)
                 if labels.count(reward.label) > 1 or (first.name, first.options) != (reward.name, reward.options):
                     raise ValueError(

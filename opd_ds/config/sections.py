@@ -13,6 +13,8 @@ from opd_ds.errors import UserError
 STOCHASTIC_KERNELS = ("flow", "dance", "ddim", "cps")
 # The name under which the anchor is asked; no task can have it.
 ANCHOR = "(anchor)"
+# The label of a task's weighted sum of rewards; no reward can have it.
+WEIGHTED_SUM = "weighted_sum"
 
 
 class RunSection(Section):
@@ -255,8 +257,8 @@ class RewardSection(Section):
 
     short_key: ClassVar[str] = "name"
 
-    name: str = Field(description="as in opd_ds.rewards")
-    label: str = Field("", description="what results call it; default: its name")
+    name: str = Field(description="as `opd-ds rewards list` has it, or FILE.py:NAME, a class or function of your own")
+    label: str = Field("", description="what results call it; default: its name, without the file")
     options: dict[str, Any] = Field(default_factory=dict, description="the reward's own, see its class")
 
     @model_validator(mode="before")
@@ -264,7 +266,9 @@ class RewardSection(Section):
     def _short_form(cls, value: Any) -> Any:
         if isinstance(value, str):
             value = {"name": value}
-        return {"label": value["name"], **value} if isinstance(value, dict) and "name" in value else value
+        if not isinstance(value, dict) or "name" not in value:
+            return value
+        return {"label": str(value["name"]).rpartition(".py:")[-1], **value}
 
 
 Cell = str | bool | int | float
@@ -302,8 +306,15 @@ class EvaluatedSection(Section):
     )
 
     @property
+    def summed(self) -> dict[str, float]:
+        """By label, the weights of the rewards whose sum is the headline; none where one reward is."""
+        return {}
+
+    @property
     def headline(self) -> str | None:
         """The label of the reward that stands for the task in summaries."""
+        if self.summed:
+            return WEIGHTED_SUM
         return self.rewards[0].label if self.rewards else None
 
 

@@ -14,6 +14,7 @@ from opd_ds.doctor import disk, network
 from opd_ds.doctor.findings import Finding, Report, Seen, attempt, merge, not_checked
 from opd_ds.doctor.meeting import LostRanksError, Meeting
 from opd_ds.doctor.node import look_at_node
+from opd_ds.doctor.rewards import look_at_rewards
 from opd_ds.doctor.weights import look_at_files, trainable_parameters
 
 # With a problem in one of these no process group starts, or it hangs.
@@ -94,7 +95,7 @@ class Local:
     def _files(self) -> list[Seen]:
         if self.config is None:
             return [_not_seen("weights and prompts", self._why("give the run with --recipe or --config"))]
-        return look_at_files(self.config)
+        return look_at_files(self.config) + look_at_rewards(self.config)
 
     def _why(self, advice: str) -> str:
         return "the run config cannot be read" if any(one.what == "run config" for one in self.seen) else advice

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
+from opd_ds.config.sections import WEIGHTED_SUM
 from opd_ds.data import PromptSet, shard
 from opd_ds.engine import Group
-from opd_ds.evaluation.evaluator import score_images
+from opd_ds.evaluation.evaluator import score_images, with_sum
 from opd_ds.evaluation.pictures import Item, Painter, items
 from opd_ds.evaluation.store import PictureStore, ScoreStore, digest
 from opd_ds.rewards import Reward, batches
@@ -46,18 +48,35 @@ class EvalModel:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Prompts, the labels of the rewards asked about them, and which of these are the set's own."""
+    """Prompts, and the labels of the rewards asked about them.
+
+    Attributes:
+        own: which of `asked` are the set's own, the headline first.
+        summed: weights by label of the rewards whose sum is the headline instead.
+    """
 
     prompts: PromptSet
     asked: tuple[str, ...]
     own: tuple[str, ...]
     items: tuple[Item, ...]
+    summed: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, prompts: PromptSet, asked: tuple[str, ...], own: tuple[str, ...], samples: int, limit: int | None = None
+        cls,
+        prompts: PromptSet,
+        asked: tuple[str, ...],
+        own: tuple[str, ...],
+        samples: int,
+        summed: Mapping[str, float],
+        limit: int | None = None,
     ) -> EvaluationSet:
-        return cls(prompts, asked, own, tuple(items(prompts, samples, limit)))
+        return cls(prompts, asked, own, tuple(items(prompts, samples, limit)), summed)
+
+    @property
+    def headlines(self) -> tuple[str, ...]:
+        """The label of the weighted sum, where there is one."""
+        return (WEIGHTED_SUM,) if self.summed else ()
 
 
 @dataclass(frozen=True)
@@ -172,7 +191,18 @@ class Benchmark:
         self._score(open_jobs[self._group.world.rank :: self._group.world.size])
         self._group.barrier()
         known = self._group.broadcast(self._scores.read() if self._group.world.is_main else None)
-        return {where: [known.get(_key(job), math.nan) for job in part] for where, part in jobs.items()}
+        scores = {where: [known.get(_key(job), math.nan) for job in part] for where, part in jobs.items()}
+        return scores | {
+            (model.name, name, WEIGHTED_SUM): self._sum(scores, model.name, name)
+            for model in models
+            for name, chosen in self.sets.items()
+            if chosen.summed
+        }
+
+    def _sum(self, scores: Scores, model: str, name: str) -> list[float]:
+        chosen = self.sets[name]
+        found = {label: torch.tensor(scores[model, name, label], dtype=torch.float64) for label in chosen.summed}
+        return with_sum(found, chosen.summed)[WEIGHTED_SUM].tolist()
 
     def _jobs(self, model: EvalModel, name: str, label: str) -> Iterator[_Job]:
         by = digest(self.identities[label])

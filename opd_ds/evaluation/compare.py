@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from opd_ds.config.sections import WEIGHTED_SUM
 from opd_ds.errors import UserError
 from opd_ds.evaluation.results import Results, metric_title, read_results
 from opd_ds.evaluation.statistics import Values, bootstrap_interval, holm, paired_p_value
@@ -67,7 +69,7 @@ def compare(a: Results, b: Results, pairs: list[tuple[str, str]]) -> tuple[list[
         if same_settings and a["models"][model_a]["identity"] == b["models"][model_b]["identity"]:
             notes.append(f"{model_a} and {model_b} are the same weights: not compared")
             continue
-        if a["rewards"][label] != b["rewards"][label]:
+        if _measure(a, name, label) != _measure(b, name, label):
             notes.append(f"{name} / {label}: measured by two different rewards: not compared")
             continue
         difference = _paired(a, b, model_a, model_b, name, label)
@@ -80,6 +82,12 @@ def compare(a: Results, b: Results, pairs: list[tuple[str, str]]) -> tuple[list[
         Difference(models, name, label, len(values), float(values.mean()), bootstrap_interval(values), p, corrected)
         for (models, name, label, values, p), corrected in zip(rows, adjusted, strict=True)
     ], list(dict.fromkeys(notes))
+
+
+def _measure(results: Results, name: str, label: str) -> list[Any]:
+    """What decides the numbers: the reward's identity; for a weighted sum those of its parts, and the weights."""
+    summed = results["sets"][name].get("summed", {}) if label == WEIGHTED_SUM else {label: 1.0}
+    return [[part, weight, results["rewards"][part]] for part, weight in sorted(summed.items())]
 
 
 def _split(text: str) -> tuple[str, str | None]:

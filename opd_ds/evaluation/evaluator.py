@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from opd_ds.config.schema import RunConfig
+from opd_ds.config.sections import WEIGHTED_SUM
 from opd_ds.data import PromptSet, Shard, shard
 from opd_ds.engine import Group
 from opd_ds.evaluation.pictures import Item, Painter, items
@@ -64,8 +66,10 @@ class Evaluator:
             wanted = items(self._prompts[task], settings.samples_per_prompt)
             part, mine, images = self._draw(network, wanted, value)
             shown[task] = self._gather(mine, images, settings.grid_prompts)
-            labels = [reward.label for reward in self._config.evaluated[task].rewards]
+            section = self._config.evaluated[task]
+            labels = [reward.label for reward in section.rewards]
             found = {label: score_images(self._rewards[label], label, images, mine) for label in labels}
+            found = with_sum(found, section.summed)
             scores[task] = {label: self._mean(values, part.weights) for label, values in found.items()}
         return EvaluationResult(scores, shown)
 
@@ -114,3 +118,11 @@ def score_images(reward: Reward, label: str, images: list[Image.Image], asked: l
     except Exception:  # a reward only monitors: it must not end the run or the evaluation it watches
         logging.getLogger("opd_ds").exception("reward %s failed on %d images; they have no score", label, len(images))
         return torch.full((len(images),), math.nan, dtype=torch.float64)
+
+
+def with_sum(scores: dict[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """Scores [B] by label, first their weighted sum where `weights` has any: NaN where one of its parts is."""
+    if not weights:
+        return scores
+    total = torch.stack([weight * scores[label] for label, weight in weights.items()]).sum(0)
+    return {WEIGHTED_SUM: total, **scores}

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from opd_ds.evaluation.charts import HOW_TO_GET_CHARTS, Bar, Curve, bars, can_draw, curves, radar
-from opd_ds.evaluation.results import Results, metric_title, own_metrics
+from opd_ds.evaluation.results import Results, averaged_metrics, metric_title, own_metrics
 from opd_ds.evaluation.statistics import normalised_columns
 
 REPORT_FILE = "report.html"
@@ -230,7 +230,7 @@ def _bar_chart(results: Results, name: str, label: str) -> Markup:
 
 def _radar_chart(results: Results) -> Markup | None:
     """None with fewer than three metrics that tell the models apart."""
-    metrics = own_metrics(results)
+    metrics = averaged_metrics(results)
     table = {model: [by_set[n][label]["mean"] for n, label in metrics] for model, by_set in results["scores"].items()}
     kept, normalised = normalised_columns(table)
     if len(kept) < 3:

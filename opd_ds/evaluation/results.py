@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from opd_ds.config.sections import WEIGHTED_SUM
 from opd_ds.errors import UserError
 from opd_ds.evaluation.benchmark import Benchmark, EvalModel, Scores
 from opd_ds.evaluation.evaluator import Means
@@ -32,15 +33,18 @@ def collect(benchmark: Benchmark, models: list[EvalModel], scores: Scores) -> Re
             "sha256": chosen.prompts.sha256,
             "prompts": [item.prompt for item in chosen.items if item.sample == 0],
             "samples": 1 + max((item.sample for item in chosen.items), default=0),
-            "rewards": list(chosen.asked),
-            "own": list(chosen.own),
+            "rewards": [*chosen.headlines, *chosen.asked],
+            "own": [*chosen.headlines, *chosen.own],
+            "summed": dict(chosen.summed),
         }
         for name, chosen in benchmark.sets.items()
     }
     table = {
         model.name: {
-            name: {label: _entry(scores[model.name, name, label], len(sets[name]["prompts"])) for label in chosen.asked}
-            for name, chosen in benchmark.sets.items()
+            name: {
+                label: _entry(scores[model.name, name, label], len(chosen["prompts"])) for label in chosen["rewards"]
+            }
+            for name, chosen in sets.items()
         }
         for model in models
     }
@@ -55,17 +59,22 @@ def collect(benchmark: Benchmark, models: list[EvalModel], scores: Scores) -> Re
         "sets": sets,
         "scores": table,
     }
-    metrics = own_metrics(results)
-    results["metrics"] = [list(metric) for metric in metrics]
+    results["metrics"] = [list(metric) for metric in own_metrics(results)]
+    averaged = averaged_metrics(results)
     results["normalised_average"] = normalised_average(
-        {model: [by_set[name][label]["mean"] for name, label in metrics] for model, by_set in table.items()}
+        {model: [by_set[name][label]["mean"] for name, label in averaged] for model, by_set in table.items()}
     )
     return results
 
 
 def own_metrics(results: Results) -> list[tuple[str, str]]:
-    """(prompt set, label) for each set's own rewards: the columns of tables and of the normalised average."""
+    """(prompt set, label) for each set's own rewards: the columns of tables."""
     return [(name, label) for name, chosen in results["sets"].items() for label in chosen["own"]]
+
+
+def averaged_metrics(results: Results) -> list[tuple[str, str]]:
+    """Those of the normalised average: weighted sums are left out, whose parts are there."""
+    return [metric for metric in own_metrics(results) if metric[1] != WEIGHTED_SUM]
 
 
 def _entry(scores: list[float], prompts: int) -> dict[str, Any]:
@@ -102,13 +111,15 @@ def means(results: Results) -> dict[str, Means]:
 
 
 def write_results(folder: Path, results: Results) -> None:
-    """results.json, results.md and results.csv."""
+    """results.json; where there are rewards, results.md and results.csv as well."""
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {
-        RESULTS_FILE: json.dumps(results, indent=1, allow_nan=False) + "\n",
-        "results.md": as_markdown(results),
-        "results.csv": as_csv(results),
-    }
+    texts = {RESULTS_FILE: json.dumps(results, indent=1, allow_nan=False) + "\n"}
+    tables = {"results.md": as_markdown(results), "results.csv": as_csv(results)}
+    if own_metrics(results):
+        texts |= tables
+    else:
+        for name in tables:
+            (folder / name).unlink(missing_ok=True)
     for name, text in texts.items():
         draft = folder / f".{name}.writing"
         draft.write_text(text, encoding="utf-8")
@@ -155,7 +166,10 @@ def _cell(entry: dict[str, Any]) -> str:
 
 
 def print_results(console: Console, results: Results) -> None:
-    """The terminal's table."""
+    """The terminal's table; a line where there are no rewards."""
+    if not own_metrics(results):
+        console.print("no rewards: images without scores")
+        return
     head, rows = _rows(results)
     table = Table(title="mean reward ± half the 95 % bootstrap interval; average: min-max normalised over the models")
     for column, name in enumerate(head):

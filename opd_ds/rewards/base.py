@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
@@ -75,17 +75,26 @@ def require(name: str, needs: Needs) -> None:
         RewardUnavailableError: packages are absent.
         WeightsMissingError: a published file is not where it is looked for.
     """
-    require_packages(name, needs)
-    for weights in needs.weights:
-        if weights.find() is None:
-            raise WeightsMissingError(f"reward {name!r}: {weights.missing()}")
+    for problem in missing(name, needs):
+        raise problem
 
 
 def require_packages(name: str, needs: Needs) -> None:
     """Raise RewardUnavailableError when a package that the reward imports is absent."""
+    require(name, replace(needs, weights=()))
+
+
+def missing(name: str, needs: Needs) -> list[UserError]:
+    """What `require` would raise, one after the other: for the packages that are absent, and for each weights file."""
+    problems: list[UserError] = []
     absent = needs.absent_packages()
     if absent:
-        raise RewardUnavailableError(f"reward {name!r} needs {', '.join(absent)}: pip install {needs.requirements()}")
+        line = f"reward {name!r} needs {', '.join(absent)}: pip install {needs.requirements()}"
+        problems.append(RewardUnavailableError(line))
+    for weights in needs.weights:
+        if weights.find() is None:
+            problems.append(WeightsMissingError(f"reward {name!r}: {weights.missing()}"))
+    return problems
 
 
 def batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

@@ -1,4 +1,6 @@
-"""Rewards by name. A reward's module is imported only when its name is used; third parties register entry points."""
+"""Rewards by name. A reward's module is imported only when its name is used; third parties register entry points, and
+users name files of their own.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from opd_ds.errors import UserError, nearest
+from opd_ds.rewards import own_file
 from opd_ds.rewards.base import Needs, Reward, require
 
 ENTRY_POINTS = "opd_ds.rewards"
@@ -55,7 +58,9 @@ def reward_class(name: str, key: str = "reward") -> type[Reward]:
     if name in third_party:
         return third_party[name].load()
     allowed = reward_names()
-    raise UserError(f"{key} = {name!r}: unknown reward; allowed: {', '.join(allowed)}.{nearest(name, allowed)}")
+    raise UserError(
+        f"{key} = {name!r}: unknown reward; allowed: {', '.join(allowed)}, or FILE.py:NAME.{nearest(name, allowed)}"
+    )
 
 
 def needs_of(name: str, key: str = "reward", options: Mapping[str, Any] | None = None) -> Needs:
@@ -63,14 +68,20 @@ def needs_of(name: str, key: str = "reward", options: Mapping[str, Any] | None =
 
     A reward whose needs depend on its options offers a `needs_for(options)` class method.
     """
+    if own_file.is_own(name):
+        return own_file.load(name, key).needs
     found = reward_class(name, key)
     needs_for = getattr(found, "needs_for", None)
     return needs_for(options or {}) if needs_for else found.needs
 
 
 def check(name: str, key: str = "reward", options: Mapping[str, Any] | None = None) -> None:
-    """Raise UserError when the reward `name` is unknown, not installed, or lacks its weights. Loads nothing."""
+    """Raise UserError when the reward `name` is unknown, not installed, lacks its weights, or, where `options` are
+    given, does not take them. Loads nothing but a user's own file.
+    """
     require(name, needs_of(name, key, options))
+    if options is not None:
+        _check_options(name, options, _signature(name))
 
 
 def build(name: str, device: str | None = None, **options: Any) -> Reward:
@@ -81,20 +92,30 @@ def build(name: str, device: str | None = None, **options: Any) -> Reward:
         options: the reward's own, such as `batch_size`; see its class.
 
     Raises:
-        UserError: unknown name or option, a required option that is not given, absent packages or weights.
+        UserError: unknown name or option, a required option that is not given, absent packages or weights, a file of
+            the user's own that does not run.
     """
     check(name, options=options)
-    found = reward_class(name)
-    signature = inspect.signature(found)
-    known = set(signature.parameters)
-    for option in options.keys() - known:
-        raise UserError(
-            f"reward {name!r}: unknown option {option!r}; allowed: {', '.join(sorted(known))}.{nearest(option, known)}"
-        )
-    if device is not None and "device" in known:
+    if device is not None and "device" in _signature(name).parameters:
         options["device"] = device
+    if own_file.is_own(name):
+        return own_file.OwnReward(own_file.load(name), options)
+    return reward_class(name)(**options)
+
+
+def _signature(name: str) -> inspect.Signature:
+    """The options that a reward takes."""
+    return own_file.load(name).signature if own_file.is_own(name) else inspect.signature(reward_class(name))
+
+
+def _check_options(name: str, options: Mapping[str, Any], signature: inspect.Signature) -> None:
+    known = sorted(signature.parameters)
+    for option in options.keys() - set(known):
+        raise UserError(
+            f"reward {name!r}: unknown option {option!r}; allowed: {', '.join(known) or 'none'}."
+            f"{nearest(option, known)}"
+        )
     try:
         signature.bind(**options)
     except TypeError as error:
-        raise UserError(f"reward {name!r}: {error}; its options: {', '.join(sorted(known))}") from error
-    return found(**options)
+        raise UserError(f"reward {name!r}: {error}; its options: {', '.join(known)}") from error

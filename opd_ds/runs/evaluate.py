@@ -77,7 +77,15 @@ def _rewards(config: RunConfig, requested: list[str]) -> dict[str, RewardSection
     known = config.rewards
     if not requested:
         return known
-    return {name: known.get(name) or RewardSection.model_validate(name) for name in requested}
+    sections = [known.get(name) or RewardSection.model_validate(name) for name in requested]
+    for section in sections:
+        of_config = known.get(section.label, section)
+        if of_config.name != section.name:
+            raise UserError(
+                f"--reward {section.name}: the config calls {of_config.name!r} {section.label!r} already; give that "
+                "reward another `label` in the config"
+            )
+    return {section.label: known.get(section.label, section) for section in sections}
 
 
 def _prompts(config: RunConfig, requested: list[str]) -> dict[str, PromptSet]:
@@ -104,8 +112,11 @@ def _set(config: RunConfig, name: str, prompts: PromptSet, labels: list[str], ch
     """Every reward is asked about every prompt. A task's own are those it names, the headline first, and those that
     only the command line names; a free set's are all of them.
     """
-    own = list(labels)
+    own, summed = list(labels), {}
     if name in config.evaluated:
-        named = [reward.label for reward in config.evaluated[name].rewards if reward.label in labels]
+        section = config.evaluated[name]
+        named = [reward.label for reward in section.rewards if reward.label in labels]
         own = named + [label for label in labels if label not in config.rewards]
-    return EvaluationSet.of(prompts, tuple(labels), tuple(own), config.evaluation.samples_per_prompt, choice.limit)
+        summed = section.summed if section.summed.keys() <= set(labels) else {}
+    samples = config.evaluation.samples_per_prompt
+    return EvaluationSet.of(prompts, tuple(labels), tuple(own), samples, summed, choice.limit)

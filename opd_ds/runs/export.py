@@ -17,7 +17,7 @@ from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import ANCHOR
 from opd_ds.engine import consolidated_weights
 from opd_ds.errors import UserError, nearest
-from opd_ds.evaluation.results import RESULTS_FILE, as_markdown, read_results
+from opd_ds.evaluation.results import RESULTS_FILE, as_markdown, own_metrics, read_results
 from opd_ds.models import ModelFamily, lora
 from opd_ds.runs.monitor import SCORES_FILE, read_metrics
 from opd_ds.runs.setup import EVALUATION_FOLDER
@@ -176,7 +176,7 @@ def _results(config: RunConfig, state: dict[str, Any], run: Path, *, averaged: b
     final = run / EVALUATION_FOLDER / RESULTS_FILE
     if state["round"] == config.run.rounds and final.is_file():
         results = read_results(final)
-        if "student" in results["scores"]:
+        if "student" in results["scores"] and own_metrics(results):
             return "Mean reward on held-out prompts, ± half the 95 % bootstrap interval.\n\n" + as_markdown(results)
     rows = [row for row in read_metrics(run / SCORES_FILE) if row["round"] == state["round"]]
     means = {key: value for key, value in rows[-1].items() if key != "round"} if rows else {}

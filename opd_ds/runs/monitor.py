@@ -119,6 +119,8 @@ class Monitor:
     def scores(self, round_index: int, scores: Means) -> None:
         """Held-out rewards of the student by task and label, also as one object a time in scores.jsonl."""
         flat = {f"{task}/{label}": value for task, labels in scores.items() for label, value in labels.items()}
+        if not flat:  # images without rewards
+            return
         if self._active:
             with self._scores.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"round": round_index} | flat) + "\n")

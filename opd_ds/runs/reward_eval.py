@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from opd_ds.config.schema import RunConfig
-from opd_ds.evaluation.evaluator import Shown, score_images
+from opd_ds.evaluation.evaluator import Shown, score_images, with_sum
 from opd_ds.evaluation.pictures import Item
 from opd_ds.evaluation.reward_pool import RewardPool
 from opd_ds.training.trainer import RolloutResult
@@ -56,6 +56,7 @@ class AsyncRewardEval:
         self._labels = {
             name: [reward.label for reward in section.rewards] for name, section in config.evaluated.items()
         }
+        self._summed = {name: section.summed for name, section in config.evaluated.items()}
         self._pending: list[Future[list[RewardRecord]]] = []
 
     def submit(self, done: int, rolled: dict[str, RolloutResult], held_out: dict[str, list[Shown]]) -> None:
@@ -103,8 +104,8 @@ class AsyncRewardEval:
             labels = self._labels[part.task]
             if not labels or not part.asked:
                 continue
-            for label in labels:
-                scores = score_images(self._pool.rewards[label], label, part.images, part.asked)
+            found = {label: score_images(self._pool.rewards[label], label, part.images, part.asked) for label in labels}
+            for label, scores in with_sum(found, self._summed[part.task]).items():
                 good = scores[torch.isfinite(scores)]
                 mean = float(good.mean()) if len(good) else None
                 failed = len(scores) - len(good)

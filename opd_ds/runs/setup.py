@@ -204,7 +204,8 @@ def prepare(config: RunConfig, group: Group) -> Parts:
     teachers = TeacherPool(
         family, files.teachers, group.device, student=student, memory=memory, compiled=config.model.compile_blocks
     )
-    rewards = build_rewards(config.rewards, group.device)
+    with group.raise_on_any_rank():
+        rewards = build_rewards(config.rewards, group.device)
     pool = RewardPool(rewards, family.decode, group.device)
     trainer = build_trainer(Components(config, group, family, student, ema, files.prompts, teachers, pool))
     painter = Painter(config, family, group)
@@ -214,9 +215,10 @@ def prepare(config: RunConfig, group: Group) -> Parts:
         if isinstance(task, LearnedSection):
             identity["tasks"][name]["rewards"] = [_reward_identity(r, rewards[r.label]) for r in task.rewards]
     sets = {
-        name: EvaluationSet.of(prompts, own, own, config.evaluation.samples_per_prompt)
+        name: EvaluationSet.of(prompts, own, own, config.evaluation.samples_per_prompt, section.summed)
         for name, prompts in files.eval_prompts.items()
-        for own in [tuple(reward.label for reward in config.evaluated[name].rewards)]
+        for section in [config.evaluated[name]]
+        for own in [tuple(reward.label for reward in section.rewards)]
     }
     folder = config.run.output_dir / EVALUATION_FOLDER
     benchmark = Benchmark(folder, group, painter, identity["base"]["sha256"], sets, rewards)

@@ -268,7 +268,7 @@ def _finish(config: RunConfig, parts: Parts, baselines: list[EvalModel], session
         data: dict[str, Any] = summary(scores, {name: section.headline for name, section in config.evaluated.items()})
         (folder / "summary.json").write_text(json.dumps(data, indent=1) + "\n")
         monitor.say("")
-        if scores:
+        if config.rewards and scores:
             print_table(monitor.console, data)
     if benchmark.sets:
         monitor.say(f"images:       {folder / 'grid.png'}")

@@ -1,0 +1,34 @@
+"""Rewards of your own: name them in a config as `my_rewards.py:blueness` and `my_rewards.py:Contrast`."""
+
+import torch
+
+
+def blueness(images, prompts, metadata, strength=1.0):
+    """How much more blue than red the images are, -1 to 1 times `strength`.
+
+    Args:
+        images: PIL images, RGB.
+        prompts: one text per image.
+        metadata: one dict per image: the other columns of its prompt file.
+    """
+    means = [image.resize((1, 1)).getpixel((0, 0)) for image in images]
+    return [strength * (blue - red) / 255 for red, _, blue in means]
+
+
+class Contrast:
+    """Standard deviation of an image's grey values, 0 to 0.5; a class loads something once and keeps it."""
+
+    def __init__(self, device="cpu"):
+        self.device = device
+
+    def score(self, images, prompts, metadata):
+        """One number per image: a tensor, an array or a list. None or NaN: no score, which is not 0."""
+        scores = []
+        for image in images:
+            grey = torch.tensor(list(image.convert("L").tobytes()), device=self.device) / 255
+            scores.append(grey.std(correction=0).item())
+        return scores
+
+    def identity(self):
+        """What decides the numbers beside this file and the options, if anything does: a model's name or hash."""
+        return {"range": "0 to 0.5"}

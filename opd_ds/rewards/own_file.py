@@ -1,0 +1,181 @@
+"""Rewards from a user's own file: `my_rewards.py:Blueness`, a class with `score` or a plain function."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from opd_ds.errors import UserError, nearest
+from opd_ds.rewards.base import Metadata, Needs
+
+if TYPE_CHECKING:  # as in base.py
+    from PIL import Image
+    from torch import Tensor
+
+_ENDING = ".py:"
+_ASKED = ("images", "prompts", "metadata")
+
+
+def is_own(name: str) -> bool:
+    """Whether `name` is FILE.py:NAME."""
+    return _ENDING in name
+
+
+@dataclass(frozen=True)
+class OwnCode:
+    """What FILE.py:NAME stands for.
+
+    Attributes:
+        found: the class or function.
+        sha256: of the file as it was run.
+    """
+
+    file: Path
+    attribute: str
+    found: Callable[..., Any]
+    sha256: str
+
+    @property
+    def needs(self) -> Needs:
+        return getattr(self.found, "needs", Needs())
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """What options are checked against: the constructor's parameters, or what a function takes further."""
+        signature = inspect.signature(self.found)
+        if inspect.isclass(self.found):
+            return signature
+        return signature.replace(parameters=list(signature.parameters.values())[len(_ASKED) :])
+
+
+def load(name: str, key: str = "reward") -> OwnCode:
+    """Run the file of FILE.py:NAME, relative to the working folder, and take NAME from it. A file that has not changed
+    is run once.
+
+    Raises:
+        UserError: no such file, it does not run, or NAME is not what a reward is; `key` says where it stood.
+    """
+    path, _, attribute = name.rpartition(":")
+    file = Path(path).expanduser().resolve()
+    problem = f"{key} = {name!r}: "
+    try:
+        source = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{problem}{file} cannot be read ({error.strerror}); give FILE.py:NAME") from error
+    sha256 = hashlib.sha256(source).hexdigest()
+    module = _module(file, source, sha256, problem)
+    if not hasattr(module, attribute):
+        there = [name for name, value in vars(module).items() if _is_of(module, value)]
+        raise UserError(
+            f"{problem}{file.name} has no {attribute!r}; it has {', '.join(there) or 'no class and no function'}."
+            f"{nearest(attribute, there)}"
+        )
+    found = getattr(module, attribute)
+    _check(found, f"{problem}{attribute}")
+    return OwnCode(file, attribute, found, sha256)
+
+
+class OwnReward:
+    """The scores of a user's class or function, which may be a tensor, an array or a list; None is NaN, an image
+    without a score.
+
+    Raises:
+        UserError: at construction, when the class's own constructor raises.
+    """
+
+    needs: ClassVar[Needs] = Needs()
+
+    def __init__(self, code: OwnCode, options: Mapping[str, Any]) -> None:
+        self.name = code.attribute
+        self._code, self._options = code, dict(options)
+        self._made: Any = None
+        if inspect.isclass(code.found):
+            try:
+                self._made = code.found(**options)
+            except UserError:
+                raise
+            except Exception as error:  # a user's code may raise anything
+                what = _told(error, code.file)
+                raise UserError(f"reward {code.file.name}:{code.attribute} cannot be built: {what}") from error
+
+    def identity(self) -> dict[str, Any]:
+        """The file's hash, the options, and what the class itself says."""
+        own = self._made.identity() if hasattr(self._made, "identity") else {}
+        code = {"file": self._code.file.name, "reward": self._code.attribute, "sha256": self._code.sha256}
+        options = {key: value for key, value in self._options.items() if key != "device"}
+        return {"engine": "own file", **code, "options": options, **own}
+
+    def score(self, images: list[Image.Image], prompts: list[str], metadata: Metadata | None = None) -> Tensor:
+        """[B] float32.
+
+        Raises:
+            ValueError: not one score per image.
+        """
+        import torch
+
+        asked = (images, prompts, [{} for _ in images] if metadata is None else list(metadata))
+        found = self._code.found(*asked, **self._options) if self._made is None else self._made.score(*asked)
+        if not isinstance(found, torch.Tensor):
+            found = torch.tensor([torch.nan if value is None else float(value) for value in found])
+        if found.shape != (len(images),):
+            shape = tuple(found.shape)
+            raise ValueError(f"{self._code.file.name}:{self.name} gave scores of shape {shape} to {len(images)} images")
+        return found.detach().to("cpu", torch.float32)
+
+
+def _module(file: Path, source: bytes, sha256: str, problem: str) -> ModuleType:
+    name = f"opd_ds_own_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}_{sha256[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    module = ModuleType(name)
+    module.__file__ = str(file)
+    sys.modules[name] = module  # dataclasses look their module up while it runs
+    try:
+        exec(compile(source, str(file), "exec"), vars(module))
+    except BaseException as error:
+        del sys.modules[name]
+        if not isinstance(error, Exception):
+            raise
+        raise UserError(f"{problem}{file.name} does not run: {_told(error, file)}") from error
+    return module
+
+
+def _is_of(module: ModuleType, value: Any) -> bool:
+    """Whether the file itself defines this class or function."""
+    return (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__ == module.__name__
+
+
+def _check(found: Any, problem: str) -> None:
+    """Raise UserError unless it is a class with `score`, or a function, and takes images, prompts and metadata."""
+    called = ", ".join(_ASKED)
+    is_class = inspect.isclass(found)
+    if is_class and not callable(getattr(found, "score", None)):
+        raise UserError(f"{problem} is a class without a method score(self, {called})")
+    if not is_class and not inspect.isfunction(found):
+        raise UserError(
+            f"{problem} is a {type(found).__name__}; a reward is a class with score, or a function of {called}"
+        )
+    asked = found.score if is_class else found
+    expected = [*(["self"] if is_class else []), *_ASKED]
+    signature = inspect.signature(asked)
+    try:  # by position, as it is called; a function's further parameters are its options
+        (signature.bind if is_class else signature.bind_partial)(*expected)
+    except TypeError as error:
+        what = f"{asked.__name__}({', '.join(expected)})"
+        raise UserError(f"{problem} has {asked.__name__}{signature}; expected {what}: {error}") from error
+
+
+def _told(error: Exception, file: Path) -> str:
+    """One line: the kind, the message, and the line of the file where it came from."""
+    message = " ".join(str(error).split())
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} (line {error.lineno})"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    return f"{type(error).__name__}: {message}" + (f" (line {lines[-1]})" if lines else "")
