@@ -26,6 +26,7 @@ from opd_ds.config.sections import (
     ScoringSection,
     StudentSection,
     TeacherSection,
+    TrackerSection,
     TrainedSection,
     TrainSection,
     WatchSection,
@@ -57,6 +58,9 @@ class RunConfig(Section, ABC):
     )
     evaluation: EvaluationSection = EvaluationSection()
     watch: WatchSection = WatchSection()
+    trackers: tuple[TrackerSection, ...] = Field(
+        (TrackerSection(name="tensorboard"),), description="where to look at the run, by name; []: nowhere"
+    )
 
     @model_validator(mode="after")
     def _names_and_labels(self) -> RunConfig:
@@ -67,6 +71,9 @@ class RunConfig(Section, ABC):
         both = self.tasks.keys() & self.probes.keys()
         if both:
             raise ValueError(f"probes: {min(both)!r} is a task as well; give it another name")
+        names = [tracker.name for tracker in self.trackers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"trackers: {max(names, key=names.count)!r} is named twice; name each once")
         self._check_reward_labels()
         return self
 

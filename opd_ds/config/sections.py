@@ -348,6 +348,26 @@ class EvaluationSection(Section):
     baselines: bool = Field(True, description="also score base and teachers, at the end of the run")
 
 
+class TrackerSection(Section):
+    """Where a run's numbers and images are kept for people; a bare name stands for a mapping with that name."""
+
+    name: Literal["tensorboard", "wandb", "trackio", "swanlab", "mlflow"]
+    project: str = Field("opd_ds", min_length=1, description="project, or experiment of MLflow; not of TensorBoard")
+    offline: bool = Field(
+        False, description="nothing goes over the network; data stays in run.output_dir (trackio: in TRACKIO_DIR)"
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="further arguments of the tracker's init (of MlflowClient.create_run); keys of accounts belong "
+        "into the environment",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
 class WatchSection(Section):
     """Rewards measured between rounds, in a thread beside the training. Needs tasks with rewards."""
 

@@ -1,4 +1,4 @@
-"""What people watch: progress bar, TensorBoard, metrics.jsonl, scores.jsonl. Only rank 0 shows anything."""
+"""What people watch: progress, metrics.jsonl, scores.jsonl, trackers. Only rank 0 shows anything."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from opd_ds.cluster.world import World
 from opd_ds.config.schema import RunConfig
 from opd_ds.evaluation.evaluator import Means
 from opd_ds.runs.reward_eval import RewardRecord
+from opd_ds.runs.trackers import BackgroundTracker, TrackedRun, open_trackers
 from opd_ds.training.trainer import RoundReport
+from opd_ds.utils.secrets import without_secrets
 
 METRICS_FILE = "metrics.jsonl"
 REWARDS_FILE = "rewards.jsonl"
@@ -32,29 +32,34 @@ SCORES_FILE = "scores.jsonl"
 
 
 class Monitor:
-    """Writes one object a round to metrics.jsonl and the same, with more detail, to TensorBoard.
+    """Writes one object a round to metrics.jsonl and the same, with more detail, to the trackers.
 
     Args:
         start_round: rounds already done; later lines of an earlier attempt are dropped from metrics.jsonl.
+        rewards: engine, weights and preprocessing of the run's rewards, by label.
     """
 
-    def __init__(self, config: RunConfig, world: World, start_round: int) -> None:
+    def __init__(
+        self, config: RunConfig, world: World, start_round: int, rewards: dict[str, dict[str, Any]] | None = None
+    ) -> None:
         self.console = Console(stderr=False, quiet=not world.is_main, soft_wrap=True)
         self._active = world.is_main
         self._rounds = config.run.rounds
         self._last = time.perf_counter()
+        self._trackers: list[BackgroundTracker] = []
         if not self._active:
             return
         folder = config.run.output_dir
         folder.mkdir(parents=True, exist_ok=True)
-        resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        (folder / "config.yaml").write_text(resolved)
+        settings = config.model_dump(mode="json")
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         for name in (METRICS_FILE, REWARDS_FILE, SCORES_FILE):
             _drop_rounds_after(folder / name, start_round)
         self._metrics = (folder / METRICS_FILE).open("a", encoding="utf-8")
         self._rewards, self._scores = folder / REWARDS_FILE, folder / SCORES_FILE
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_round + 1)
-        self._writer.add_text("config", f"```yaml\n{resolved}\n```", start_round)
+        shown = without_secrets(settings), without_secrets(rewards or {})
+        run = TrackedRun(folder.resolve().name, folder, *shown, start_round)
+        self._trackers = open_trackers(config.trackers, run)
         self._progress = Progress(
             TextColumn("round"),
             MofNCompleteColumn(),
@@ -77,7 +82,8 @@ class Monitor:
         if self._active:
             self._progress.stop()
             self._metrics.close()
-            self._writer.close()
+        for tracker in self._trackers:
+            tracker.close(failed=error is not None)
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
@@ -91,18 +97,13 @@ class Monitor:
         row = _metrics_row(report, report.samples / elapsed)
         self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
-        self._to_tensorboard(row, report)
+        self._track({key: value for key, value in row.items() if key != "round"} | _by_step(report), report.round)
         self._show(report, row["samples_per_s"])
         if report.skipped_steps:
             logging.getLogger("opd_ds").warning(
                 "round %d: a gradient overflowed in fp16, %d optimizer step(s) were skipped and the loss scale is "
                 "lowered; where this goes on, set precision = 'bf16'", report.round, report.skipped_steps,
             )  # fmt: skip
-
-    def identities(self, rewards: dict[str, dict[str, Any]]) -> None:
-        """Engine, weights and preprocessing of the run's rewards, by label."""
-        if self._active and rewards:
-            self._writer.add_text("rewards", f"```yaml\n{yaml.safe_dump(rewards)}\n```")
 
     def rewards(self, records: list[RewardRecord]) -> None:
         """Records of the rewards, each with the round whose images were scored, however late it arrives."""
@@ -112,9 +113,7 @@ class Monitor:
             for record in records:
                 stream.write(json.dumps(asdict(record)) + "\n")
                 if record.mean is not None:
-                    self._writer.add_scalar(
-                        f"watch/{record.source}/{record.task}/{record.label}", record.mean, record.round
-                    )
+                    self._track({f"watch/{record.source}/{record.task}/{record.label}": record.mean}, record.round)
 
     def scores(self, round_index: int, scores: Means) -> None:
         """Held-out rewards of the student by task and label, also as one object a time in scores.jsonl."""
@@ -124,25 +123,19 @@ class Monitor:
         if self._active:
             with self._scores.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"round": round_index} | flat) + "\n")
-            for key, value in flat.items():
-                self._writer.add_scalar(f"reward/{key}", value, round_index)
+            self._track({f"reward/{key}": value for key, value in flat.items()}, round_index)
         shown = ", ".join(f"{key} {value:.3f}" for key, value in flat.items())
         self.say(f"round {round_index}: held-out rewards of the student: {shown}")
 
     def picture(self, tag: str, picture: Image.Image | None, round_index: int) -> None:
         """Show an image, if there is one."""
-        if self._active and picture is not None:
-            self._writer.add_image(tag, np.asarray(picture), round_index, dataformats="HWC")
+        if picture is not None:
+            for tracker in self._trackers:
+                tracker.image(tag, picture, round_index)
 
-    def _to_tensorboard(self, row: dict[str, Any], report: RoundReport) -> None:
-        for key, value in row.items():
-            if key != "round":
-                self._writer.add_scalar(key, value, report.round)
-        for task, measures in report.losses.by_step.items():
-            for name, values in measures.items():
-                for step, value in enumerate(values.tolist()):
-                    if value == value:  # a step that was not trained is NaN
-                        self._writer.add_scalar(f"step_{name}/{task}/{step:02d}", value, report.round)
+    def _track(self, values: dict[str, float], round_index: int) -> None:
+        for tracker in self._trackers:
+            tracker.scalars(values, round_index)
 
     def _show(self, report: RoundReport, rate: float) -> None:
         told = [f"{task} kl {means['kl']:.2e}" for task, means in report.losses.means.items() if "kl" in means]
@@ -171,6 +164,16 @@ def _metrics_row(report: RoundReport, rate: float) -> dict[str, Any]:
     if torch.cuda.is_available():
         row["memory/device_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return row
+
+
+def _by_step(report: RoundReport) -> dict[str, float]:
+    return {
+        f"step_{name}/{task}/{step:02d}": value
+        for task, measures in report.losses.by_step.items()
+        for name, values in measures.items()
+        for step, value in enumerate(values.tolist())
+        if value == value  # a step that was not trained is NaN
+    }
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -39,6 +39,7 @@ from opd_ds.evaluation.pictures import Painter
 from opd_ds.evaluation.reward_pool import RewardPool
 from opd_ds.models import ModelFamily, compile_blocks, family_class, lora
 from opd_ds.rewards import Reward, build, check
+from opd_ds.runs.trackers import check_trackers
 from opd_ds.training.networks import load_family, student_module
 from opd_ds.training.teachers import TeacherPool, TeacherSpec, check_weights, load_shared
 from opd_ds.training.trainer import Components, Trainer
@@ -94,6 +95,7 @@ def find_files(config: RunConfig, world: World) -> RunFiles:
             check(reward.name, f"{config.place(name)}.rewards", reward.options)
     prompts, eval_prompts = find_prompts(config)
     if world.is_main:
+        check_trackers(config.trackers)
         _say_oddities(config, prompts, eval_prompts)
     model = resolve_path(config.model.path, "model.path")
     if world.is_main:

@@ -33,6 +33,7 @@ from opd_ds.models import log_compiled, lora
 from opd_ds.runs.monitor import METRICS_FILE, Monitor, read_metrics
 from opd_ds.runs.reward_eval import AsyncRewardEval
 from opd_ds.runs.setup import Parts, prepare
+from opd_ds.runs.trackers import places
 from opd_ds.training.trainer import RoundReport
 from opd_ds.utils.hashing import weights_sha256
 
@@ -67,9 +68,8 @@ def train(config: RunConfig, group: Group, resume: str = "never") -> None:
     start = _restore(parts, checkpoint, group) if checkpoint else 0
     if checkpoint:
         store.go_back_to(checkpoint, start)  # only once it is certain that the run resumes from there
-    with Monitor(config, group.world, start) as monitor:
+    with Monitor(config, group.world, start, parts.benchmark.identities) as monitor:
         monitor.say(f"resumed from {checkpoint}, {start} rounds done" if checkpoint else "starting at round 0")
-        monitor.identities(parts.benchmark.identities)
         session = _Session(parts, store, monitor, stop, group, saved=start)
         baselines = _baselines(config, parts, session, fresh=checkpoint is None)
         watch = AsyncRewardEval(config, parts.rewards) if config.watch.every and group.world.is_main else None
@@ -273,7 +273,8 @@ def _finish(config: RunConfig, parts: Parts, baselines: list[EvalModel], session
     if benchmark.sets:
         monitor.say(f"images:       {folder / 'grid.png'}")
         monitor.say(f"report:       {benchmark.folder / REPORT_FILE}")
-    monitor.say(f"TensorBoard:  tensorboard --logdir {folder / 'tensorboard'}")
+    for name, place in places(config.trackers, folder).items():
+        monitor.say(f"{name + ':':13} {place}")
     monitor.say(f"scores:       {folder / 'summary.json'}")
     monitor.say(f"model:        {folder / EXPORT_FOLDER}")
 
