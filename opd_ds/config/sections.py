@@ -351,7 +351,7 @@ class EvaluationSection(Section):
 class TrackerSection(Section):
     """Where a run's numbers and images are kept for people; a bare name stands for a mapping with that name."""
 
-    name: Literal["tensorboard", "wandb", "trackio", "swanlab", "mlflow"]
+    name: Literal["tensorboard", "wandb", "trackio", "swanlab", "mlflow"] = Field(description="see docs/tracking.md")
     project: str = Field("opd_ds", min_length=1, description="project, or experiment of MLflow; not of TensorBoard")
     offline: bool = Field(
         False, description="nothing goes over the network; data stays in run.output_dir (trackio: in TRACKIO_DIR)"
