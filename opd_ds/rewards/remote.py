@@ -15,6 +15,7 @@ from torch import Tensor
 from opd_ds.errors import UserError
 from opd_ds.rewards.base import Metadata, Needs, batches
 from opd_ds.rewards.gaps import CountsGaps, Gaps, Result
+from opd_ds.rewards.proxies import on_this_machine, proxy_hint
 from opd_ds.rewards.wire import Info, decode_scores, encode_request, one_line
 
 _BACK_OFF_SECONDS = 0.5
@@ -59,13 +60,13 @@ class RemoteReward(CountsGaps):
 
     def _ask_who(self) -> Info:
         try:
-            with requests.Session() as session:
+            with self._session() as session:
                 self._request(session, "GET", "/health")
                 return Info.model_validate_json(self._request(session, "GET", "/info"))
         except (_RequestError, ValueError) as error:
             raise UserError(
                 f"reward 'remote': url = {self._url!r}: no reward server answers there ({one_line(error, 80)}); start "
-                "one with `opd-ds rewards serve NAME --port PORT`"
+                f"one with `opd-ds rewards serve NAME --port PORT`{proxy_hint(self._url)}"
             ) from error
 
     def identity(self) -> dict[str, Any]:
@@ -76,7 +77,7 @@ class RemoteReward(CountsGaps):
         """[B] float32."""
         results: list[Result] = []
         lost: str | None = None
-        with requests.Session() as session:  # of this call: several threads may be here
+        with self._session() as session:  # of this call: several threads may be here
             for rows in batches(range(len(images)), self._batch_size):
                 part = metadata and [metadata[i] for i in rows]
                 try:
@@ -89,6 +90,11 @@ class RemoteReward(CountsGaps):
                     lost = kind if kind in (_UNREACHABLE, _TIMEOUT) else None
                     results += [kind] * len(rows)
         return self._gaps.close(results)
+
+    def _session(self) -> requests.Session:
+        session = requests.Session()
+        session.trust_env = not on_this_machine(self._url)
+        return session
 
     def _score(
         self, session: requests.Session, images: Sequence[Image.Image], prompts: Sequence[str], part: Metadata | None

@@ -17,6 +17,7 @@ from torch import Tensor
 from opd_ds.errors import UserError
 from opd_ds.rewards.base import Metadata, Needs
 from opd_ds.rewards.gaps import CountsGaps, Gaps, Result
+from opd_ds.rewards.proxies import on_this_machine, proxy_hint
 
 API_KEY_VARIABLE = "OPD_DS_VLM_API_KEY"
 # The point-wise prompt that the model was trained on and that Flow-GRPO uses with UnifiedReward-7b-v1.5, word for word
@@ -81,7 +82,15 @@ class UnifiedReward(CountsGaps):
         import openai
 
         key = os.environ.get(api_key_variable) or "none"  # the client insists on one, local servers do not
-        self._client = openai.OpenAI(base_url=base_url, api_key=key, timeout=timeout, max_retries=retries)
+        try:
+            http = openai.DefaultHttpxClient(trust_env=not on_this_machine(base_url))
+        except ImportError as error:  # a SOCKS proxy, which needs a further package
+            raise UserError(
+                f"reward 'unifiedreward': base_url = {base_url!r}: {error}{proxy_hint(base_url)}"
+            ) from error
+        self._client = openai.OpenAI(
+            base_url=base_url, api_key=key, timeout=timeout, max_retries=retries, http_client=http
+        )
         self._model, self._concurrency = model, concurrency
         self._gaps = Gaps(self.name)
         try:
@@ -89,12 +98,12 @@ class UnifiedReward(CountsGaps):
         except openai.APIStatusError as error:
             raise UserError(
                 f"reward 'unifiedreward': the server at {base_url} answered {error.status_code}; its API key is read "
-                f"from ${api_key_variable}"
+                f"from ${api_key_variable}{proxy_hint(base_url)}"
             ) from error
         except openai.OpenAIError as error:
             raise UserError(
                 f"reward 'unifiedreward': no server answers at base_url = {base_url!r} ({type(error).__name__}); "
-                "docs/rewards.md has the command that starts one"
+                f"docs/rewards.md has the command that starts one{proxy_hint(base_url)}"
             ) from error
         if model not in served:
             raise UserError(
