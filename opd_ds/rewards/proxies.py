@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 from urllib.parse import urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies_environment, proxy_bypass
 
 
 def on_this_machine(url: str) -> bool:
@@ -23,7 +23,7 @@ def proxy_hint(url: str) -> str:
     A proxy's address may hold a password, so it is not shown.
     """
     parts = urlsplit(url)
-    if on_this_machine(url) or proxy_bypass_environment(parts.hostname or ""):
+    if on_this_machine(url) or proxy_bypass(parts.hostname or ""):
         return ""
     used = next((scheme for scheme in (parts.scheme, "all") if scheme in getproxies_environment()), None)
     if used is None:
