@@ -58,7 +58,7 @@ def main(config_file: str, out: str) -> None:
 
     from opd_ds.engine import StudentEngine, init_group, parameter_builder
     from opd_ds.models import family_class
-    from opd_ds.runs.setup import find_files
+    from opd_ds.runs.files import find_files
     from opd_ds.training.networks import load_family, student_module
     from opd_ds.training.teachers import TeacherPool
     from opd_ds.utils.logging import quiet_libraries

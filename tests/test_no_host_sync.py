@@ -28,7 +28,7 @@ from opd_ds.diffusion import kernel
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.engine import Group
 from opd_ds.models import Conditioning, ModelFamily, build_family, lora
-from opd_ds.runs.setup import build_trainer
+from opd_ds.runs.preflight import trainer_class
 from opd_ds.training.buffer import PerPair, PerSample, PerState, TrajectoryBuffer, noised_states
 from opd_ds.training.rl.grpo_guard import GrpoGuardKnown, GrpoGuardLoss
 from opd_ds.training.rl.nft import NftKnown, NftLoss
@@ -232,7 +232,7 @@ def distillation(name: str, family: ModelFamily, folder: Path, **changes: Any) -
     teachers: Any = Teachers(teacher)
     rewards: Any = None  # of looks, which there are none
     parts = Components(config, OneRank(World(), META), family, student, None, prompts, teachers, rewards)
-    return build_trainer(parts), student
+    return trainer_class(config)(parts), student
 
 
 @pytest.mark.parametrize("mode", ["buffered", "fused"])

@@ -21,7 +21,8 @@ from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import TeacherSection
 from opd_ds.errors import UserError
 from opd_ds.models import lora
-from opd_ds.runs.setup import Parts, find_files
+from opd_ds.runs.files import find_files
+from opd_ds.runs.setup import Parts
 from tests.ranks import TRAIN_MANY, launch
 from tests.runs import metrics
 from tests.tiny import ALL_SHARDED, run_settings, write_config

@@ -27,7 +27,8 @@ from opd_ds.models import Conditioning, ModelFamily
 from opd_ds.models.host_weights import HostWeights
 from opd_ds.runs.encode import encode_prompts
 from opd_ds.runs.evaluate import Choice, evaluate
-from opd_ds.runs.setup import Parts, find_files, prepare
+from opd_ds.runs.files import find_files
+from opd_ds.runs.setup import Parts, prepare
 from opd_ds.training.networks import load_family
 from tests.tiny import PROMPTS, run_settings, with_changes, write_config
 

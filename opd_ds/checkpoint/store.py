@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -177,8 +177,8 @@ class CheckpointStore:
 
     # ---- finding ----
 
-    def newest_whole(self) -> Path | None:
-        """The newest checkpoint whose files are as written. Damaged ones are quarantined (renamed, and logged).
+    def newest_whole(self) -> tuple[Path | None, list[Path]]:
+        """The newest checkpoint whose files are as written, and the damaged ones that are newer, which are logged.
 
         Raises:
             UserError: there are checkpoints and all of them are damaged or quarantined (the run is not started from
@@ -189,8 +189,7 @@ class CheckpointStore:
         for candidate in candidates:
             problems = self.problems(candidate)
             if not problems:
-                self._set_aside(damaged, "damaged")
-                return candidate
+                return candidate, damaged
             damaged.append(candidate)
             logging.getLogger("opd_ds").warning("%s is damaged (%s)", candidate.name, problems[0])
         if candidates:
@@ -203,7 +202,7 @@ class CheckpointStore:
                 f"{self.folder}: all checkpoints are quarantined: {', '.join(path.name for path in aside)}; give "
                 "one of them as --resume PATH, or another run.output_dir"
             )
-        return None
+        return None, []
 
     def made_by(self, job: str) -> Path | None:
         """The newest whole checkpoint that the batch job `job` made, that is before it was requeued."""
@@ -239,13 +238,16 @@ class CheckpointStore:
                 )
         return list(dict.fromkeys(line for _, part in seen for line in part))
 
-    def go_back_to(self, checkpoint: Path, done: int) -> None:
-        """A resume from `checkpoint`, of `done` rounds, abandons the later ones here: they are renamed, not deleted."""
+    def go_back_to(self, checkpoint: Path, done: int, damaged: Collection[Path]) -> None:
+        """A resume from `checkpoint`, of `done` rounds, quarantines the later ones here, whole or `damaged`: they are
+        renamed, not deleted.
+        """
         here = checkpoint.resolve()
         later = [
             path for path in _published(self.folder) if path.resolve() != here and path.name >= self.place(done).name
         ]
-        self._set_aside(self._group.broadcast(later), "abandoned")
+        self._set_aside(self._group.broadcast([path for path in later if path in damaged]), "damaged")
+        self._set_aside(self._group.broadcast([path for path in later if path not in damaged]), "abandoned")
 
     def _set_aside(self, checkpoints: list[Path], why: str) -> None:
         with self._group.raise_on_any_rank():
@@ -339,31 +341,6 @@ def _checked(checkpoint: Path, manifest: Manifest, rank: int, size: int) -> list
         elif file_sha256(file) != facts["sha256"]:
             problems.append(f"{name} is not what was written: its SHA-256 differs")
     return problems
-
-
-def refuse_other_run(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
-    """A resume must continue the same run: what decides its numbers has to be equal.
-
-    Raises:
-        UserError: naming the first differing entry and both values.
-    """
-    before, now = _flat(saved), _flat(current)
-    # The run config first: what the ds_config says mostly comes from it, and users set it there.
-    for key in sorted(before.keys() | now.keys(), key=lambda key: (key.startswith("ds_config."), key)):
-        if before.get(key) != now.get(key):
-            raise UserError(
-                f"resume from {checkpoint.name}: {key} was {before.get(key)!r} and is now {now.get(key)!r}; "
-                "give the same value, or another run.output_dir to start a new run"
-            )
-
-
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(data, dict):
-        return {prefix: data}
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 # ---- the disk ----

@@ -1,8 +1,9 @@
-"""`opd-ds train --dry-run`: everything that is derived, before anything starts."""
+"""`opd-ds train --dry-run`: the checks of a start, and everything that is derived; nothing starts."""
 
 from __future__ import annotations
 
 import json
+import re
 
 import yaml
 
@@ -10,23 +11,39 @@ from opd_ds.cluster.world import World
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import TrainedSection
 from opd_ds.data import shard
-from opd_ds.models import family_class
-from opd_ds.runs.setup import find_files
+from opd_ds.engine import Alone
+from opd_ds.errors import UserError
+from opd_ds.runs.preflight import preflight
+from opd_ds.runs.resume import Start
 
 
-def describe(config: RunConfig, world: World) -> str:
-    """The resolved run, the batch arithmetic and the completed ds_config. Files are checked; no network is loaded.
+def planned_world(text: str) -> World:
+    """Rank 0 of as many processes as `text` says: `8` on one node, `4x8` on four.
+
+    Raises:
+        UserError: it says neither.
+    """
+    match = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", text)
+    if match is None:
+        raise UserError(f"--processes {text!r}: expected a number, or NODESxPROCESSES as in 4x8")
+    local = int(match[2])
+    return World(size=int(match[1] or 1) * local, local_size=local)
+
+
+def describe(config: RunConfig, world: World, start: Start) -> str:
+    """The resolved run, the batch arithmetic and the completed ds_config. No network is loaded, nothing is written.
 
     Raises:
         UserError: as a real start would.
     """
-    files = find_files(config, world)
+    checked = preflight(config, Alone(), world, start)
+    config, files, family, resumed = checked.config, checked.files, checked.family, checked.resumed
     settings = config.rollout
     trained = config.trained_steps
     part = shard(settings.samples, 0, world.size)
     pairs = len(part) * trained
     filled = len(part) * world.size - settings.samples
-    one_pass = family_class(config.model.family).passes(settings.guidance) == 1
+    one_pass = family.passes(settings.guidance) == 1
     passes = "one pass" if one_pass else "two passes (guidance), batched in one"
     tasks = ", ".join(
         f"{name} (teacher {files.teachers[name].path.name})" if name in files.teachers else f"{name} ({_rewards(task)})"
@@ -49,8 +66,11 @@ def describe(config: RunConfig, world: World) -> str:
             f"training               {-(-pairs // config.train.micro_batch) * at_once} micro-batches of "
             f"{config.train.micro_batch} per process, then one optimizer step",
         ]
+    frames = f", {family.frames} frames" if family.frames else ""
     lines = [
-        f"processes              {world.size}",
+        f"processes              {world.size}, {world.local_size} a node",
+        f"starts from            {f'{resumed.checkpoint}, {resumed.done} rounds done' if resumed else 'round 0'}",
+        f"height x width         {family.height} x {family.width}{frames}",
         f"tasks                  {len(config.tasks)}: {tasks}",
         f"samples a round        {settings.samples} per task, {settings.samples * at_once} in all",
         *(group if config.group_size > 1 else []),

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from opd_ds.config.schema import RunConfig
 from opd_ds.errors import UserError
 
 Recipe = Annotated[str | None, typer.Option(help="a shipped recipe, see `opd-ds recipes`")]
@@ -17,7 +18,16 @@ Resume = Annotated[str, typer.Option(help="never, auto, or the folder of a check
 DoneFile = Annotated[
     Path | None, typer.Option(help="made on every node once all is done; the launcher scripts look for it")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved run and start nothing")]
+AllowChange = Annotated[
+    list[str] | None,
+    typer.Option(help="resume although this key, such as optimizer.lr, has another value now; repeatable"),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="check all that a start checks, print the resolved run, start nothing")
+]
+Processes = Annotated[
+    str | None, typer.Option(help="what --dry-run plans for, as 8 or NODESxPROCESSES; default: those that are started")
+]
 
 
 def _command(only_teach: bool, text: str) -> Callable[..., None]:
@@ -27,40 +37,50 @@ def _command(only_teach: bool, text: str) -> Callable[..., None]:
         overrides: Overrides = None,
         resume: Resume = "never",
         done_file: DoneFile = None,
+        allow_change: AllowChange = None,
         dry_run: DryRun = False,
+        processes: Processes = None,
     ) -> None:
-        _start(recipe, config, overrides or [], resume, done_file, dry_run=dry_run, only_teach=only_teach)
+        if processes is not None and not dry_run:
+            raise UserError(f"--processes {processes}: is for --dry-run; a launcher starts processes, see launchers/")
+        settings = _load(recipe, config, overrides or [], only_teach=only_teach)
+        if dry_run:
+            _check(settings, resume, allow_change or [], processes)
+        else:
+            _start(settings, resume, allow_change or [], done_file)
 
     command.__doc__ = text
     return command
 
 
-def _start(
-    recipe: str | None,
-    config: Path | None,
-    overrides: list[str],
-    resume: str,
-    done_file: Path | None,
-    *,
-    dry_run: bool,
-    only_teach: bool,
-) -> None:
-    from opd_ds.cluster.rendezvous import prepare_environment
+def _load(recipe: str | None, config: Path | None, overrides: list[str], *, only_teach: bool) -> RunConfig:
     from opd_ds.cluster.signals import listen
-    from opd_ds.cluster.world import detect_world
     from opd_ds.config.loading import load_config
 
     listen()  # first of all: a signal that comes while libraries and models load must not be lost
-    world = detect_world()
     settings = load_config(recipe, config, overrides)
     if only_teach and not settings.learns_from_rewards:
         raise UserError(f"{recipe or config}: has no section `teach`; distillations start with `opd-ds train`")
-    if dry_run:
-        from opd_ds.cli.dry_run import describe
+    return settings
 
-        if world.is_main:
-            typer.echo(describe(settings, world))
-        return
+
+def _check(settings: RunConfig, resume: str, allowed: list[str], processes: str | None) -> None:
+    from opd_ds.cli.dry_run import describe, planned_world
+    from opd_ds.cluster.world import detect_world
+    from opd_ds.runs.resume import Start
+    from opd_ds.utils.logging import quiet_libraries
+
+    world = detect_world()
+    if world.is_main:
+        quiet_libraries()
+        typer.echo(describe(settings, planned_world(processes) if processes else world, Start(resume, tuple(allowed))))
+
+
+def _start(settings: RunConfig, resume: str, allowed: list[str], done_file: Path | None) -> None:
+    from opd_ds.cluster.rendezvous import prepare_environment
+    from opd_ds.cluster.world import detect_world
+
+    world = detect_world()
     prepare_environment(world)
     from datetime import timedelta
 
@@ -72,7 +92,7 @@ def _start(
     # The watch over hangs speaks first; a collective's own timeout is only there in case it cannot.
     timeout = timedelta(minutes=settings.run.hang_minutes + 10)
     with init_group(world, timeout, deterministic=settings.run.deterministic) as group:
-        run_training(settings, group, resume)
+        run_training(settings, group, resume, allowed)
     if done_file is not None and world.local_rank == 0:
         done_file.touch()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Union
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -66,6 +67,10 @@ class DistilConfig(RunConfig):
     @property
     def all_teachers(self) -> dict[str, TeacherSection]:
         return self.teachers | ({ANCHOR: self.anchor} if self.anchor else {})
+
+    def with_teachers(self, sections: Mapping[str, TeacherSection]) -> DistilConfig:
+        tasks = {name: task.model_copy(update={"teacher": sections[name]}) for name, task in self.tasks.items()}
+        return self.model_copy(update={"tasks": tasks, "anchor": sections.get(ANCHOR)})
 
     @property
     def frozen_velocities(self) -> int:

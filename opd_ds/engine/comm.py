@@ -123,6 +123,21 @@ class Group:
                 raise UserError(where + message) from cause
 
 
+class Alone(Group):
+    """One process on its CPU without a process group, for checks before a start: what ranks would share is its own."""
+
+    exchanges = False
+
+    def __init__(self) -> None:
+        super().__init__(World(), torch.device("cpu"))
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+
 @contextmanager
 def counted_collectives() -> Iterator[dict[str, dict[int, int]]]:
     """What DeepSpeed sends meanwhile: collective -> bytes of a message -> how often. Filled in at the end."""

@@ -11,7 +11,7 @@ from opd_ds.config.schema import RunConfig
 from opd_ds.data.text_cache import TextCache, encoders_identity
 from opd_ds.diffusion.rollout import chunks
 from opd_ds.engine import Group
-from opd_ds.runs.setup import all_prompts, find_prompts
+from opd_ds.runs.files import all_prompts, find_prompts
 from opd_ds.training.networks import load_family
 
 _PER_SHARD = 256

@@ -18,9 +18,10 @@ from opd_ds.evaluation.publish import publish
 from opd_ds.evaluation.report import REPORT_FILE
 from opd_ds.evaluation.results import RESULTS_FILE, Results, print_results
 from opd_ds.rewards import check
+from opd_ds.runs.files import all_prompts, check_text_cache
 from opd_ds.runs.model_specs import Requests, contestants
 from opd_ds.runs.monitor import METRICS_FILE, read_metrics
-from opd_ds.runs.setup import EVALUATION_FOLDER, all_prompts, build_rewards, check_text_cache
+from opd_ds.runs.setup import EVALUATION_FOLDER, build_rewards
 from opd_ds.training.networks import load_family
 from opd_ds.utils.hashing import weights_sha256
 

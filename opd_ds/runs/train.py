@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from opd_ds.checkpoint.export_student import EXPORT_FOLDER, STUDENT_ADAPTER, export_student
-from opd_ds.checkpoint.store import (
-    CHECKPOINTS_FOLDER,
-    CheckpointStore,
-    any_checkpoint,
-    read_state,
-    refuse_other_run,
-)
+from opd_ds.checkpoint.store import CHECKPOINTS_FOLDER, CheckpointStore
 from opd_ds.cluster.signals import StopRequest, ignore_signals, listen
 from opd_ds.config.schema import RunConfig
 from opd_ds.engine import Group, ShardReader, StudentEngine
-from opd_ds.errors import Interrupted, UserError
+from opd_ds.errors import Interrupted
 from opd_ds.evaluation.benchmark import Benchmark, EvalModel
 from opd_ds.evaluation.evaluator import Means, Shown, student_guidance
 from opd_ds.evaluation.publish import publish
@@ -31,21 +24,19 @@ from opd_ds.evaluation.results import means
 from opd_ds.evaluation.tables import comparison_grid, print_table, summary
 from opd_ds.models import log_compiled, lora
 from opd_ds.runs.monitor import METRICS_FILE, Monitor, read_metrics
+from opd_ds.runs.resume import JOB_VARIABLE, ResumePoint, Start
 from opd_ds.runs.reward_eval import AsyncRewardEval
 from opd_ds.runs.setup import Parts, prepare
 from opd_ds.runs.trackers import places
 from opd_ds.training.trainer import RoundReport
 from opd_ds.utils.hashing import weights_sha256
 
-JOB_VARIABLE, RESTARTS_VARIABLE = "SLURM_JOB_ID", "SLURM_RESTART_COUNT"
 
-
-def train(config: RunConfig, group: Group, resume: str = "never") -> None:
+def train(config: RunConfig, group: Group, resume: str = "never", allowed: Sequence[str] = ()) -> None:
     """The whole run. Collective.
 
     Args:
-        resume: `never` (refuses an output folder with checkpoints), `auto` (the newest checkpoint, or a fresh start),
-            or the path of one checkpoint.
+        resume, allowed: as in `Start`.
 
     Raises:
         UserError: something the user can fix, before the first round.
@@ -61,17 +52,19 @@ def train(config: RunConfig, group: Group, resume: str = "never") -> None:
         in_background=settings.checkpoint_in_background,
     )
     group.watch_hangs(settings.hang_minutes, settings.output_dir)
-    checkpoint = _find_checkpoint(store, resume, group)
     group.progress("loading models")
-    parts = prepare(config, group)
-    group.progress("restoring the checkpoint")
-    start = _restore(parts, checkpoint, group) if checkpoint else 0
-    if checkpoint:
-        store.go_back_to(checkpoint, start)  # only once it is certain that the run resumes from there
+    parts = prepare(config, group, Start(resume, tuple(allowed)))
+    config, resumed, start = parts.config, parts.resumed, 0
+    if resumed is not None:
+        group.progress("restoring the checkpoint")
+        _restore(parts, resumed, group)
+        start = resumed.done
+        # Only once it is certain that the run resumes from there.
+        store.go_back_to(resumed.checkpoint, start, resumed.damaged)
     with Monitor(config, group.world, start, parts.benchmark.identities) as monitor:
-        monitor.say(f"resumed from {checkpoint}, {start} rounds done" if checkpoint else "starting at round 0")
+        monitor.say(f"resumed from {resumed.checkpoint}, {start} rounds done" if resumed else "starting at round 0")
         session = _Session(parts, store, monitor, stop, group, saved=start)
-        baselines = _baselines(config, parts, session, fresh=checkpoint is None)
+        baselines = _baselines(config, parts, session, fresh=resumed is None)
         watch = AsyncRewardEval(config, parts.rewards) if config.watch.every and group.world.is_main else None
         for index in range(start, settings.rounds):
             session.stop_if_asked(index)
@@ -138,39 +131,13 @@ class _Session:
         raise Interrupted(code)
 
 
-def _find_checkpoint(store: CheckpointStore, resume: str, group: Group) -> Path | None:
-    """The round at which the run resumes. Collective."""
-    if resume == "auto":
-        return store.newest_whole()
-    if resume != "never":
-        requeued = os.environ.get(RESTARTS_VARIABLE, "0") != "0"
-        if requeued and (made := store.made_by(os.environ[JOB_VARIABLE])):
-            return made  # a requeued job has the arguments of its first start, and is further than they say
-        checkpoint = Path(resume)
-        with group.raise_on_any_rank():
-            read_state(checkpoint)
-        problems = store.problems(checkpoint)
-        if problems:
-            raise UserError(f"--resume {checkpoint}: damaged ({problems[0]}); give another checkpoint, or 'auto'")
-        return checkpoint
+def _restore(parts: Parts, resumed: ResumePoint, group: Group) -> None:
+    """Load the state, on any number of ranks and at any ZeRO stage."""
     with group.raise_on_any_rank():
-        if (there := any_checkpoint(store.folder)) is not None:
-            raise UserError(
-                f"run.output_dir already holds {there}; give --resume auto to go on, or another run.output_dir"
-            )
-    return None
-
-
-def _restore(parts: Parts, checkpoint: Path, group: Group) -> int:
-    """Load `checkpoint`, on any number of ranks and at any ZeRO stage; returns the rounds it had done."""
-    with group.raise_on_any_rank():
-        state = read_state(checkpoint)
-        refuse_other_run(state["run"], parts.identity, checkpoint)
-        shards = ShardReader(checkpoint)
-    parts.student.load_state_dict(shards, state["student"])
+        shards = ShardReader(resumed.checkpoint)
+    parts.student.load_state_dict(shards, resumed.state["student"])
     for copy in parts.trainer.snapshots:
-        copy.load_state_dict(shards, state["copies"][copy.kind])
-    return int(state["round"])
+        copy.load_state_dict(shards, resumed.state["copies"][copy.kind])
 
 
 # ---- evaluation ----

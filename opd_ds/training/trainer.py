@@ -149,6 +149,11 @@ class Trainer(ABC):
         size = None if found else config.scoring_micro_batch
         self._scoring = AutoMicroBatch("scoring.micro_batch = auto", size, shrinks=found)
 
+    @classmethod
+    def check(cls, config: Any, family: ModelFamily) -> None:
+        """Raise UserError for settings that this trainer cannot run with; before networks load."""
+        kernel(config.rollout.kernel, config.rollout.noise_level).coefficients(family.sigmas(config.rollout.steps))
+
     @property
     def snapshots(self) -> list[WeightSnapshot]:
         """Further weights that belong to the run's state."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from opd_ds.diffusion import Coefficients, clipped_surrogate, kernel, kl_weight,
 from opd_ds.diffusion.noise import sample_seed
 from opd_ds.diffusion.rollout import Trajectory
 from opd_ds.errors import UserError
-from opd_ds.training.buffer import Pairs, PerPair, PerState, TrajectoryBuffer
+from opd_ds.models import ModelFamily
+from opd_ds.training.buffer import Pairs, PerPair, PerState, TrajectoryBuffer, choose_steps
 from opd_ds.training.rl.trainer import RLTrainer
 from opd_ds.training.trainer import Components, TaskBatch
 
@@ -83,11 +85,34 @@ class GrpoGuardTrainer(RLTrainer[Transitions, GrpoGuardKnown]):
 
     keeps_transitions = True
 
+    @classmethod
+    def check(cls, config: Any, family: ModelFamily) -> None:
+        """Refuse trained steps that draw no noise: they have no likelihood to learn from."""
+        super().check(config, family)
+        rollout = config.rollout
+        std = kernel(rollout.kernel, rollout.noise_level).coefficients(family.sigmas(rollout.steps)).std
+        still = {step for step, value in enumerate(std.tolist()) if value == 0}
+        if config.trained_steps > rollout.steps - len(still):
+            raise UserError(
+                f"rollout.kernel = {rollout.kernel!r} draws noise on {rollout.steps - len(still)} of its "
+                f"{rollout.steps} steps, fewer than are to be trained ({config.trained_steps})"
+            )
+        if config.teach.window is not None:
+            return
+        if rollout.trained_steps.queries is not None:
+            trained = set(range(rollout.steps))
+        else:
+            trained = set(choose_steps(rollout.trained_steps, rollout.steps, config.run.seed, 0, "", [0])[0].tolist())
+        if still & trained:
+            raise UserError(
+                f"rollout.kernel = {rollout.kernel!r} draws no noise on step {min(still & trained)}, which "
+                "rollout.trained_steps trains; give the others, as in trained_steps: {fraction: 0.99}"
+            )
+
     def __init__(self, parts: Components) -> None:
         super().__init__(parts)
         assert isinstance(self._config.teach, GuardSection)
         self._guard = self._config.teach
-        self._refuse_steps_without_noise()
         self.loss = GrpoGuardLoss(self._guard, self._coefficients, self._sigmas, parts.group.device)
 
     def _keep(
@@ -137,24 +162,3 @@ class GrpoGuardTrainer(RLTrainer[Transitions, GrpoGuardKnown]):
         if window is None:
             return super()._choose(index, task, samples)
         return torch.arange(window.start, window.stop).expand(len(samples), -1)
-
-    def _refuse_steps_without_noise(self) -> None:
-        """A step that draws nothing has no likelihood to learn from."""
-        settings = self._config.rollout
-        still = {step for step, std in enumerate(self._coefficients.std.tolist()) if std == 0}
-        if self._config.trained_steps > settings.steps - len(still):
-            raise UserError(
-                f"rollout.kernel = {settings.kernel!r} draws noise on {settings.steps - len(still)} of its "
-                f"{settings.steps} steps, fewer than are to be trained ({self._config.trained_steps})"
-            )
-        if self._guard.window is not None:
-            return
-        if settings.trained_steps.queries is not None:
-            trained = set(range(settings.steps))
-        else:
-            trained = set(self._choose(0, "", [0])[0].tolist())
-        if still & trained:
-            raise UserError(
-                f"rollout.kernel = {settings.kernel!r} draws no noise on step {min(still & trained)}, which "
-                "rollout.trained_steps trains; give the others, as in trained_steps: {fraction: 0.99}"
-            )

@@ -1,0 +1,134 @@
+"""Everything that a start refuses, found before a network is loaded.
+
+The dry run, `launch`, `doctor` and the start itself call the same function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from peft import LoraConfig
+
+from opd_ds.cluster.world import World
+from opd_ds.config.schema import RunConfig
+from opd_ds.engine import Group
+from opd_ds.errors import UserError, about
+from opd_ds.models import ModelFamily, lora
+from opd_ds.runs.files import RunFiles, find_files
+from opd_ds.runs.identity import run_identity
+from opd_ds.runs.resume import ResumePoint, Start, find_resume_point, refuse_other_changes, refuse_other_run
+from opd_ds.training.networks import load_family
+from opd_ds.training.teachers import check_weights
+from opd_ds.training.trainer import Trainer
+from opd_ds.utils.folders import refuse_unwritable
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A run that may start.
+
+    Attributes:
+        config: with the placement of every teacher decided.
+        identity: what a checkpoint must share with the run; None where there was no checkpoint to compare with, and on
+            all ranks but 0.
+    """
+
+    config: RunConfig
+    files: RunFiles
+    family: ModelFamily
+    resumed: ResumePoint | None
+    identity: dict[str, Any] | None
+
+
+def preflight(config: RunConfig, group: Group, world: World, start: Start | None) -> Checked:
+    """Check all that can be checked from settings, headers and folders. Nothing is written. Collective.
+
+    Args:
+        group: who checks: the ranks of the run, or `Alone`.
+        world: the ranks that the run is planned for.
+        start: how the run would be started; None: checkpoints are not looked at.
+
+    Raises:
+        UserError: on every rank, with the message of the first rank that failed.
+    """
+    with group.raise_on_any_rank():
+        if start is not None:
+            refuse_other_changes(config, start.allowed)
+        refuse_unwritable(config.run.output_dir, "run.output_dir")
+        files = find_files(config, world)
+        config = config.with_teachers({name: spec.settings for name, spec in files.teachers.items()})
+        family = load_family(config, files.model, group.device)
+        _check_guidance(config, family)
+        _check_teachers(config, files, family)
+        _check_student(config, files, family)
+        trainer_class(config).check(config, family)
+    resumed = None if start is None else find_resume_point(config, start, group)
+    identity = None
+    if start is not None and resumed is not None:
+        with group.raise_on_any_rank():
+            if group.world.is_main:
+                identity = run_identity(config, files, family)
+                refuse_other_run(config, identity, resumed, start.allowed)
+    return Checked(config, files, family, resumed, identity)
+
+
+def trainer_class(config: RunConfig) -> type[Trainer]:
+    """What runs the rounds, as the config's algorithm names it."""
+    module, name = config.trainer.split(":")
+    found: type[Trainer] = getattr(import_module(module), name)
+    return found
+
+
+def _check_guidance(config: RunConfig, family: ModelFamily) -> None:
+    family.check_guidance("rollout.guidance", config.rollout.guidance)
+    for name, section in config.evaluated.items():
+        if section.guidance is not None:
+            family.check_guidance(f"{config.place(name)}.guidance", section.guidance)
+    for name, teacher in config.all_teachers.items():
+        family.check_guidance(f"{config.teacher_key(name)}.guidance", teacher.guidance)
+
+
+def _check_teachers(config: RunConfig, files: RunFiles, family: ModelFamily) -> None:
+    for name, spec in files.teachers.items():
+        key, settings = f"{config.teacher_key(name)}.path", spec.settings
+        check_weights(family, key, settings.path, spec.path, config.model.path, trust_base=settings.trust_base)
+
+
+def _check_student(config: RunConfig, files: RunFiles, family: ModelFamily) -> None:
+    """The base's weights, what the student starts from, and where its LoRA adapts."""
+    with about(f"model.path = {config.model.path!r}"):
+        family.check_same_weights(files.model)
+    value, chosen = str(config.student.start), config.student
+    if files.start is None:
+        if chosen.kind == "lora":
+            _check_targets(chosen.lora.targets, family)
+        return
+    check_weights(family, "student.start", value, files.start, config.model.path, trust_base=True)
+    is_adapter = lora.is_adapter(files.start)
+    if chosen.kind != "lora":
+        if not is_adapter:
+            with about(f"student.start = {value!r}"):
+                family.check_same_weights(files.start)  # the export has the base's configuration
+        return
+    if not is_adapter:
+        raise UserError(
+            f"student.start = {value!r} is a full checkpoint and student.kind = 'lora'; set model.path to it instead, "
+            "or student.kind to 'full'"
+        )
+    theirs = lora.read_adapter(files.start, family.pipeline_class)[0]
+    if (theirs.r, theirs.lora_alpha) != (chosen.lora.rank, chosen.lora.alpha):
+        raise UserError(
+            f"student.start = {value!r} has rank {theirs.r} and alpha {theirs.lora_alpha:g}, student.lora has rank "
+            f"{chosen.lora.rank} and alpha {chosen.lora.alpha:g}; set student.lora to the former"
+        )
+
+
+def _check_targets(targets: tuple[str, ...] | None, family: ModelFamily) -> None:
+    """Each of `student.lora.targets` must match a module: PEFT is content when one of them does."""
+    if targets is None:
+        return
+    for target in targets:
+        with about("student.lora.targets"):
+            lora.new_adapter(family.empty_transformer(), "checked", LoraConfig(r=1, target_modules=[target]))
