@@ -167,10 +167,10 @@ def test_a_resume_of_another_run_is_refused(
     others = {
         r"rollout\.steps was 4 and is now 5": {"rollout__steps": 5},
         r"optimizer\.lr was 0\.001 and is now 0\.002": {"optimizer__lr": 0.002},
-        r"base\.latent_shape was \[4, 8, 8\] and is now \[4, 4, 8\]": {"model__height": 8},
-        r"base\.max_text_length was 10 and is now 8": {"model__max_text_length": 8},
-        r"tasks\.one\.teacher_sha256 was": {"tasks__one__teacher__path": str(tiny_world / "base")},
-        r"tasks\.one\.prompts_sha256 was": {"tasks__one__prompts": str(tmp_path / "fewer.txt")},
+        r"model\.height, width or frames was \[4, 8, 8\] and is now \[4, 4, 8\]": {"model__height": 8},
+        r"model\.max_text_length was 10 and is now 8": {"model__max_text_length": 8},
+        r"what lies at tasks\.one\.teacher\.path is not": {"tasks__one__teacher__path": str(tiny_world / "base")},
+        r"what lies at tasks\.one\.prompts is not": {"tasks__one__prompts": str(tmp_path / "fewer.txt")},
     }
     for said, change in others.items():
         with pytest.raises(UserError, match=said):
@@ -265,8 +265,11 @@ def test_every_damage_is_found_and_set_aside(
         kept.save(done, STATE, ENTRIES)
     file, damage = DAMAGES[kind]
     damage(tmp_path / "checkpoints" / "round-000002" / file)
-    assert kept.newest_whole() == tmp_path / "checkpoints" / "round-000001"
+    whole, damaged = kept.newest_whole()
+    assert whole == tmp_path / "checkpoints" / "round-000001"
     assert "round-000002 is damaged" in caplog.text
+    assert names(tmp_path) == ["latest", "round-000001", "round-000002"]  # a look changes nothing
+    kept.go_back_to(whole, 1, damaged)
     assert names(tmp_path) == ["damaged-round-000002", "latest", "round-000001"]
 
 
@@ -294,7 +297,7 @@ def test_what_a_kill_left_is_never_taken_and_goes_away(tmp_path: Path, group: Gr
     kept.save(1, STATE, ENTRIES)
     for name in (".writing-round-000099", ".deleting-round-000098"):
         (tmp_path / "checkpoints" / name).mkdir()
-    assert kept.newest_whole() == tmp_path / "checkpoints" / "round-000001"
+    assert kept.newest_whole()[0] == tmp_path / "checkpoints" / "round-000001"
     kept.save(2, STATE, ENTRIES)
     assert names(tmp_path) == ["latest", "round-000001", "round-000002"]
 
@@ -459,5 +462,5 @@ def test_the_log_of_a_damaged_checkpoint_says_why(
     damaged = kept.save(2, STATE, ENTRIES)
     cut_off(damaged / SHARD)
     with caplog.at_level(logging.WARNING):
-        assert kept.newest_whole() == kept.place(1)
+        assert kept.newest_whole()[0] == kept.place(1)
     assert f"round-000002 is damaged ({SHARD} has" in caplog.text

@@ -118,10 +118,10 @@ def _check_student(config: RunConfig, files: RunFiles, family: ModelFamily) -> N
             "or student.kind to 'full'"
         )
     theirs = lora.read_adapter(files.start, family.pipeline_class)[0]
-    if (theirs.r, theirs.lora_alpha) != (chosen.lora.rank, chosen.lora.alpha):
+    if theirs.r != chosen.lora.rank:
         raise UserError(
-            f"student.start = {value!r} has rank {theirs.r} and alpha {theirs.lora_alpha:g}, student.lora has rank "
-            f"{chosen.lora.rank} and alpha {chosen.lora.alpha:g}; set student.lora to the former"
+            f"student.start = {value!r} has rank {theirs.r}, student.lora.rank is {chosen.lora.rank}; set it to the "
+            "former"
         )
 
 
