@@ -12,15 +12,10 @@ from pathlib import Path
 from opd_ds.config.schema import RunConfig
 from opd_ds.doctor.findings import Finding, Seen, one_line, size_text, who
 from opd_ds.errors import UserError
+from opd_ds.utils.folders import existing_part
 
 WRITTEN = 64 * 2**20
 SHARED = "same output folder"
-
-
-def existing_part(folder: Path) -> Path:
-    """The output folder, or the nearest folder above it that is there: the run would create the rest."""
-    folder = folder.expanduser().absolute()
-    return next(part for part in (folder, *folder.parents) if part.is_dir())
 
 
 def look_at_disk(folder: Path, needed: int | None) -> Iterator[Seen]:

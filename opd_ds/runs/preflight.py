@@ -22,7 +22,7 @@ from opd_ds.runs.resume import ResumePoint, Start, find_resume_point, refuse_oth
 from opd_ds.training.networks import load_family
 from opd_ds.training.teachers import check_weights
 from opd_ds.training.trainer import Trainer
-from opd_ds.utils.folders import refuse_unwritable
+from opd_ds.utils.folders import try_to_write
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def preflight(config: RunConfig, group: Group, world: World, start: Start | None
     with group.raise_on_any_rank():
         if start is not None:
             refuse_other_changes(config, start.allowed)
-        refuse_unwritable(config.run.output_dir, "run.output_dir")
+        _check_output(config)
         files = find_files(config, world)
         config = config.with_teachers({name: spec.settings for name, spec in files.teachers.items()})
         family = load_family(config, files.model, group.device)
@@ -79,6 +79,16 @@ def trainer_class(config: RunConfig) -> type[Trainer]:
     module, name = config.trainer.split(":")
     found: type[Trainer] = getattr(import_module(module), name)
     return found
+
+
+def _check_output(config: RunConfig) -> None:
+    folder = config.run.output_dir
+    try:
+        try_to_write(folder)
+    except OSError as error:
+        raise UserError(
+            f"run.output_dir = {str(folder)!r}: cannot be written: {error.strerror}; give another folder"
+        ) from error
 
 
 def _check_guidance(config: RunConfig, family: ModelFamily) -> None:
