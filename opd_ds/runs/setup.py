@@ -85,9 +85,10 @@ def prepare(config: RunConfig, group: Group, start: Start | None = None) -> Part
     painter = Painter(config, family, group)
     evaluator = Evaluator(config, group, painter, files.eval_prompts, rewards)
     sets = {
-        name: EvaluationSet.of(prompts, own, own, config.evaluation.samples_per_prompt)
+        name: EvaluationSet.of(prompts, own, own, config.evaluation.samples_per_prompt, section.summed)
         for name, prompts in files.eval_prompts.items()
-        for own in [tuple(reward.label for reward in config.evaluated[name].rewards)]
+        for section in [config.evaluated[name]]
+        for own in [tuple(reward.label for reward in section.rewards)]
     }
     folder = config.run.output_dir / EVALUATION_FOLDER
     benchmark = Benchmark(folder, group, painter, identity["base"]["sha256"], sets, rewards)
