@@ -15,6 +15,7 @@ if [ ! -f "$folder/setup.cfg" ] || ! cmp -s setup.cfg "$folder/setup.cfg"; then
   "$uv" venv --quiet --clear --python "${PYTHON:-$python}" "$folder/env"
   # What a dependency needs in turn is as new as it may be: its own lower bounds are not ours to test.
   VIRTUAL_ENV="$folder/env" "$uv" pip install --compile-bytecode --resolution lowest-direct --editable ".[dev]"
+  cp setup.cfg "$folder/env/.opd_ds_installeddev"  # launchers/test.sh is not to install anything newer
   cp setup.cfg "$folder/setup.cfg"
 fi
 # shellcheck disable=SC1091

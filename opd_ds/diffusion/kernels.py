@@ -12,8 +12,8 @@ one table, so they cannot disagree. All coefficients are float64.
 
 Degenerate steps are decided here, once:
 
-- sigma = 1. `flow` has std ~ sqrt(sigma / (1 - sigma)), infinite there; as Flow-GRPO (arXiv 2505.05470)
-  does, the next sigma stands in for sigma in that denominator. `dpm2` has log-SNR -inf there; its limits
+- sigma = 1, or almost (`PURE_NOISE`). `flow` has std ~ sqrt(sigma / (1 - sigma)), infinite there; as Flow-GRPO
+  (arXiv 2505.05470) does, the next sigma stands in for sigma in that denominator. `dpm2` has log-SNR -inf there; its limits
   (first order on that step and on the next) are taken.
 - sigma' = 0. `ddim`, `cps`: the noise vanishes by itself (std = 0). `flow` and `dance` keep theirs, as their
   authors do. `dpm2` falls back to first order.
@@ -31,6 +31,9 @@ import torch
 from torch import Tensor
 
 from opd_ds.errors import UserError, nearest
+
+# A sigma above it is pure noise: the grids of released Wan schedulers (UniPC in diffusers 0.42) start at 1 - 1e-6.
+PURE_NOISE = 1 - 1e-4
 
 CoefficientFunction = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor, Tensor]]
 
@@ -105,7 +108,7 @@ def _langevin(sigma: Tensor, dt: Tensor, diffusion: Tensor) -> tuple[Tensor, Ten
 
 def _flow(sigma: Tensor, sigma_next: Tensor, noise_level: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Flow-GRPO SDE (arXiv 2505.05470): diffusion noise_level * sqrt(sigma / (1 - sigma))."""
-    remaining = 1 - torch.where(sigma == 1, sigma_next, sigma)
+    remaining = 1 - torch.where(sigma > PURE_NOISE, sigma_next, sigma)
     return _langevin(sigma, sigma_next - sigma, noise_level * torch.sqrt(sigma / remaining))
 
 

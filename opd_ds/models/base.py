@@ -227,6 +227,15 @@ class ModelFamily(ABC):
 
     # ---- what families share ----
 
+    def check_steps(self, key: str, steps: int) -> None:
+        """Raise UserError when the folder's scheduler has no grid of so many steps. `key`: of `steps` in the config."""
+        sigmas = self.sigmas(steps)
+        if not bool((sigmas[:-1] > sigmas[1:]).all()):  # false for NaN, too
+            raise UserError(
+                f"{key} = {steps}: the scheduler of model.path has no grid of {steps} steps (sigmas "
+                f"{', '.join(f'{sigma:.3g}' for sigma in sigmas[:4].tolist())}); take more steps"
+            )
+
     @property
     def unguided(self) -> bool:
         """Whether the network was distilled to be run as it is: a guidance other than 1 is refused."""
