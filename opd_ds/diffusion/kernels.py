@@ -13,8 +13,8 @@ one table, so they cannot disagree. All coefficients are float64.
 Degenerate steps are decided here, once:
 
 - sigma = 1, or almost (`PURE_NOISE`). `flow` has std ~ sqrt(sigma / (1 - sigma)), infinite there; as Flow-GRPO
-  (arXiv 2505.05470) does, the next sigma stands in for sigma in that denominator. `dpm2` has log-SNR -inf there; its limits
-  (first order on that step and on the next) are taken.
+  (arXiv 2505.05470) does, the next sigma stands in for sigma in that denominator. `dpm2` has log-SNR -inf at 1;
+  its limits (first order on that step and on the next) are taken.
 - sigma' = 0. `ddim`, `cps`: the noise vanishes by itself (std = 0). `flow` and `dance` keep theirs, as their
   authors do. `dpm2` falls back to first order.
 - noise_level = 0 turns every stochastic kernel into a deterministic one (std = 0 everywhere).

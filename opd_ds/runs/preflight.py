@@ -60,7 +60,7 @@ def preflight(config: RunConfig, group: Group, world: World, start: Start | None
         files = find_files(config, world)
         config = config.with_teachers({name: spec.settings for name, spec in files.teachers.items()})
         family = load_family(config, files.model, group.device)
-        _check_guidance(config, family)
+        _check_sampling(config, family)
         _check_teachers(config, files, family)
         _check_student(config, files, family)
         trainer_class(config).check(config, family)
@@ -91,7 +91,9 @@ def _check_output(config: RunConfig) -> None:
         ) from error
 
 
-def _check_guidance(config: RunConfig, family: ModelFamily) -> None:
+def _check_sampling(config: RunConfig, family: ModelFamily) -> None:
+    family.check_steps("rollout.steps", config.rollout.steps)
+    family.check_steps("evaluation.steps", config.evaluation.steps)
     family.check_guidance("rollout.guidance", config.rollout.guidance)
     for name, section in config.evaluated.items():
         if section.guidance is not None:
