@@ -259,7 +259,9 @@ def test_learning_from_rewards_never_waits(no_host_sync: NoHostSync, kind: str) 
         loss = NftLoss(NftSection(algorithm="nft", kl=0.1), sigmas, META)
     else:
         coefficients = kernel("flow", 0.7).coefficients(sigmas)
-        loss = GrpoGuardLoss(GuardSection(algorithm="guard", kl=0.1), coefficients, sigmas, META)
+        loss = GrpoGuardLoss(
+            GuardSection(algorithm="guard", kl=0.1), coefficients, sigmas, range(len(coefficients)), META
+        )
     with no_host_sync.watching():
         final = torch.zeros(4, 2, 4, 4, device=META)
         noised = noised_states(final, SampleNoise([1, 2, 3, 4], (2, 4, 4)), sigmas, torch.float32)

@@ -350,8 +350,8 @@ def test_ema_is_the_average_of_the_masters(build_run: Build, tmp_path: Path, sta
     for index in range(4):
         parts.trainer.run_round(index)
         if (index + 1) % 2 == 0:
-            updates = (index + 1) // 2
-            decay = min(0.9, (1 + updates) / (10 + updates))
+            steps = index + 1
+            decay = min(0.9, (1 + steps) / (10 + steps))
             masters = [f.master for f in parts.student.fragments]
             expected = [decay * e + (1 - decay) * m for e, m in zip(expected, masters, strict=True)]
     for shard, value in zip(parts.ema._shards, expected, strict=True):

@@ -16,7 +16,7 @@ from opd_ds.config.sections import TrainedSteps
 from opd_ds.diffusion import kernel, log_ratio
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.training.buffer import choose_steps, noised_states
-from opd_ds.training.rl.advantages import group_advantages, optimality
+from opd_ds.training.rl.advantages import group_advantages, optimality, weighted_sum
 from opd_ds.training.rl.grpo_guard import GrpoGuardKnown, GrpoGuardLoss
 from opd_ds.training.rl.nft import NftKnown, NftLoss
 
@@ -135,7 +135,7 @@ def test_log_ratio_is_that_of_torch_distributions(seed: int, std: float, b: floa
 
 def guard(**settings: Any) -> GrpoGuardLoss:
     table = kernel("flow", 0.7).coefficients(SIGMAS)
-    return GrpoGuardLoss(GuardSection(algorithm="guard", **settings), table, SIGMAS, CPU)
+    return GrpoGuardLoss(GuardSection(algorithm="guard", **settings), table, SIGMAS, range(len(table) - 1), CPU)
 
 
 def test_guard_raises_what_was_good_and_lowers_what_was_bad() -> None:
@@ -176,7 +176,9 @@ def test_guard_can_even_out_steps_and_keep_the_start() -> None:
     even, _ = guard(step_weighting="inverse_dt")(known["velocity"], steps, GrpoGuardKnown(**free))
     plain, _ = guard()(known["velocity"], steps, GrpoGuardKnown(**free))
     dt = (SIGMAS[:-1] - SIGMAS[1:]).float()
-    torch.testing.assert_close(even / plain, (1 / dt / (1 / dt).mean())[steps])
+    weights = 1 / dt / (1 / dt)[:-1].mean()  # the last step, the shortest, is not trained
+    torch.testing.assert_close(even / plain, weights[steps])
+    assert float(weights[:-1].mean()) == pytest.approx(1)
     held, measured = guard(kl=0.5)(known["velocity"], steps, GrpoGuardKnown(**known))
     torch.testing.assert_close(held - plain, 0.5 * measured["start_kl"])
     assert (measured["start_kl"] > 0).all()
@@ -215,6 +217,24 @@ def test_advantages_by_hand() -> None:
     torch.testing.assert_close(
         group_advantages(rewards, 2, "group")[:2].float(), torch.tensor([-1.0, 1.0]) / (1 + 1e-4)
     )
+
+
+def test_rewards_of_other_sizes_weigh_alike_by_their_deviation() -> None:
+    """PickScore's own deviation is twenty times OCR's: without scaling the sum is PickScore's."""
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(400, 2, generator=generator, dtype=torch.float64)
+    rewards = normal * torch.tensor([2.0, 0.1]) + torch.tensor([22.0, 0.5])
+
+    def correlations(scale: Any) -> list[float]:
+        total = weighted_sum(rewards, [1.0, 1.0], scale)
+        return [float(torch.corrcoef(torch.stack([total, own]))[0, 1]) for own in rewards.T]
+
+    assert correlations("none")[1] < 0.15
+    assert correlations("deviation") == pytest.approx([0.5**0.5] * 2, abs=0.1)
+    rewards[3, 1] = torch.nan
+    assert torch.isnan(weighted_sum(rewards, [1.0, 1.0], "deviation")).nonzero().flatten().tolist() == [3]
+    same = torch.ones(5, 2)
+    assert weighted_sum(same, [1.0, 2.0], "deviation").tolist() == [3.0] * 5
 
 
 def test_optimality_modes() -> None:

@@ -70,7 +70,7 @@ LOSSES: dict[str, Callable[[Path], tuple[Any, type, dict[str, Tensor]]]] = {
         known("old", "flow", "start", "optimality"),
     ),
     "GRPO-Guard": lambda folder: (
-        GrpoGuardLoss(GuardSection(algorithm="guard", kl=0.2), TABLE, SIGMAS, CPU),
+        GrpoGuardLoss(GuardSection(algorithm="guard", kl=0.2), TABLE, SIGMAS, range(len(TABLE)), CPU),
         GrpoGuardKnown,
         known("velocity", "noise", "start", "advantage"),
     ),

@@ -47,6 +47,11 @@ class RewardAlgorithm(Algorithm):
 
     algorithm: str
     group: int = Field(24, ge=2, description="images of one prompt, compared with each other")
+    reward_scale: Literal["none", "deviation"] = Field(
+        "none",
+        description="deviation: each reward is divided by its own deviation over the round's images of the task before "
+        "it is weighted, so that equal weights are equal influence",
+    )
     advantage_std: Literal["batch", "group"] = Field("batch", description="whose deviation scales the advantages")
     advantage_clip: PositiveFloat = Field(5.0, description="advantages are cut off at this value on both sides of 0")
     reward_attempts: PositiveInt = Field(3, description="calls of a reward before images without a score are left out")

@@ -82,7 +82,7 @@ class EmaSection(Section):
     """The exponential moving average of the student's weights: what evaluation draws with and export writes."""
 
     decay: float = Field(0.9, ge=0, lt=1, description="share of the old average in the new one; 0: no average is kept")
-    warmup: bool = Field(True, description="decay = min(decay, (1 + updates) / (10 + updates))")
+    warmup: bool = Field(True, description="decay = min(decay, (1 + s) / (10 + s)) with s optimizer steps")
     every: PositiveInt = Field(1, description="optimizer steps between EMA updates")
 
 

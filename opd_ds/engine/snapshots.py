@@ -79,22 +79,20 @@ class ShardedEma(WeightSnapshot):
         super().__init__(engine, EMA)
         self._settings = settings
         self._steps = 0
-        self._updates = 0
 
     def update(self) -> None:
         """Call after every optimizer step; acts on every `every`-th."""
         self._steps += 1
         if self._steps % self._settings.every:
             return
-        self._updates += 1
         decay = self._settings.decay
         if self._settings.warmup:
-            decay = min(decay, (1 + self._updates) / (10 + self._updates))
+            decay = min(decay, (1 + self._steps) / (10 + self._steps))
         self.follow(decay)
 
     def scalar_state(self) -> dict[str, Any]:
-        return {"steps": self._steps, "updates": self._updates}
+        return {"steps": self._steps}
 
     def load_state_dict(self, shards: ShardReader, scalars: dict[str, Any]) -> None:
-        self._steps, self._updates = scalars["steps"], scalars["updates"]
+        self._steps = scalars["steps"]
         super().load_state_dict(shards, scalars)

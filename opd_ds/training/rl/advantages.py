@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 Optimality = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
+
+
+def weighted_sum(rewards: Tensor, weights: Sequence[float], scale: Literal["none", "deviation"]) -> Tensor:
+    """What is learned from: rewards [N, R] to float64 [N], NaN where one of them is NaN.
+
+    With `deviation` every reward is first divided by its (population) deviation over all images, unless that is 0.
+    """
+    values = rewards.double()
+    if scale == "deviation":
+        spread = torch.stack([own[torch.isfinite(own)].std(correction=0) for own in values.T])
+        values = values / torch.where(spread > 0, spread, 1.0)  # false for the NaN of no values, too
+    return values @ torch.tensor(weights, dtype=torch.float64)
 
 
 def group_advantages(rewards: Tensor, group: int, std: Literal["batch", "group"], eps: float = 1e-4) -> Tensor:

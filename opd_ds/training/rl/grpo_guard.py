@@ -7,13 +7,14 @@ reach the upper clip while bad ones reach the lower. GRPO-Guard takes mean(D eps
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from opd_ds.config.algorithms import TeachConfig
 from opd_ds.config.rl import GuardSection
 from opd_ds.diffusion import Coefficients, clipped_surrogate, kernel, kl_weight, log_ratio, velocity_error
 from opd_ds.diffusion.noise import sample_seed
@@ -50,18 +51,24 @@ class GrpoGuardLoss:
 
     Args:
         coefficients, sigmas: of the stochastic kernel on the sampler's grid.
+        trained: the steps that a round may train; weights of steps have mean 1 over these.
     """
 
     measures = ("policy", "ratio", "clipped", "start_kl")
 
     def __init__(
-        self, settings: GuardSection, coefficients: Coefficients, sigmas: Tensor, device: torch.device
+        self,
+        settings: GuardSection,
+        coefficients: Coefficients,
+        sigmas: Tensor,
+        trained: Collection[int],
+        device: torch.device,
     ) -> None:
         self._settings = settings
         weights = torch.ones_like(coefficients.b)
         if settings.step_weighting == "inverse_dt":
             weights = 1 / (sigmas[:-1] - sigmas[1:]).double()
-            weights = weights / weights.mean()
+            weights = weights / weights[sorted(trained)].mean()
         self._weights, self._b, self._std, self._kl = (
             table.to(device, torch.float32)
             for table in (weights, coefficients.b, coefficients.std, kl_weight(coefficients))
@@ -78,6 +85,16 @@ class GrpoGuardLoss:
             kl = self._kl[steps] * velocity_error(velocity, known.start)
             loss = policy + self._settings.kl * kl
         return loss, {"policy": policy, "ratio": ratio, "clipped": beyond, "start_kl": kl}
+
+
+def _trained(config: TeachConfig, std: Tensor) -> set[int]:
+    """The steps that any round may train; `std` [T] of the sampler."""
+    rollout, teach = config.rollout, config.teach
+    if isinstance(teach, GuardSection) and teach.window is not None:
+        return {step for step, value in enumerate(std.tolist()) if value > 0}
+    if rollout.trained_steps.queries is not None:
+        return set(range(rollout.steps))
+    return set(choose_steps(rollout.trained_steps, rollout.steps, config.run.seed, 0, "", [0])[0].tolist())
 
 
 class GrpoGuardTrainer(RLTrainer[Transitions, GrpoGuardKnown]):
@@ -97,12 +114,7 @@ class GrpoGuardTrainer(RLTrainer[Transitions, GrpoGuardKnown]):
                 f"rollout.kernel = {rollout.kernel!r} draws noise on {rollout.steps - len(still)} of its "
                 f"{rollout.steps} steps, fewer than are to be trained ({config.trained_steps})"
             )
-        if config.teach.window is not None:
-            return
-        if rollout.trained_steps.queries is not None:
-            trained = set(range(rollout.steps))
-        else:
-            trained = set(choose_steps(rollout.trained_steps, rollout.steps, config.run.seed, 0, "", [0])[0].tolist())
+        trained = _trained(config, std)
         if still & trained:
             raise UserError(
                 f"rollout.kernel = {rollout.kernel!r} draws no noise on step {min(still & trained)}, which "
@@ -113,7 +125,8 @@ class GrpoGuardTrainer(RLTrainer[Transitions, GrpoGuardKnown]):
         super().__init__(parts)
         assert isinstance(self._config.teach, GuardSection)
         self._guard = self._config.teach
-        self.loss = GrpoGuardLoss(self._guard, self._coefficients, self._sigmas, parts.group.device)
+        trained = _trained(self._config, self._coefficients.std)
+        self.loss = GrpoGuardLoss(self._guard, self._coefficients, self._sigmas, trained, parts.group.device)
 
     def _keep(
         self, index: int, task: str, trajectory: Trajectory, batch: TaskBatch

@@ -19,7 +19,7 @@ from opd_ds.engine import START, WeightSnapshot
 from opd_ds.errors import UserError
 from opd_ds.training.buffer import Pairs, PerPair, PerSample, TrajectoryBuffer
 from opd_ds.training.meter import RoundMeter
-from opd_ds.training.rl.advantages import group_advantages
+from opd_ds.training.rl.advantages import group_advantages, weighted_sum
 from opd_ds.training.rl.reward_worker import RewardScorer
 from opd_ds.training.trainer import BufferedTrainer, Components, Experience, TaskBatch, TrainingData
 from opd_ds.utils.transfer import to_device
@@ -170,7 +170,7 @@ class RLTrainer(BufferedTrainer, Generic[Kept, Known]):
         indices = torch.tensor(batch.part.indices)
         for places, values in self._group.gather((indices[own], mine[own])):
             scores[places] = values
-        total = scores @ torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)
+        total = weighted_sum(scores, [reward.weight for reward in rewards], self._config.teach.reward_scale)
         finite = torch.isfinite(total)
         if not finite.any():
             raise UserError(
