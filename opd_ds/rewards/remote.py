@@ -14,6 +14,7 @@ from torch import Tensor
 
 from opd_ds.errors import UserError
 from opd_ds.rewards.base import Metadata, Needs, batches
+from opd_ds.rewards.deadline import in_time, mount
 from opd_ds.rewards.gaps import CountsGaps, Gaps, Result
 from opd_ds.rewards.proxies import on_this_machine, proxy_hint
 from opd_ds.rewards.wire import Info, decode_scores, encode_request, one_line
@@ -37,7 +38,8 @@ class RemoteReward(CountsGaps):
 
     Args:
         url: of the server, such as http://127.0.0.1:8000.
-        timeout: seconds for a connection, and for the whole reply to one batch.
+        timeout: seconds for a connection, for the head of the reply to one batch, and for its body, however they
+            arrive.
         retries: further attempts after anything but a 4xx, with growing pauses.
         batch_size: images per request, and in memory as PNG.
 
@@ -92,7 +94,7 @@ class RemoteReward(CountsGaps):
         return self._gaps.close(results)
 
     def _session(self) -> requests.Session:
-        session = requests.Session()
+        session = mount(requests.Session())
         session.trust_env = not on_this_machine(self._url)
         return session
 
@@ -130,19 +132,18 @@ class RemoteReward(CountsGaps):
             ) as reply:
                 if reply.status_code != 200:
                     raise _RequestError(f"http {reply.status_code}")
-                return self._read(reply)
-        except (requests.Timeout, urllib3.exceptions.TimeoutError) as error:
+                return in_time(self._timeout, reply.raw.shutdown, lambda: _read(reply))
+        except (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError) as error:
             raise _RequestError(_TIMEOUT) from error
         except (OSError, urllib3.exceptions.HTTPError) as error:  # requests' errors are OSErrors
             raise _RequestError(_UNREACHABLE) from error
 
-    def _read(self, reply: requests.Response) -> bytes:
-        """Bounded in size and in time: requests' own time-out restarts with every byte."""
-        end, body = time.monotonic() + self._timeout, bytearray()
-        while part := reply.raw.read1(2**16, decode_content=False):
-            body += part
-            if len(body) > _REPLY_BYTES:
-                raise _RequestError(_GARBAGE)
-            if time.monotonic() > end:
-                raise _RequestError(_TIMEOUT)
-        return bytes(body)
+
+def _read(reply: requests.Response) -> bytes:
+    """The body, bounded in size."""
+    body = bytearray()
+    while part := reply.raw.read1(2**16, decode_content=False):
+        body += part
+        if len(body) > _REPLY_BYTES:
+            raise _RequestError(_GARBAGE)
+    return bytes(body)

@@ -14,10 +14,12 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from opd_ds.rewards.base import Reward
+from opd_ds.rewards.protocol import HeadInTime
 from opd_ds.rewards.wire import Info, Limits, RefusedError, ScoreResponse, decode_request, one_line
 
-# One request is scored while the next arrives; further ones wait with their bodies unread.
+# One request is scored while the next arrives; further ones wait with all but the beginning of their bodies unread.
 _REQUESTS_IN_MEMORY = 2
+_UNHURRIED_BYTES = 2**16
 
 
 def make_app(reward: Reward, limits: Limits | None = None) -> FastAPI:
@@ -46,35 +48,54 @@ def make_app(reward: Reward, limits: Limits | None = None) -> FastAPI:
 
     @app.post("/score")
     async def score(request: Request) -> ScoreResponse:
+        body = _Body(request, limits)
+        await body.arrive(beginning=_UNHURRIED_BYTES)  # a client that never gets there keeps nobody waiting
         async with slots:
-            body = await _read(request, limits)
-            return await run_in_threadpool(_score, reward, turn, body, limits)
+            await body.arrive()
+            return await run_in_threadpool(_score, reward, turn, body.content, limits)
 
     return app
 
 
-async def _read(request: Request, limits: Limits) -> bytearray:
-    """The body. What is over the limit is read and dropped, so that the client is there to hear the refusal."""
-    body, size = bytearray(), 0
+class _Body:
+    """The body of a request as it arrives. What is over the limit is read and dropped, so that the client is there to
+    hear the refusal."""
 
-    async def receive() -> None:
-        nonlocal size
-        async for part in request.stream():
-            size += len(part)
-            if size <= limits.body_bytes:
-                body.extend(part)
-            else:
-                body.clear()
+    def __init__(self, request: Request, limits: Limits) -> None:
+        self._parts, self._limits = request.stream(), limits
+        self.content, self._size, self._ended = bytearray(), 0, False
 
-    try:
-        await asyncio.wait_for(receive(), limits.seconds)
-    except TimeoutError as error:
-        raise RefusedError(408, f"the body did not arrive within {limits.seconds} s") from error
-    except ClientDisconnect as error:
-        raise RefusedError(400, "the client left before the end of its body") from error
-    if size > limits.body_bytes:
-        raise RefusedError(413, f"the body has {size} bytes; at most {limits.body_bytes}")
-    return body
+    async def arrive(self, beginning: int | None = None) -> None:
+        """Receive the rest, or the first bytes as far as `beginning`.
+
+        Raises:
+            RefusedError: it comes too slowly, the client is gone, or it is over the limit.
+        """
+        clock = asyncio.get_running_loop().time
+        overdue = clock() + self._limits.seconds
+        due, wanted = overdue, 0
+        while not self._ended and (beginning is None or self._size < beginning):
+            if beginning is None and self._size >= wanted:  # others wait meanwhile
+                due, wanted = min(overdue, clock() + self._limits.pause), self._size + _UNHURRIED_BYTES
+            try:
+                part = await asyncio.wait_for(anext(self._parts, None), due - clock())
+            except TimeoutError as error:
+                raise RefusedError(408, f"the body did not arrive in time; {self._size} bytes came") from error
+            except ClientDisconnect as error:
+                raise RefusedError(400, "the client left before the end of its body") from error
+            self._add(part)
+        if self._ended and self._size > self._limits.body_bytes:
+            raise RefusedError(413, f"the body has {self._size} bytes; at most {self._limits.body_bytes}")
+
+    def _add(self, part: bytes | None) -> None:
+        if part is None:
+            self._ended = True
+            return
+        self._size += len(part)
+        if self._size <= self._limits.body_bytes:
+            self.content.extend(part)
+        else:
+            self.content.clear()
 
 
 def _score(reward: Reward, turn: threading.Lock, body: bytearray, limits: Limits) -> ScoreResponse:
@@ -92,4 +113,5 @@ def _score(reward: Reward, turn: threading.Lock, body: bytearray, limits: Limits
 
 def serve(reward: Reward, host: str, port: int) -> None:
     """Serve until interrupted."""
-    uvicorn.run(make_app(reward), host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
+    app = make_app(reward)
+    uvicorn.run(app, host=host, port=port, http=HeadInTime, log_level="warning", timeout_graceful_shutdown=5)

@@ -24,12 +24,14 @@ class Limits:
         images: images.
         pixels: of all images together, checked before an image is unpacked (64 of 1024 x 1024).
         seconds: for the body to arrive.
+        pause: seconds in which further 64 KiB of a body must arrive while other requests wait for its end.
     """
 
     body_bytes: int = 64 * 2**20
     images: int = 256
     pixels: int = 64 * 2**20
     seconds: float = 60.0
+    pause: float = 5.0
 
 
 class RefusedError(Exception):

@@ -71,7 +71,10 @@ def running(app: Any) -> Iterator[str]:
     """The address of a FastAPI application, under uvicorn as `opd-ds rewards serve` runs it."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
+    from opd_ds.rewards.protocol import HeadInTime
+
+    settings = uvicorn.Config(app, port=0, http=HeadInTime, log_level="warning", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(settings)
     thread = Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -93,14 +93,15 @@ def test_a_server_and_its_client_endure_each_other() -> None:
 @pytest.mark.slow
 def test_a_client_endures_a_server_that_goes_wrong_in_every_way() -> None:
     draw, expected, server = random.Random(1), Counter[str](), Faulty()
-    names = [name for name in FAULTS if name not in ("slow", "trickle")]
+    slow = [name for name, (_, kind) in FAULTS.items() if kind == "timeout"]
+    names = [name for name in FAULTS if name not in slow]
     with answering(server) as url:
         reward = build("remote", url=url, retries=0, timeout=1)
 
         def step() -> None:
             server.fault = draw.choice([*names, *["none"] * len(names)])
             if draw.random() < 0.005:
-                server.fault = draw.choice(["slow", "trickle"])
+                server.fault = draw.choice(slow)
             images = [flat("red", draw.randrange(32, 96)) for _ in range(2)]  # what the wrong answers are wrong for
             kind = FAULTS[server.fault][1]
             if kind:

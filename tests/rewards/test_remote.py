@@ -227,7 +227,7 @@ class Faulty:
         good = json.dumps({"scores": [1.0] * count}).encode()
         if self.fault == "slow":
             self.release.wait(10)
-        if self.fault in ("hang up", "cut", "trickle", "no HTTP"):
+        if self.fault in TRICKLES or self.fault in ("hang up", "cut", "no HTTP"):
             return self._misbehave(handler, good)
         return FAULTS[self.fault][0] or (200, good)
 
@@ -237,13 +237,21 @@ class Faulty:
             handler.wfile.write(b"\x00\x01\x02 this is not HTTP\r\n\r\n")
         elif self.fault == "cut":
             handler.wfile.write(head + good[:-4])
-        elif self.fault == "trickle":
-            handler.wfile.write(head)
-            for byte in good:
-                handler.wfile.write(bytes([byte]))
-                if self.release.wait(0.1):
-                    return
+        elif self.fault in TRICKLES:
+            begin, again = TRICKLES[self.fault]
+            handler.wfile.write(begin)
+            while not self.release.wait(0.1):
+                handler.wfile.write(again)
 
+
+# How an answer begins, and what then comes ten times a second, for ever.
+TRICKLES = {
+    "trickled body": (b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b" "),
+    "trickled body without a length": (b"HTTP/1.1 200 OK\r\n\r\n", b" "),
+    "trickled chunk": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0"),
+    "trickled head": (b"HTTP/1.1 200 OK\r\nX: ", b"x"),
+    "always going on": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+}
 
 # What /score answers (None: see the class), and the kind the client counts.
 FAULTS: dict[str, tuple[tuple[int, bytes] | None, str]] = {
@@ -265,7 +273,7 @@ FAULTS: dict[str, tuple[tuple[int, bytes] | None, str]] = {
     "hang up": (None, "connection failed"),
     "no HTTP": (None, "connection failed"),
     "slow": (None, "timeout"),
-    "trickle": (None, "timeout"),
+    **dict.fromkeys(TRICKLES, (None, "timeout")),
 }
 
 
