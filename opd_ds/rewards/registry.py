@@ -26,6 +26,7 @@ _BUILT_IN = {
     "aesthetic": "opd_ds.rewards.aesthetic:Aesthetic",
     "imagereward": "opd_ds.rewards.imagereward:ImageReward",
     "unifiedreward": "opd_ds.rewards.unifiedreward:UnifiedReward",
+    "vlm_judge": "opd_ds.rewards.vlm_judge:VlmJudge",
     "jpeg_compressibility": "opd_ds.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "opd_ds.rewards.jpeg:JpegIncompressibility",
     "mix": "opd_ds.rewards.mix:Mix",

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
-import os
 import re
-from concurrent.futures import ThreadPoolExecutor
-from threading import Event
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from PIL import Image
 from torch import Tensor
 
-from opd_ds.errors import UserError
 from opd_ds.rewards.base import Metadata, Needs
 from opd_ds.rewards.gaps import CountsGaps, Gaps, Result
-from opd_ds.rewards.proxies import on_this_machine, proxy_hint
+from opd_ds.rewards.vision_server import API_KEY_VARIABLE, Connection, VisionServer
 
-API_KEY_VARIABLE = "OPD_DS_VLM_API_KEY"
+if TYPE_CHECKING:
+    from openai.types.chat.chat_completion import Choice
+
 # The point-wise prompt that the model was trained on and that Flow-GRPO uses with UnifiedReward-7b-v1.5, word for word
 # (github.com/CodeGoat24/UnifiedReward, inference_*/image_generation/point_score_image_generation.py;
 # github.com/yifan123/flow_grpo, rewards.py): other words would give other scores. The server's chat template puts the
@@ -36,8 +32,7 @@ _PROMPT = (
 )
 _GRADE = re.compile(r"Final Score:[\s*]*(\d+(?:\.\d+)?)", re.IGNORECASE)
 _MAX_TOKENS = 1024
-_UNREACHABLE, _TIMEOUT, _UNPARSABLE = "connection failed", "timeout", "answer without a grade"
-_NOT_TRIED = "not tried, the server is lost"
+_UNPARSABLE = "answer without a grade"
 
 
 def grade(answer: str | None) -> float | None:
@@ -79,36 +74,10 @@ class UnifiedReward(CountsGaps):
         concurrency: int = 8,
         api_key_variable: str = API_KEY_VARIABLE,
     ) -> None:
-        import openai
-
-        key = os.environ.get(api_key_variable) or "none"  # the client insists on one, local servers do not
-        try:
-            http = openai.DefaultHttpxClient(trust_env=not on_this_machine(base_url))
-        except ImportError as error:  # a SOCKS proxy, which needs a further package
-            raise UserError(
-                f"reward 'unifiedreward': base_url = {base_url!r}: {error}{proxy_hint(base_url)}"
-            ) from error
-        self._client = openai.OpenAI(
-            base_url=base_url, api_key=key, timeout=timeout, max_retries=retries, http_client=http
-        )
-        self._model, self._concurrency = model, concurrency
+        self._model = model
         self._gaps = Gaps(self.name)
-        try:
-            served = [entry.id for entry in self._client.models.list()]
-        except openai.APIStatusError as error:
-            raise UserError(
-                f"reward 'unifiedreward': the server at {base_url} answered {error.status_code}; its API key is read "
-                f"from ${api_key_variable}{proxy_hint(base_url)}"
-            ) from error
-        except openai.OpenAIError as error:
-            raise UserError(
-                f"reward 'unifiedreward': no server answers at base_url = {base_url!r} ({type(error).__name__}); "
-                f"docs/rewards.md has the command that starts one{proxy_hint(base_url)}"
-            ) from error
-        if model not in served:
-            raise UserError(
-                f"reward 'unifiedreward': model = {model!r} is not served at {base_url}; served: {', '.join(served)}"
-            )
+        connection = Connection(base_url, model, timeout, retries, concurrency, api_key_variable)
+        self._server = VisionServer(self.name, connection, {"max_tokens": _MAX_TOKENS})
 
     def identity(self) -> dict[str, Any]:
         prompt = hashlib.sha256(_PROMPT.encode()).hexdigest()
@@ -116,44 +85,10 @@ class UnifiedReward(CountsGaps):
 
     def score(self, images: list[Image.Image], prompts: list[str], metadata: Metadata | None = None) -> Tensor:
         """[B] float32."""
-        lost = Event()  # set when the server is gone: what is still waiting in this call is given up
+        questions = [_PROMPT.format(prompt=prompt) for prompt in prompts]
+        return self._gaps.close(self._server.results(images, questions, _read))
 
-        def score_one(image: Image.Image, prompt: str) -> Result:
-            return _NOT_TRIED if lost.is_set() else self._score_one(image, prompt, lost)
 
-        with ThreadPoolExecutor(self._concurrency) as pool:
-            return self._gaps.close(list(pool.map(score_one, images, prompts)))
-
-    def _score_one(self, image: Image.Image, prompt: str, lost: Event) -> Result:
-        import openai
-
-        try:
-            value = grade(self._ask(image, prompt))
-        except openai.APIConnectionError as error:  # a time-out is one of these
-            lost.set()
-            return _TIMEOUT if isinstance(error, openai.APITimeoutError) else _UNREACHABLE
-        except openai.APIStatusError as error:
-            return f"http {error.status_code}"
-        except Exception as error:  # garbage in place of the protocol fails anywhere in the client
-            return f"garbage ({type(error).__name__})"
-        return _UNPARSABLE if value is None else value
-
-    def _ask(self, image: Image.Image, prompt: str) -> str | None:
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, format="PNG")
-        url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-        answer = self._client.chat.completions.create(
-            model=self._model,
-            messages=[
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image_url", "image_url": {"url": url}},
-                        {"type": "text", "text": _PROMPT.format(prompt=prompt)},
-                    ],
-                }
-            ],
-            temperature=0,
-            max_tokens=_MAX_TOKENS,
-        )
-        return answer.choices[0].message.content
+def _read(answer: Choice) -> Result:
+    value = grade(answer.message.content)
+    return _UNPARSABLE if value is None else value

@@ -9,9 +9,9 @@ import pytest
 from opd_ds.errors import UserError
 from opd_ds.rewards import build
 from opd_ds.rewards.proxies import on_this_machine, proxy_hint
+from tests.rewards.chat_server import Judge
 from tests.rewards.drawing import flat
 from tests.rewards.servers import answering
-from tests.rewards.test_unifiedreward import Judge
 
 NAMES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 SET = ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"]

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import logging
-import threading
-import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
-from typing import Any
 
 import openai
 import pytest
@@ -20,55 +15,9 @@ from PIL import Image
 from opd_ds.errors import UserError
 from opd_ds.rewards import build
 from opd_ds.rewards.unifiedreward import grade
+from tests.rewards.chat_server import MODEL, Judge
 from tests.rewards.drawing import flat
 from tests.rewards.servers import answering
-
-MODEL = "CodeGoat24/UnifiedReward-7b-v1.5"
-
-
-class Judge:
-    """Grades by what the caption orders: a number is the grade, anything else is a fault."""
-
-    def __init__(self) -> None:
-        self.requests: list[dict[str, Any]] = []
-        self.headers: list[str | None] = []
-        self.models = [MODEL]
-        self.status: dict[str, list[int]] = {}  # by caption: what to answer before the right answer
-        self.release = threading.Event()
-        self.busy, self.most_busy = 0, 0
-        self._lock = threading.Lock()
-
-    def __call__(self, handler: BaseHTTPRequestHandler, body: bytes) -> tuple[int, bytes] | None:
-        self.headers.append(handler.headers.get("Authorization"))
-        if handler.path.endswith("/models"):
-            listed = [{"id": name, "object": "model", "created": 0, "owned_by": "us"} for name in self.models]
-            return 200, json.dumps({"object": "list", "data": listed}).encode()
-        request = json.loads(body)
-        with self._lock:
-            self.requests.append(request)
-            self.busy += 1
-            self.most_busy = max(self.most_busy, self.busy)
-        try:
-            return self._answer(request["messages"][0]["content"][1]["text"].rpartition("[")[2].rstrip("]"))
-        finally:
-            with self._lock:
-                self.busy -= 1
-
-    def _answer(self, caption: str) -> tuple[int, bytes]:
-        if self.status.get(caption):
-            return self.status[caption].pop(0), b'{"error": {"message": "no"}}'
-        if caption == "slow":
-            self.release.wait(10)
-        if caption == "busy":
-            time.sleep(0.05)
-        if caption == "garbage":
-            return 200, b"<html>not json"
-        if caption == "empty":
-            return 200, b'{"choices": []}'
-        text = f"cat (animal): 1\nFinal Score: {caption}" if caption[:1].isdigit() else caption
-        message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-        answer = {"id": "1", "object": "chat.completion", "created": 0, "model": MODEL, "choices": [message]}
-        return 200, json.dumps(answer).encode()
 
 
 @pytest.fixture
