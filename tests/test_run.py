@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,24 @@ def test_a_run_leaves_what_it_promises(run: Run, tiny_world: Path) -> None:
     assert {"student", "models"} <= set(tags["images"])
     assert any("config" in tag for tag in tags["tensors"])
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+
+
+def test_a_profiled_round_says_where_it_went(run: Run) -> None:
+    folder = run("out", run__rounds=2, run__profile={"rounds": [2]})
+    assert metrics(folder) == metrics(run("other", run__rounds=2))
+    [place] = (folder / "profile").iterdir()
+    assert place.name == "round-000002"
+    events = json.loads(gzip.decompress((place / "rank-00000.trace.json.gz").read_bytes()))["traceEvents"]
+    seen = {event.get("name") for event in events}
+    assert {"round/rollout", "round/train", "round/step", "aten::mm"} <= seen
+    summary = (place / "summary.md").read_text()
+    shares = [
+        int(share) for share in re.findall(r"^\| (?:encode|rollout|teacher|train|step) .* (\d+) % \|", summary, re.M)
+    ]
+    assert 97 <= sum(shares) <= 103, summary
+    assert re.search(r"^\| aten::\w+ \| \d+ \| \d", summary, re.M)
+    with pytest.raises(ValueError, match="the run ends after round 3"):
+        run("late", run__profile={"rounds": [4]})
 
 
 def test_rewards_decide_nothing(run: Run, tiny_world: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:

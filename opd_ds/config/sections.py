@@ -17,6 +17,14 @@ ANCHOR = "(anchor)"
 WEIGHTED_SUM = "weighted_sum"
 
 
+class ProfileSection(Section):
+    """Rounds that run under torch's profiler; they are slower, and the others cost nothing."""
+
+    rounds: tuple[PositiveInt, ...] = Field(
+        (), description="counted from 1; traces and a summary go to profile/ in run.output_dir"
+    )
+
+
 class RunSection(Section):
     """How long a run is, and what it writes when."""
 
@@ -37,7 +45,15 @@ class RunSection(Section):
         "holds anyway",
     )
     eval_every: NonNegativeInt = Field(0, description="rounds between evaluations of the student; 0: only at the end")
-    image_every: NonNegativeInt = Field(0, description="rounds between image grids in TensorBoard; 0: only at the end")
+    image_every: NonNegativeInt = Field(0, description="rounds between image grids in trackers; 0: only at the end")
+    profile: ProfileSection = ProfileSection()
+
+    @model_validator(mode="after")
+    def _profiled_rounds_exist(self) -> RunSection:
+        late = [number for number in self.profile.rounds if number > self.rounds]
+        if late:
+            raise ValueError(f"profile.rounds = {list(self.profile.rounds)}: the run ends after round {self.rounds}")
+        return self
 
 
 class ModelSection(Section):

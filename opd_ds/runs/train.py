@@ -24,6 +24,7 @@ from opd_ds.evaluation.results import means
 from opd_ds.evaluation.tables import comparison_grid, print_table, summary
 from opd_ds.models import log_compiled, lora
 from opd_ds.runs.monitor import METRICS_FILE, Monitor, read_metrics
+from opd_ds.runs.profiling import maybe_profiled
 from opd_ds.runs.resume import JOB_VARIABLE, ResumePoint, Start
 from opd_ds.runs.reward_eval import AsyncRewardEval
 from opd_ds.runs.setup import Parts, prepare
@@ -68,7 +69,7 @@ def train(config: RunConfig, group: Group, resume: str = "never", allowed: Seque
         watch = AsyncRewardEval(config, parts.rewards) if config.watch.every and group.world.is_main else None
         for index in range(start, settings.rounds):
             session.stop_if_asked(index)
-            report = parts.trainer.run_round(index)
+            report = maybe_profiled(parts.trainer.run_round, index, settings.profile, settings.output_dir, group)
             if index == start and config.model.compile_blocks and group.world.is_main:
                 log_compiled()
             monitor.round(report)

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch.profiler import record_function
+
 from opd_ds.engine import Group
 from opd_ds.training.phase_timer import PhaseTimer
+
+# So begin the names of the phases in a profiler's trace.
+PHASE_RANGE = "round/"
 
 
 class RoundMeter:
@@ -27,7 +32,7 @@ class RoundMeter:
         """Work of one kind; a phase that is entered again goes on."""
         self._phase = name
         self.heartbeat()
-        with self._timer.phase(name):
+        with self._timer.phase(name), record_function(PHASE_RANGE + name):
             yield
 
     def seconds(self) -> dict[str, float]:
