@@ -54,7 +54,7 @@ def _summary(number: int, by_rank: list[dict[str, float]], operators: list[Funct
         """Seconds without what it calls."""
         return (operator.self_device_time_total if on_device else operator.self_cpu_time_total) / 1e6
 
-    work = sorted((one for one in operators if not one.key.startswith(PHASE_RANGE)), key=own, reverse=True)
+    work = sorted((one for one in operators if not str(one.key).startswith(PHASE_RANGE)), key=own, reverse=True)
     everything = sum(map(own, work)) or 1.0
     top = [
         [one.key, str(one.count), f"{own(one):.3f}", f"{100 * own(one) / everything:.0f} %"]
