@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from opd_ds.cluster.world import World
 from opd_ds.config.algorithms import DistilConfig
-from opd_ds.config.loading import load_config, recipe_names
+from opd_ds.config.files import recipe_names
+from opd_ds.config.loading import load_config
 from opd_ds.config.paths import package_root, resolve_ds_config, resolve_path
 from opd_ds.engine import (
     NetworkSizes,
@@ -41,10 +42,19 @@ def config_file(tiny_world: Path, tmp_path: Path) -> Path:
         ("rolout.steps=20", r"^rolout: unknown key; allowed here: .* Did you mean 'rollout'\?$"),
         ("rollout.steps=0", r"^rollout\.steps = 0: .*greater than 0"),
         ("rollout.steps=many", r"^rollout\.steps = 'many': .*integer"),
+        ("rollout.kernel=eular", r"^rollout\.kernel = 'eular': .*\. Did you mean 'euler'\?$"),
+        ("tasks.one.teacher.placement=residnt", r"^tasks\.one\.teacher\.placement = .*Did you mean 'resident'\?$"),
+        ("objective={method: closd_form}", r"^objective\.method = 'closd_form': .* Did you mean 'closed_form'\?$"),
+        ("scoring.micro_batch=atuo", r"^scoring\.micro_batch = 'atuo': .*integer.* or .* Did you mean 'auto'\?$"),
+        ("teech={algorithm: nft}", r"^teech: unknown key; .* Did you mean 'teach'\?$"),
+        ("optimizer.betas=[1]", r"^optimizer\.betas: has 1 entries and needs more$"),
+        ("student.lora.targets=3", r"^student\.lora\.targets = 3: .*valid list"),
+        ("tasks.three=null", r"^tasks\.three = null: .* there is nothing$"),
         ("rollout.kernel=heun", r"^rollout\.kernel = 'heun': .*'euler'.*'dpm2'"),
         ("precision=fp8", r"^precision = 'fp8': .*'fp32'.*'bf16'"),
         ("rollout.noise_level=0.7", r"^rollout: noise_level = 0\.7 contradicts kernel = 'euler'.*flow"),
         ("rollout.trained_steps.steps=[9]", r"give exactly one of fraction, steps, queries|must name steps 0 to 3"),
+        ("rollout.trained_steps={queries: 2, steps: [1]}", r"here are steps and queries: null takes one away$"),
         ("rollout.trained_steps={queries: 9}", r"trained_steps\.queries = 9: a trajectory has only 4 steps"),
         ("rollout.trained_steps={steps: [9]}", r"must name steps 0 to 3"),
         ("rollout.trained_steps={fraction: 0.01}", r"leaves no step"),
@@ -107,9 +117,9 @@ def test_overrides(config_file: Path) -> None:
             load_config(None, config_file, [bad])
 
 
-def test_recipe_or_config(config_file: Path) -> None:
-    with pytest.raises(UserError, match="either --recipe NAME or --config FILE"):
-        load_config("miniature", config_file, [])
+def test_a_recipe_or_a_file_is_needed() -> None:
+    with pytest.raises(UserError, match=r"give --recipe NAME, --config FILE, or both"):
+        load_config(None, None, [])
     with pytest.raises(UserError, match=r"'miniatur': unknown.*Did you mean 'miniature'"):
         load_config("miniatur", None, [])
 

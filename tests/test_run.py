@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from opd_ds.cli.main import app
 from opd_ds.config.algorithms import DistilConfig
-from opd_ds.config.loading import load_config, recipe_names
+from opd_ds.config.files import recipe_names
+from opd_ds.config.loading import load_config
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.evaluation.tables import gain_kept

@@ -69,7 +69,8 @@ def launch(
     if gpus_per_node not in (0, tasks):
         raise UserError(f"--tasks-per-node {tasks}: a run has one task per GPU, here {gpus_per_node}; leave it out")
     load_config(recipe, config, overrides or [])  # better said now than after a night in the queue
-    source = ["--recipe", recipe] if recipe is not None else ["--config", str(Path(config or "").absolute())]
+    source = ["--recipe", recipe] if recipe is not None else []
+    source += ["--config", str(config.absolute())] if config is not None else []
     text = batch_script(
         Job(
             train_arguments=source + [word for override in overrides or [] for word in ("--set", override)],

@@ -17,6 +17,7 @@ from opd_ds.cli.launch import launch
 from opd_ds.cli.merge import merge
 from opd_ds.cli.models import models
 from opd_ds.cli.plan import plan
+from opd_ds.cli.recipes import app as recipes_app
 from opd_ds.cli.rewards import app as rewards_app
 from opd_ds.cli.train import teach, train
 from opd_ds.cluster.endings import EndedEarlyError, no_silent_end
@@ -45,6 +46,7 @@ miniature = typer.Typer(no_args_is_help=True, help="The embedded world: a tiny S
 app.add_typer(miniature, name="miniature")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+app.add_typer(recipes_app, name="recipes")
 app.add_typer(rewards_app, name="rewards")
 app.command("eval")(evaluate)
 app.command()(doctor)
@@ -61,15 +63,6 @@ app.command("teach")(teach)
 def common(local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0) -> None:
     """Teach diffusion models tasks; distil several such teachers into one student."""
     # The deepspeed launcher puts --local_rank before the sub-command; LOCAL_RANK says the same and is what we read.
-
-
-@app.command()
-def recipes() -> None:
-    """List the shipped recipes."""
-    from opd_ds.config.loading import recipe_summaries
-
-    for name, line in recipe_summaries().items():
-        typer.echo(f"{name:26} {line}")
 
 
 @miniature.command("build")

@@ -12,7 +12,7 @@ from opd_ds.config.schema import RunConfig
 from opd_ds.errors import UserError
 
 Recipe = Annotated[str | None, typer.Option(help="a shipped recipe, see `opd-ds recipes`")]
-Config = Annotated[Path | None, typer.Option(help="your own YAML run config")]
+Config = Annotated[Path | None, typer.Option(help="your own YAML run config; with --recipe, on top of it")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, repeatable")]
 Resume = Annotated[str, typer.Option(help="never, auto, or the folder of a checkpoint")]
 DoneFile = Annotated[
@@ -60,7 +60,7 @@ def _load(recipe: str | None, config: Path | None, overrides: list[str], *, only
     listen()  # first of all: a signal that comes while libraries and models load must not be lost
     settings = load_config(recipe, config, overrides)
     if only_teach and not settings.learns_from_rewards:
-        raise UserError(f"{recipe or config}: has no section `teach`; distillations start with `opd-ds train`")
+        raise UserError(f"{config or recipe}: has no section `teach`; distillations start with `opd-ds train`")
     return settings
 
 

@@ -11,6 +11,8 @@ from opd_ds.errors import UserError, nearest, shown
 
 PACKAGE_PREFIX = "package:"
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(/.+)?$")
+# Relative paths of config files that nothing beside the file has, and where that was: errors say both places.
+_NOT_BESIDE: dict[str, Path] = {}
 
 
 def package_root() -> Path:
@@ -21,8 +23,10 @@ def find_local(value: str, key: str) -> Path | None:
     """The file or folder at `value`, with `~` replaced; None where there is none.
 
     Raises:
-        UserError: nobody can look there, or it is a pipe or a device, naming `key`.
+        UserError: nobody can look there, it is a pipe or a device, or a recipe's placeholder, naming `key`.
     """
+    if _is_placeholder(value):
+        raise UserError(f"{key} = {value!r} stands for something of your own: give --set {key}=... or set it in a file")
     if not value.strip():
         raise UserError(f"{key} = {value!r}: is empty; give a path")
     try:
@@ -36,6 +40,35 @@ def find_local(value: str, key: str) -> Path | None:
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise UserError(f"{key} = {shown(value)}: is a pipe or a device; give a file or a folder")
     return place
+
+
+def beside(value: str, folder: Path, key: str, *, only_file: bool = False) -> str:
+    """A path that a config file in `folder` names: in full if it is there beside the file, else as it stands, to be
+    looked for from the working folder (or in the package, or on the hub).
+
+    Raises:
+        UserError: as `find_local`.
+    """
+    if not value.strip() or value.startswith((PACKAGE_PREFIX, "/", "~")) or _is_placeholder(value):
+        return value
+    found = find_local(str(folder.absolute() / value), key)
+    if found is not None and (found.is_file() or not only_file):
+        return str(found)
+    _NOT_BESIDE[value] = folder.absolute()
+    return value
+
+
+def looked_for(value: str) -> str:
+    """Where a relative path was looked for, for an error message; empty for another."""
+    if Path(value).expanduser().is_absolute():
+        return ""
+    folders = dict.fromkeys(str(place) for place in (_NOT_BESIDE.get(value), Path.cwd()) if place is not None)
+    return f" in {' or in '.join(folders)}"
+
+
+def _is_placeholder(value: str) -> bool:
+    """Whether a recipe leaves this to the user, as `<LoRA for text>`."""
+    return value.startswith("<") and value.endswith(">")
 
 
 def resolve_path(value: str, key: str) -> Path:
@@ -55,7 +88,8 @@ def resolve_path(value: str, key: str) -> Path:
         return local.resolve()
     if value.startswith((".", "/", "~")) or not _HUB_ID.match(value):
         raise UserError(
-            f"{key} = {shown(value)}: no such file or folder; give a path that exists or a hub id 'org/name'"
+            f"{key} = {shown(value)}: no such file or folder{looked_for(value)}; give a path that exists or a hub id "
+            "'org/name'"
         )
     return _from_hub(value, key)
 
@@ -82,8 +116,8 @@ def _from_hub(value: str, key: str) -> Path:
     except Exception as error:  # the hub client raises many kinds; the user needs one line, with the cause chained
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{key} = {value!r}: no such local folder, and the model hub did not give it ({type(error).__name__}: "
-            f"{reason}); log in with `hf auth login` if it is gated, or give a local folder"
+            f"{key} = {value!r}: nothing of that name{looked_for(value)}, and the model hub did not give it "
+            f"({type(error).__name__}: {reason}); log in with `hf auth login` if it is gated, or give a local folder"
         ) from error
     if not (root / subfolder).exists():
         raise UserError(f"{key} = {value!r}: the hub repository {org}/{name} has no {subfolder!r}")
@@ -100,4 +134,7 @@ def resolve_ds_config(value: str, key: str) -> Path:
     name = value.removeprefix("ds_configs/").removesuffix(".json")
     if name in names:
         return shipped / f"{name}.json"
-    raise UserError(f"{key} = {shown(value)}: no such file; shipped are {', '.join(names)}.{nearest(value, names)}")
+    raise UserError(
+        f"{key} = {shown(value)}: no such file{looked_for(value)}; shipped are {', '.join(names)}."
+        f"{nearest(value, names)}"
+    )

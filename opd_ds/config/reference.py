@@ -44,7 +44,7 @@ def reference() -> str:
     titles = _titles(by_section)
     parts = [_INTRODUCTION, "## Top level\n", _table(_KINDS, titles)]
     for section, at in by_section.items():
-        parts += [f"## {titles[section]}\n", f"{_about(section)}\n"]
+        parts += [f"## {titles[section]}\n", f"{about(section)}\n"]
         if at[1:]:
             parts.append(f"The same keys: {', '.join(f'`{place.key}`' for place in at[1:])}.\n")
         parts.append(_table([section], titles))
@@ -114,7 +114,8 @@ def _table(sections: Sequence[type[BaseModel]], titles: dict[type[BaseModel], st
     )
 
 
-def _about(section: type[BaseModel]) -> str:
+def about(section: type[BaseModel]) -> str:
+    """What a section is: its docstring's first paragraph."""
     paragraph, *_ = inspect.cleandoc(section.__dict__["__doc__"]).split("\n\n")
     return " ".join(paragraph.split())
 
@@ -123,7 +124,7 @@ def _meaning(field: FieldInfo, schema: dict[str, Any]) -> str:
     below = sections_of(field.annotation)
     if field.description or not below:
         return field.description or ("chooses this algorithm" if "const" in schema else "")
-    return _about(below[0])
+    return about(below[0])
 
 
 def _anchor(title: str) -> str:

@@ -70,8 +70,8 @@ class ModelSection(Section):
     negative_prompt: str = Field("", description="of the pass without prompt, where guidance makes two passes")
     text_encoders: Literal["resident", "offload", "cached"] = Field(
         "offload",
-        description="on the device all the time; there only to encode; or never loaded: read what `opd-ds data encode` "
-        "wrote",
+        description="resident: on the device all the time; offload: there only to encode; cached: never loaded, what "
+        "`opd-ds data encode` wrote is read",
     )
     decode_micro_batch: PositiveInt | None = Field(
         None, description="images that the VAE decodes at once; default: as many as are drawn at once"
@@ -148,8 +148,10 @@ class TrainedSteps(Section):
     def _one(self) -> TrainedSteps:
         if self.favour != "none" and self.queries is None:
             raise ValueError(f"favour = {self.favour!r} is for random steps: give queries, not fraction or steps")
-        if sum(value is not None for value in (self.fraction, self.steps, self.queries)) != 1:
-            raise ValueError("give exactly one of fraction, steps, queries")
+        given = [key for key in ("fraction", "steps", "queries") if getattr(self, key) is not None]
+        if len(given) != 1:
+            found = f"; here are {' and '.join(given)}: null takes one away" if given else ""
+            raise ValueError(f"give exactly one of fraction, steps, queries{found}")
         return self
 
 
@@ -227,9 +229,10 @@ class TeacherSection(Section):
     guidance: float = Field(4.5, ge=0, description="the teacher's own, apart from the student's")
     placement: Literal["auto", "resident", "shared", "offload", "stream", "zero_inference"] = Field(
         "auto",
-        description="on the device; a further adapter in the LoRA student's network; on the host, on the device while "
-        "it is asked; on the host, block by block with every forward, the next one on its way; sharded over the "
-        "ranks. auto: shared where student and teacher are LoRAs, else resident",
+        description="resident: on the device; shared: a further adapter in the LoRA student's network; offload: on the "
+        "host, on the device while it is asked; stream: on the host, block by block with every forward, the next one "
+        "on its way; zero_inference: sharded over the ranks; auto: shared where student and teacher are LoRAs, else "
+        "resident",
     )
     deepspeed: str | None = Field(None, description="ds_config of a zero_inference teacher; default zero_inference_gpu")
     trust_base: bool = Field(False, description="accept a LoRA that names another base (a renamed copy of ours)")

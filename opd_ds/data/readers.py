@@ -19,7 +19,7 @@ from glob import has_magic
 from pathlib import Path
 from typing import Any
 
-from opd_ds.config.paths import PACKAGE_PREFIX, find_local, resolve_path
+from opd_ds.config.paths import PACKAGE_PREFIX, find_local, looked_for, resolve_path
 from opd_ds.config.sections import PromptsSection
 from opd_ds.errors import UserError, nearest, shown
 
@@ -73,7 +73,7 @@ def locate(chosen: PromptsSection, key: str) -> Path | str:
             "exist, and hub ids 'org/name'"
         )
     if not value.startswith(PACKAGE_PREFIX) and (found is None or found.is_dir()):
-        reason = "is a folder" if found else f"no such file, looked for from {Path.cwd()}"
+        reason = "is a folder" if found else f"no such file{looked_for(value)}"
         raise UserError(f"{key} = {shown(value)}: {reason}; data/README.md says where the public prompt sets come from")
     for name in ("subset", "split", "streaming"):
         if asked := getattr(chosen, name):

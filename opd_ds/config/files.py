@@ -1,0 +1,150 @@
+"""Config files: recipes and the user's own, read and put on top of each other."""
+
+from __future__ import annotations
+
+import re
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opd_ds.config.paths import beside, package_root
+from opd_ds.errors import UserError, nearest
+
+_RECIPES = package_root() / "recipes"
+_TEACHERS = ("teacher", "anchor")
+# Sections that may be given as a path alone.
+_SHORT = (*_TEACHERS, "prompts", "eval_prompts")
+# Keys whose text names something to read.
+_PATHS = ("path", "start", "deepspeed", *_SHORT)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys in silence; two tasks with one name must not pass."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise UserError(
+                    f"{node.start_mark.name}, line {key_node.start_mark.line + 1}: key {key!r} appears twice"
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+# YAML 1.1 reads 1e-4 as a string, which nobody who writes a learning rate expects.
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9][0-9_]*)(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """
+    Raises:
+        UserError: not valid YAML, or a key twice, naming `name` and the line.
+    """
+    try:
+        loader = _UniqueKeyLoader(text)
+        loader.name = name
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{name}{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+
+
+def recipe_names() -> list[str]:
+    """Recipes shipped with the package; files that begin with an underscore are only parts of recipes."""
+    return sorted(path.stem for path in (_RECIPES).glob("[!_]*.yaml"))
+
+
+def recipe_header(name: str) -> list[str]:
+    """The comment lines at the beginning of a recipe; the first says what it is."""
+    lines = (_RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    return list(takewhile(lambda line: line.startswith("#"), lines))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """A shipped recipe.
+
+    Raises:
+        UserError: no such recipe.
+    """
+    if name not in recipe_names():
+        allowed = recipe_names()
+        raise UserError(f"recipe {name!r}: unknown; allowed: {', '.join(allowed)}.{nearest(name, allowed)}")
+    return read_config_file(_RECIPES / f"{name}.yaml")
+
+
+def read_config_file(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A config file on top of what it extends; what its paths name beside the file is named in full.
+
+    Raises:
+        UserError: not there, no YAML mapping, or it extends what is not there, or itself.
+    """
+    if not file.is_file():
+        raise UserError(f"config file {file} does not exist")
+    if file in seen:
+        raise UserError(f"config file {file} extends itself, by way of {seen[-1].name}")
+    data = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    if not isinstance(data, dict):
+        raise UserError(f"config file {file}: needs a mapping of sections at the top level")
+    parent = data.pop("extends", None)
+    if file.parent != _RECIPES:
+        data = _named_in_full(data, file.parent, "")
+    return data if parent is None else merged(read_config_file(_extended(parent, file), (*seen, file)), data)
+
+
+def _extended(name: Any, file: Path) -> Path:
+    places = [file.parent / f"{name}.yaml", file.parent / str(name), _RECIPES / f"{name}.yaml"]
+    # A file that is named like the recipe that it begins from does not mean itself.
+    found = [place for place in places if place.is_file() and (place != file or file.parent == _RECIPES)]
+    if not found:
+        raise UserError(
+            f"{file}: extends = {name!r}: neither a file in {file.parent.absolute()} nor a shipped recipe; shipped are "
+            f"{', '.join(recipe_names())}.{nearest(str(name), recipe_names())}"
+        )
+    return found[0]
+
+
+def _named_in_full(data: dict[str, Any], folder: Path, at: str) -> dict[str, Any]:
+    named = dict(data)
+    for key, value in data.items():
+        if isinstance(value, dict) and key != "where":  # whose keys are columns
+            named[key] = _named_in_full(value, folder, f"{at}{key}.")
+        elif isinstance(value, str) and key in _PATHS:
+            named[key] = beside(value, folder, f"{at}{key}", only_file=key == "deepspeed")
+    return named
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Sections are merged and values replaced; null takes away what stands below."""
+    result = dict(below)
+    for key, value in above.items():
+        old = as_section(key, result.get(key))
+        if isinstance(old, dict) and isinstance(value, dict):
+            result[key] = merged(old, value)
+        else:
+            put(result, key, value)
+    return result
+
+
+def as_section(key: str, value: Any) -> Any:
+    """A section that is given as a path alone, as a mapping; everything else as it is."""
+    return {"path": value} if isinstance(value, str) and key in _SHORT else value
+
+
+def put(section: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key: null takes it away, a path alone keeps a teacher's other keys."""
+    old = section.get(key)
+    if key in _TEACHERS and isinstance(value, str) and isinstance(old, dict):
+        value = {**old, "path": value}
+    if value is None and key in section:
+        del section[key]
+    else:
+        section[key] = value
