@@ -78,8 +78,8 @@ def test_config_files_with_evil_names(name: str, app: typer.Typer, tmp_path: Pat
     file.write_text((package_root() / "recipes" / "miniature.yaml").read_text())
     script = invoke(app, "--dry-run", "--config", name)
     assert arguments_of(script, tmp_path) == ["--config", str(file)]
-    script = invoke(app, "--dry-run", "--recipe", "mopd_sd35m", "--config", name)
-    assert arguments_of(script, tmp_path) == ["--recipe", "mopd_sd35m", "--config", str(file)]
+    script = invoke(app, "--dry-run", "--recipe", "miniature", "--config", name)
+    assert arguments_of(script, tmp_path) == ["--recipe", "miniature", "--config", str(file)]
 
 
 def test_settings_are_quoted(tmp_path: Path) -> None:

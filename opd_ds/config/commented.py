@@ -51,12 +51,11 @@ def _section(section: Section, indent: str, told: set[str]) -> Iterator[str]:
 
 
 def _short(section: Section) -> Any:
-    """A section as a text alone if that says all of it, else without what is as always."""
-    plain = section.model_dump(mode="json", exclude_defaults=True)
-    kept = plain.pop(section.short_key, None)
-    usual = type(section).model_validate(kept).model_dump(mode="json") if isinstance(kept, str) else {}
-    others = {key: value for key, value in plain.items() if usual.get(key) != value}
-    return kept if isinstance(kept, str) and not others else {section.short_key: kept, **others}
+    """A section as a text alone if that says all of it, else as a mapping without defaults."""
+    text = getattr(section, section.short_key, None)
+    if isinstance(text, str) and type(section).model_validate(text) == section:
+        return text
+    return section.model_dump(mode="json", exclude_defaults=True)
 
 
 def _flow(value: Any) -> str:

@@ -370,6 +370,8 @@ class EvaluationSection(Section):
 class TrackerSection(Section):
     """Where a run's numbers and images are kept for people; a bare name stands for a mapping with that name."""
 
+    short_key: ClassVar[str] = "name"
+
     name: Literal["tensorboard", "wandb", "trackio", "swanlab", "mlflow"] = Field(description="see docs/tracking.md")
     project: str = Field("opd_ds", min_length=1, description="project, or experiment of MLflow; not of TensorBoard")
     offline: bool = Field(
@@ -380,11 +382,6 @@ class TrackerSection(Section):
         description="further arguments of the tracker's init (of MlflowClient.create_run); keys of accounts belong "
         "into the environment",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_alone(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
 
 
 class WatchSection(Section):
