@@ -13,7 +13,7 @@ from opd_ds.errors import UserError
 from opd_ds.rewards.base import SERVER, require_packages
 from tools.reference_parity.environment import build
 
-_Name = Annotated[str, typer.Argument(help="hpsv2x, image-reward, mmdet or paddleocr")]
+_Name = Annotated[str, typer.Argument(help="deqa, hpsv2x, hpsv3, image-reward, mmdet or paddleocr")]
 _Folder = Annotated[Path | None, typer.Option(help="of the environment; default ~/.cache/opd_ds/envs/NAME")]
 
 
