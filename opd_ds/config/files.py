@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from opd_ds.config.paths import beside, package_root
+from opd_ds.config.sections import OWN_REWARD
 from opd_ds.errors import UserError, nearest
 
 _RECIPES = package_root() / "recipes"
@@ -119,7 +120,19 @@ def _named_in_full(data: dict[str, Any], folder: Path, at: str) -> dict[str, Any
             named[key] = _named_in_full(value, folder, f"{at}{key}.")
         elif isinstance(value, str) and key in _PATHS:
             named[key] = beside(value, folder, f"{at}{key}", only_file=key == "deepspeed")
+        elif isinstance(value, list) and key == "rewards":
+            named[key] = [_reward_in_full(reward, folder, f"{at}{key}") for reward in value]
     return named
+
+
+def _reward_in_full(reward: Any, folder: Path, key: str) -> Any:
+    """FILE.py:NAME, alone or as the name in a mapping; everything else as it is."""
+    if isinstance(reward, dict) and "name" in reward:
+        return reward | {"name": _reward_in_full(reward["name"], folder, key)}
+    if not isinstance(reward, str) or OWN_REWARD not in reward:
+        return reward
+    file, _, name = reward.rpartition(":")
+    return f"{beside(file, folder, key, only_file=True)}:{name}"
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from opd_ds.errors import UserError
 STOCHASTIC_KERNELS = ("flow", "dance", "ddim", "cps")
 # The name under which the anchor is asked; no task can have it.
 ANCHOR = "(anchor)"
+# What FILE.py:NAME, a reward of a user's own file, is known by.
+OWN_REWARD = ".py:"
 # The label of a task's weighted sum of rewards; no reward can have it.
 WEIGHTED_SUM = "weighted_sum"
 
@@ -287,7 +289,7 @@ class RewardSection(Section):
             value = {"name": value}
         if not isinstance(value, dict) or "name" not in value:
             return value
-        return {"label": str(value["name"]).rpartition(".py:")[-1], **value}
+        return {"label": str(value["name"]).rpartition(OWN_REWARD)[-1], **value}
 
 
 Cell = str | bool | int | float

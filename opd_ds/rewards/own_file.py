@@ -12,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from opd_ds.config.paths import looked_for
+from opd_ds.config.sections import OWN_REWARD
 from opd_ds.errors import UserError, nearest
 from opd_ds.rewards.base import Metadata, Needs
 
@@ -19,13 +21,12 @@ if TYPE_CHECKING:  # as in base.py
     from PIL import Image
     from torch import Tensor
 
-_ENDING = ".py:"
 _ASKED = ("images", "prompts", "metadata")
 
 
 def is_own(name: str) -> bool:
     """Whether `name` is FILE.py:NAME."""
-    return _ENDING in name
+    return OWN_REWARD in name
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,7 @@ class OwnCode:
 
 
 def load(name: str, key: str = "reward") -> OwnCode:
-    """Run the file of FILE.py:NAME, relative to the working folder, and take NAME from it. A file that has not changed
-    is run once.
+    """Run the file of FILE.py:NAME and take NAME from it. A file that has not changed is run once.
 
     Raises:
         UserError: no such file, it does not run, or NAME is not what a reward is; `key` says where it stood.
@@ -68,7 +68,7 @@ def load(name: str, key: str = "reward") -> OwnCode:
     try:
         source = file.read_bytes()
     except OSError as error:
-        raise UserError(f"{problem}{file} cannot be read ({error.strerror}); give FILE.py:NAME") from error
+        raise UserError(f"{problem}{error.strerror}{looked_for(path)}; give FILE.py:NAME") from error
     sha256 = hashlib.sha256(source).hexdigest()
     module = _module(file, source, sha256, problem)
     if not hasattr(module, attribute):

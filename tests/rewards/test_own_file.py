@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from opd_ds.cli.main import app
-from opd_ds.config.loading import parse_config
+from opd_ds.config.loading import load_config, parse_config
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.rewards import build, check
@@ -21,7 +21,7 @@ from opd_ds.rewards.needs import run_needs
 from opd_ds.runs.evaluate import Choice, evaluate
 from opd_ds.runs.train import train
 from tests.rewards.drawing import flat
-from tests.tiny import run_settings
+from tests.tiny import run_settings, write_config
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "examples" / "my_rewards.py"
 
@@ -71,7 +71,7 @@ def test_arrays_tensors_and_none_are_scores_and_a_wrong_count_is_not(own: Path) 
 @pytest.mark.parametrize(
     ("source", "name", "said"),
     [
-        ("", "absent.py:f", r"absent.py cannot be read \(No such file or directory\); give FILE.py:NAME"),
+        ("", "absent.py:f", r"No such file or directory in /.*; give FILE.py:NAME"),
         (
             "def blue(images, prompts, metadata): ...",
             "my_rewards.py:bleu",
@@ -167,6 +167,26 @@ def test_a_teacher_is_made_with_two_of_them_and_their_sum_is_the_headline(
     state = json.loads(next(folder.glob("checkpoints/round-*/state.json")).read_text())
     (first, _) = state["run"]["tasks"]["one"]["rewards"]
     assert first["identity"]["sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
+
+
+def test_a_config_names_it_from_its_own_folder(
+    own: Path, tiny_world: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = settings(tiny_world, own.parent / "out")
+    data["tasks"]["one"]["rewards"].append({"name": "my_rewards.py:Contrast", "label": "grey"})
+    file = write_config(own.parent / "run.yaml", data)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    config = load_config(None, file, [])
+    assert {label: reward.name for label, reward in config.rewards.items()} == {
+        "blueness": f"{own}:blueness",
+        "grey": f"{own}:Contrast",
+    }
+    shutil.move(own, elsewhere / "my_rewards.py")  # else from the working folder
+    assert [one.absent for one in run_needs(load_config(None, file, []))] == [[], []]
+    (elsewhere / "my_rewards.py").unlink()
+    (problem,) = run_needs(load_config(None, file, []))[0].absent
+    assert problem.endswith(f"No such file or directory in {own.parent} or in {elsewhere}; give FILE.py:NAME")
 
 
 def test_a_runs_needs_name_file_and_problem(own: Path, tiny_world: Path) -> None:

@@ -30,7 +30,7 @@ class StandIn(PreTrainedModel):
         self.levels = torch.nn.Linear(1, 5)
 
     def score(self, images, task_="quality", input_="image"):
-        grey = torch.tensor([[sum(image.convert("L").getdata()) / image.width / image.height / 255] for image in images])
+        grey = torch.tensor([[image.convert("L").resize((1, 1)).getpixel((0, 0)) / 255] for image in images])
         return self.levels(grey).softmax(-1) @ torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
 """
 

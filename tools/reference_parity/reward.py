@@ -69,8 +69,8 @@ class ReferenceReward:
         return torch.from_numpy(self.arrays(images, prompts, metadata)["score"]).float()
 
     def identity(self) -> dict[str, Any]:
-        found = {"engine": f"reference library {self.name}", "weights": self._weights.name}
-        return found | ({"sha256": file_sha256(self._weights)} if self._weights.is_file() else {})
+        sha256 = file_sha256(self._weights)
+        return {"engine": f"reference library {self.name}", "weights": self._weights.name, "sha256": sha256}
 
     def _answer(self) -> dict[str, str]:
         assert self._process.stdout is not None
