@@ -1,0 +1,197 @@
+"""What a start refuses, the dry run refuses in the same words, and both before a network is loaded."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import opd_ds.runs.files
+import opd_ds.runs.identity
+import opd_ds.runs.preflight
+import opd_ds.runs.resume
+import opd_ds.runs.setup
+from opd_ds.cli.dry_run import describe, planned_world
+from opd_ds.cli.main import app
+from opd_ds.cluster.world import World
+from opd_ds.config.loading import parse_config
+from opd_ds.config.schema import RunConfig
+from opd_ds.engine import Group
+from opd_ds.errors import UserError
+from opd_ds.runs.resume import Start
+from opd_ds.runs.train import train
+from opd_ds.testing.tiny.sd3 import PROMPTS
+from tests.tiny import run_settings, with_changes, write_config, write_lora
+
+LONGEST = 345  # characters: three lines of 120, less `opd-ds: error: `
+Broken = Callable[[dict[str, Any], Path], None]
+
+
+def both_refuse(config: RunConfig, group: Group, monkeypatch: pytest.MonkeyPatch, start: Start | None = None) -> str:
+    """The one message of dry run and start; no reward and no network is loaded for it."""
+    start = start or Start()
+
+    def loads(*_: Any, **__: Any) -> Any:
+        raise AssertionError("loaded before it was checked")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(opd_ds.runs.setup, "build_rewards", loads)
+        patched.setattr(opd_ds.runs.setup, "student_module", loads)
+        with pytest.raises(UserError) as planned:
+            describe(config, World(), start)
+        with pytest.raises(UserError) as started:
+            train(config, group, start.resume, start.allowed)
+    assert str(planned.value) == str(started.value)
+    assert len(str(planned.value)) <= LONGEST
+    return str(planned.value)
+
+
+# ---- the table: how a run is broken, and what is said ----
+
+
+def changed(**changes: Any) -> Broken:
+    return lambda data, _: with_changes(data, changes) and None
+
+
+def _base_without_weights(data: dict[str, Any], folder: Path) -> None:
+    shutil.copytree(data["model"]["path"], folder / "half")
+    next((folder / "half" / "transformer").glob("*.safetensors")).unlink()
+    data["model"]["path"] = str(folder / "half")
+
+
+def _base_of_another_family(data: dict[str, Any], folder: Path) -> None:
+    shutil.copytree(data["model"]["path"], folder / "other")
+    file = folder / "other" / "transformer" / "config.json"
+    file.write_text(file.read_text().replace("SD3Transformer2DModel", "FluxTransformer2DModel"))
+    data["model"]["path"] = str(folder / "other")
+
+
+def _teacher_with_another_schedule(data: dict[str, Any], folder: Path) -> None:
+    shutil.copytree(data["tasks"]["one"]["teacher"]["path"], folder / "shifted")
+    file = folder / "shifted" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"shift": 7.0}))
+    data["tasks"]["one"]["teacher"]["path"] = str(folder / "shifted")
+
+
+def _cut_off_teacher(data: dict[str, Any], folder: Path) -> None:
+    shutil.copytree(data["tasks"]["two"]["teacher"]["path"], folder / "cut")
+    file = folder / "cut" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    data["tasks"]["two"]["teacher"]["path"] = str(folder / "cut")
+
+
+def _start_of_another_rank(data: dict[str, Any], folder: Path) -> None:
+    start = write_lora(Path(data["model"]["path"]), folder / "start", rank=2)
+    data["student"] |= {"kind": "lora", "start": str(start)}
+
+
+def _full_start_of_a_lora(data: dict[str, Any], folder: Path) -> None:
+    data["student"] |= {"kind": "lora", "start": data["tasks"]["one"]["teacher"]["path"]}
+
+
+def _output_is_a_file(data: dict[str, Any], folder: Path) -> None:
+    (folder / "taken").write_text("")
+    data["run"]["output_dir"] = str(folder / "taken")
+
+
+def _output_below_a_file(data: dict[str, Any], folder: Path) -> None:
+    (folder / "taken").write_text("")
+    data["run"]["output_dir"] = str(folder / "taken" / "runs" / "1")
+
+
+def _no_json(data: dict[str, Any], folder: Path) -> None:
+    (folder / "ds.json").write_text("{,}")
+    data["deepspeed"] = str(folder / "ds.json")
+
+
+def _hpz_that_does_not_divide(data: dict[str, Any], folder: Path) -> None:
+    zero = {"stage": 3, "zero_hpz_partition_size": 3}
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    data["deepspeed"] = str(folder / "ds.json")
+
+
+def _empty_prompts(data: dict[str, Any], folder: Path) -> None:
+    (folder / "prompts.txt").write_text("\n\n")
+    data["tasks"]["one"]["prompts"] = str(folder / "prompts.txt")
+
+
+def _no_row_is_kept(data: dict[str, Any], folder: Path) -> None:
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p, "tag": "a"}) + "\n" for p in PROMPTS))
+    data["tasks"]["one"]["prompts"] = {"path": str(folder / "prompts.jsonl"), "where": {"tag": "b"}}
+
+
+def _teach(data: dict[str, Any], **rollout: Any) -> None:
+    prompts = data["tasks"]["one"]["prompts"]
+    data["tasks"] = {"bright": {"prompts": prompts, "rewards": ["jpeg_compressibility"]}}
+    data["teach"] = {"algorithm": "guard", "group": 4}
+    data["rollout"] |= {"samples": 8, "kernel": "flow", "noise_level": 0.7} | rollout
+
+
+BROKEN: dict[str, tuple[Broken, str]] = {
+    "no model": (changed(model__path="./gone"), r"model\.path = './gone': no such file"),
+    "unknown family": (changed(model__family="sd33"), r"model\.family = 'sd33'.*Did you mean 'sd3'"),
+    "folder of another family": (_base_of_another_family, r"model\.path = .*its transformer is a FluxTransf"),
+    "family of another folder": (changed(model__family="flux"), r"model\.path = .*its transformer is a SD3Transf"),
+    "size": (changed(model__height=13), r"model\.height x model\.width = 13x\d+: both must be multiples of"),
+    "frames of images": (changed(model__frames=9), r"model\.frames = 9: SD3 draws images"),
+    "base without weights": (_base_without_weights, r"model\.path = .*no transformer/diffusion_pytorch_model"),
+    "no teacher": (changed(tasks__one__teacher__path="./gone"), r"tasks\.one\.teacher\.path = './gone'"),
+    "teacher's schedule": (_teacher_with_another_schedule, r"tasks\.one\.teacher\.path = .*shift = 7\.0"),
+    "cut off teacher": (_cut_off_teacher, r"tasks\.two\.teacher\.path = .*damaged"),
+    "full teacher shared": (changed(tasks__one__teacher__placement="shared"), r"teacher\.placement = 'shared' makes"),
+    "no prompts": (changed(tasks__one__prompts="gone.txt"), r"tasks\.one\.prompts = 'gone\.txt': no such file"),
+    "no eval prompts": (changed(tasks__one__eval_prompts="gone.txt"), r"tasks\.one\.eval_prompts = 'gone\.txt'"),
+    "empty prompts": (_empty_prompts, r"prompts\.txt has no prompts"),
+    "nothing left of the prompts": (_no_row_is_kept, r"where: no row has tag = 'b'; tag has a"),
+    "no start": (changed(student__start="./gone"), r"student\.start = './gone'"),
+    "rank of the start": (_start_of_another_rank, r"student\.start = .*has rank 2, student\.lora\.rank is 4"),
+    "full start of a LoRA": (_full_start_of_a_lora, r"is a full checkpoint and student\.kind = 'lora'"),
+    "targets": (
+        changed(student__kind="lora", student__lora__targets=["attn.to_q", "attn.to_qq"]),
+        r"student\.lora\.targets: LoRA targets \['attn\.to_qq'\] match no module",
+    ),
+    "no ds_config": (changed(deepspeed="zero4"), r"deepspeed = 'zero4': no such file.*Did you mean 'zero"),
+    "no JSON": (_no_json, r"ds\.json, line 1: not JSON"),
+    "fp16 without ZeRO": (changed(precision="fp16", deepspeed="zero0"), r"stage = 0 with precision = 'fp16'"),
+    "ranks per node": (_hpz_that_does_not_divide, r"zero_hpz_partition_size = 3 does not divide the 1 ranks"),
+    "unknown reward": (changed(tasks__one__rewards=["ocrr"]), r"tasks\.one\.rewards = 'ocrr': unknown"),
+    "reward's option": (
+        changed(tasks__one__rewards=[{"name": "jpeg_compressibility", "options": {"qualty": 1}}]),
+        r"unknown option 'qualty'",
+    ),
+    "reward's weights": (changed(tasks__one__rewards=["pickscore"]), r"reward 'pickscore': weights not found"),
+    "no reward server": (
+        changed(tasks__one__rewards=[{"name": "remote", "options": {"url": "http://127.0.0.1:9"}}]),
+        r"no reward server answers there",
+    ),
+    "text cache": (changed(model__text_encoders="cached"), r"text cache .*there is none yet for"),
+    "output is a file": (_output_is_a_file, r"run\.output_dir = .*taken': cannot be written: Not a directory"),
+    "output below a file": (_output_below_a_file, r"run\.output_dir = .*cannot be written: Not a directory"),
+    "steps without noise": (lambda data, _: _teach(data), r"rollout\.kernel = 'flow' draws noise on 3 of its 4 steps"),
+    "one step without noise": (
+        lambda data, _: _teach(data, trained_steps={"steps": [3]}),
+        r"draws no noise on step 3, which rollout\.trained_steps trains",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_a_start_refuses_the_dry_run_refuses(
+    tiny_world: Path, tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    breaks, said = BROKEN[name]
+    data = run_settings(tiny_world, tmp_path / "out")
+    breaks(data, tmp_path)
+    monkeypatch.setenv("OPD_DS_WEIGHTS", str(tmp_path / "none"))
+    found = both_refuse(parse_config(data), group, monkeypatch)
+    import re
+
+    assert re.search(said, found), found
+    assert not (tmp_path / "out").exists()
