@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 import opd_ds.runs.files
@@ -28,6 +31,7 @@ from opd_ds.errors import UserError
 from opd_ds.runs.resume import Start
 from opd_ds.runs.train import train
 from opd_ds.testing.tiny.sd3 import PROMPTS
+from tests.runs import metrics
 from tests.tiny import run_settings, with_changes, write_config, write_lora
 
 LONGEST = 345  # characters: three lines of 120, less `opd-ds: error: `
@@ -149,7 +153,7 @@ BROKEN: dict[str, tuple[Broken, str]] = {
     "no prompts": (changed(tasks__one__prompts="gone.txt"), r"tasks\.one\.prompts = 'gone\.txt': no such file"),
     "no eval prompts": (changed(tasks__one__eval_prompts="gone.txt"), r"tasks\.one\.eval_prompts = 'gone\.txt'"),
     "empty prompts": (_empty_prompts, r"prompts\.txt has no prompts"),
-    "nothing left of the prompts": (_no_row_is_kept, r"where: no row has tag = 'b'; tag has a"),
+    "nothing left of the prompts": (_no_row_is_kept, r"where: no row has tag = 'b'; tag has 'a'"),
     "no start": (changed(student__start="./gone"), r"student\.start = './gone'"),
     "rank of the start": (_start_of_another_rank, r"student\.start = .*has rank 2, student\.lora\.rank is 4"),
     "full start of a LoRA": (_full_start_of_a_lora, r"is a full checkpoint and student\.kind = 'lora'"),
@@ -174,9 +178,12 @@ BROKEN: dict[str, tuple[Broken, str]] = {
     "text cache": (changed(model__text_encoders="cached"), r"text cache .*there is none yet for"),
     "output is a file": (_output_is_a_file, r"run\.output_dir = .*taken': cannot be written: Not a directory"),
     "output below a file": (_output_below_a_file, r"run\.output_dir = .*cannot be written: Not a directory"),
-    "steps without noise": (lambda data, _: _teach(data), r"rollout\.kernel = 'flow' draws noise on 3 of its 4 steps"),
+    "steps without noise": (
+        lambda data, _: _teach(data, kernel="cps", trained_steps={"fraction": 1.0}),
+        r"draws noise on 3 of its 4 steps",
+    ),
     "one step without noise": (
-        lambda data, _: _teach(data, trained_steps={"steps": [3]}),
+        lambda data, _: _teach(data, kernel="cps", trained_steps={"steps": [0, 3]}),
         r"draws no noise on step 3, which rollout\.trained_steps trains",
     ),
 }
@@ -191,7 +198,174 @@ def test_what_a_start_refuses_the_dry_run_refuses(
     breaks(data, tmp_path)
     monkeypatch.setenv("OPD_DS_WEIGHTS", str(tmp_path / "none"))
     found = both_refuse(parse_config(data), group, monkeypatch)
-    import re
-
     assert re.search(said, found), found
     assert not (tmp_path / "out").exists()
+
+
+# ---- resuming ----
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory, group: Group) -> Path:
+    """The folder of a run of two rounds, a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    train(parse_config(run_settings(tiny_world, folder, run__rounds=2, run__checkpoint_every=1)), group)
+    return folder
+
+
+def _another_task(data: dict[str, Any], _: Path) -> None:
+    data["tasks"]["three"] = data["tasks"]["one"]
+
+
+def _fewer_tasks(data: dict[str, Any], _: Path) -> None:
+    del data["tasks"]["two"]
+
+
+def _other_prompts(data: dict[str, Any], folder: Path) -> None:
+    (folder / "fewer.txt").write_text("a red 3\n")
+    data["tasks"]["one"]["prompts"] = str(folder / "fewer.txt")
+
+
+def _cut_off_checkpoint(data: dict[str, Any], folder: Path) -> None:
+    copied = Path(data["run"]["output_dir"])
+    for shard in copied.glob("checkpoints/round-*/shard-*"):
+        shard.write_bytes(shard.read_bytes()[:-1])
+
+
+NOT_RESUMED: dict[str, tuple[Broken, Start, str]] = {
+    "occupied": (changed(), Start("never"), r"run\.output_dir already holds .*round-000002; give --resume auto"),
+    "no checkpoint": (changed(), Start("/nowhere"), r"--resume /nowhere: no state\.json there"),
+    "all damaged": (_cut_off_checkpoint, Start("auto"), r"all 2 checkpoints are damaged, the newest first: round-0000"),
+    "fewer rounds": (changed(run__rounds=1), Start("auto"), r"2 rounds are done, and run\.rounds = 1; set it to 2 to"),
+    "setting": (
+        changed(rollout__steps=5),
+        Start("auto"),
+        r"out/checkpoints/round-000002/state\.json: rollout\.steps was 4 and is now 5; set it back, or start a new run",
+    ),
+    "learning rate": (
+        changed(optimizer__lr=0.002),
+        Start("auto"),
+        r"optimizer\.lr was 0\.001 and is now 0\.002; set it back, accept it with --allow-change optimizer\.lr, or",
+    ),
+    "another change than the allowed": (
+        changed(optimizer__lr=0.002, rollout__steps=5), Start("auto", ("optimizer.lr",)), r"rollout\.steps was 4"
+    ),
+    "no such change": (changed(), Start("auto", ("rollout.steps",)), r"--allow-change rollout\.steps: not possible"),
+    "mistyped change": (changed(), Start("auto", ("optimizer.lrr",)), r"Did you mean 'optimizer\.lr'\?"),
+    "no average to go on with": (
+        changed(student__ema__decay=0.0),
+        Start("auto", ("student.ema.decay",)),
+        r"student\.ema\.decay was 0\.9 and is now 0\.0; set it back, or start",
+    ),
+    "new task": (
+        _another_task,
+        Start("auto"),
+        r"tasks\.three is new, .*; start a new run, .*from this one's export with student\.start",
+    ),
+    "task gone": (_fewer_tasks, Start("auto"), r"tasks\.two is gone"),
+    "prompts": (
+        _other_prompts, Start("auto"), r"tasks\.one\.prompts is not what it was \(SHA-256 \w{12}, now \w{12}\)"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_RESUMED)
+def test_what_a_resume_refuses_the_dry_run_refuses(
+    finished: Path, tiny_world: Path, tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """And neither touches a file of the run."""
+    breaks, start, said = NOT_RESUMED[name]
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    data = run_settings(tiny_world, folder, run__rounds=3, run__checkpoint_every=1)
+    breaks(data, tmp_path)
+    before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+    found = both_refuse(parse_config(data), group, monkeypatch, start)
+    assert re.search(said, found), found
+    assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
+
+
+def test_an_allowed_change_takes_effect(
+    finished: Path, tiny_world: Path, tmp_path: Path, group: Group, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the resume on, and the next resume needs no further word."""
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    changes: dict[str, Any] = {"run__checkpoint_every": 1, "optimizer__lr": 2e-3, "tasks__one__weight": 0.5}
+    config = parse_config(run_settings(tiny_world, folder, run__rounds=3, **changes))
+    train(config, group, "auto", ["optimizer.lr", "tasks.one.weight"])
+    assert [row["learning_rate"] for row in metrics(folder)] == [1e-3, 1e-3, 2e-3]
+    assert "optimizer.lr was 0.001 and is now 0.002: accepted by --allow-change" in caplog.text
+    train(parse_config(run_settings(tiny_world, folder, run__rounds=4, **changes)), group, "auto")
+    assert [row["round"] for row in metrics(folder)] == [1, 2, 3, 4]
+
+
+# ---- what is planned ----
+
+
+def test_processes_that_are_planned_for(tiny_world: Path, tmp_path: Path) -> None:
+    data = run_settings(tiny_world, tmp_path / "out", rollout__samples=6)
+    file = str(write_config(tmp_path / "run.yaml", data))
+    result = CliRunner().invoke(app, ["train", "--config", file, "--dry-run", "--processes", "2x2"])
+    assert result.exit_code == 0, result.output
+    assert "processes              4, 2 a node" in result.output
+    assert "samples per process    2 per task (2 padding samples" in result.output
+    assert '"train_batch_size": 32' in result.output
+    _hpz_that_does_not_divide(data, tmp_path)
+    file = str(write_config(tmp_path / "run.yaml", data))
+    assert CliRunner().invoke(app, ["train", "--config", file, "--dry-run", "--processes", "6"]).exit_code == 0
+    result = CliRunner().invoke(app, ["train", "--config", file, "--dry-run", "--processes", "8"])
+    assert "zero_hpz_partition_size = 3 does not divide the 8 ranks" in str(result.exception)
+    result = CliRunner().invoke(app, ["train", "--config", file, "--processes", "8"])
+    assert "--processes 8: is for --dry-run" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["0", "x8", "8x", "-1", "2x0", "eight", ""])
+def test_processes_are_numbers(text: str) -> None:
+    with pytest.raises(UserError, match="expected a number, or NODESxPROCESSES"):
+        planned_world(text)
+
+
+def test_placements_are_decided_in_what_is_shown_and_kept(tiny_world: Path, tmp_path: Path, group: Group) -> None:
+    config = parse_config(run_settings(tiny_world, tmp_path / "out", run__rounds=1, student__kind="lora"))
+    shown = describe(config, World(), Start())
+    train(config, group)
+    for resolved in (shown.partition("# arithmetic")[0], (tmp_path / "out" / "config.yaml").read_text()):
+        tasks = yaml.safe_load(resolved)["tasks"]
+        assert (tasks["one"]["teacher"]["placement"], tasks["two"]["teacher"]["placement"]) == ("resident", "shared")
+
+
+# ---- the list is complete ----
+
+
+def functions(module: ModuleType) -> dict[str, ast.FunctionDef]:
+    tree = ast.parse(inspect.getsource(module))
+    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def called(function: ast.FunctionDef) -> set[str]:
+    names = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+    return names | {node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)}
+
+
+def test_nothing_is_refused_outside_the_preflight() -> None:
+    """Every refusal of the modules that prepare a run is reached from `preflight`; loading refuses nothing itself."""
+    assert not [
+        node for node in ast.walk(ast.parse(inspect.getsource(opd_ds.runs.setup))) if isinstance(node, ast.Raise)
+    ]
+    modules = (opd_ds.runs.files, opd_ds.runs.identity, opd_ds.runs.preflight, opd_ds.runs.resume)
+    known = {name: function for module in modules for name, function in functions(module).items()}
+    reached, waiting = set[str](), ["preflight"]
+    while waiting:
+        name = waiting.pop()
+        if name in known and name not in reached:
+            reached.add(name)
+            waiting += called(known[name])
+    refusing = {
+        name for name, function in known.items() if any(isinstance(node, ast.Raise) for node in ast.walk(function))
+    }
+    # What rewards say of themselves is known once they are loaded, which is before the networks.
+    assert refusing - reached == {"refuse_other_rewards"}
+    assert len(refusing & reached) >= 8
+    assert called(functions(opd_ds.runs.setup)["prepare"]) >= {"preflight", "refuse_other_rewards"}

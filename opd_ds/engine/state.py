@@ -88,11 +88,14 @@ def scalar_state(engine: DeepSpeedEngine) -> dict[str, Any]:
 
 
 def load_scalar_state(engine: DeepSpeedEngine, saved: dict[str, Any]) -> None:
-    """Put back what `scalar_state` gave; the optimizer's step count is set with its moments."""
+    """Put back what `scalar_state` gave; the optimizer's step count is set with its moments.
+
+    What no schedule moves is as the run is configured now: `--allow-change` may have changed it.
+    """
     privates.set_counters(engine, saved["engine"])
-    for group, fields in zip(inner_optimizer(engine.optimizer).param_groups, saved["groups"], strict=True):
-        group |= {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     if engine.lr_scheduler is not None and saved["scheduler"] is not None:
+        for group, fields in zip(inner_optimizer(engine.optimizer).param_groups, saved["groups"], strict=True):
+            group |= {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
         engine.lr_scheduler.load_state_dict(saved["scheduler"])
     privates.set_loss_scale(engine, saved["loss_scaler"])
 

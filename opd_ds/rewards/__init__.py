@@ -9,7 +9,7 @@ from opd_ds.rewards.base import (
     require,
     require_packages,
 )
-from opd_ds.rewards.registry import build, check, reward_class, reward_names
+from opd_ds.rewards.registry import build, check, rehearse, reward_class, reward_names
 from opd_ds.rewards.weights import Weights, WeightsMissingError, WrongWeightsError, weights_root
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "batches",
     "build",
     "check",
+    "rehearse",
     "require",
     "require_packages",
     "reward_class",

@@ -64,6 +64,7 @@ class Aesthetic(CountsGaps):
 
     @classmethod
     def needs_for(cls, options: Mapping[str, Any]) -> Needs:
+        precision(cls.name, options.get("dtype", DTYPES[0]), *DTYPES)
         return still_needed(cls.needs, options, "weights", "clip")
 
     def identity(self) -> dict[str, Any]:

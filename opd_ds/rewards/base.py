@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
@@ -62,6 +62,15 @@ class Reward(Protocol):
     def identity(self) -> dict[str, Any]:
         """What decides the numbers, as plain data for the run's log: engine, weight hashes, preprocessing."""
         ...
+
+
+class Served:
+    """A reward that a server computes: to build it is to ask the server, and loads nothing here."""
+
+    @classmethod
+    def rehearse(cls, options: Mapping[str, Any]) -> None:
+        """Raise what the constructor raises."""
+        cls(**options)
 
 
 class RewardUnavailableError(UserError):

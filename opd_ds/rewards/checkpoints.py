@@ -49,7 +49,14 @@ def located(published: Weights, own: str | Path | None) -> Path:
 
 
 def still_needed(needs: Needs, options: Mapping[str, Any], *names: str) -> Needs:
-    """`needs` without the published files that the user's own replace; `names` are their options, in the same order."""
+    """`needs` without the published files that the user's own replace; `names` are their options, in the same order.
+
+    Raises:
+        WeightsMissingError: one of the user's own is not there.
+    """
+    for file, name in zip(needs.weights, names, strict=True):
+        if options.get(name) is not None:
+            located(file, options[name])
     left = tuple(file for file, name in zip(needs.weights, names, strict=True) if options.get(name) is None)
     return replace(needs, weights=left)
 

@@ -132,6 +132,7 @@ class FolderCLIPReward(CountsGaps):
 
     @classmethod
     def needs_for(cls, options: Mapping[str, Any]) -> Needs:
+        precision(cls.name, options.get("dtype", DTYPES[0]), *DTYPES)
         return still_needed(cls.needs, options, "weights")
 
     def identity(self) -> dict[str, Any]:

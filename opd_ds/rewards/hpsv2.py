@@ -80,6 +80,7 @@ class HPSv2(CountsGaps):
 
     @classmethod
     def needs_for(cls, options: Mapping[str, Any]) -> Needs:
+        precision(cls.name, options.get("dtype", DTYPES[0]), *DTYPES)
         needs = Needs(weights=(_published(options.get("version", "v2.1")), _TOKENIZER))
         return still_needed(needs, options, "weights", "tokenizer")
 

@@ -61,6 +61,9 @@ _VISION_NAMES = {
 }
 
 
+_DTYPES = ("float32", "bfloat16")
+
+
 class ImageReward(CountsGaps):
     """Human preference for an image given its prompt, learnt by BLIP from ranked images (arXiv 2304.05977).
 
@@ -89,7 +92,7 @@ class ImageReward(CountsGaps):
         weights: str | Path | None = None,
         vocabulary: str | Path | None = None,
     ) -> None:
-        kind = precision(self.name, dtype, "float32", "bfloat16")
+        kind = precision(self.name, dtype, *_DTYPES)
         self._file = located(_FILE, weights)
         vision, text, self._head = _networks(read_state(self._file), str(self._file))
         self._size = vision.config.image_size
@@ -100,6 +103,7 @@ class ImageReward(CountsGaps):
 
     @classmethod
     def needs_for(cls, options: Mapping[str, Any]) -> Needs:
+        precision(cls.name, options.get("dtype", _DTYPES[0]), *_DTYPES)
         return still_needed(cls.needs, options, "weights", "vocabulary")
 
     def identity(self) -> dict[str, Any]:

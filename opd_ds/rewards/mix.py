@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opd_ds.errors import UserError
 from opd_ds.rewards.base import Metadata, Needs
-from opd_ds.rewards.registry import build, needs_of
+from opd_ds.rewards.registry import build, needs_of, rehearse
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,12 @@ class Mix:
             weights=tuple(dict.fromkeys(weights for part in needs for weights in part.weights)),
             install=" ".join(dict.fromkeys(part.requirements() for part in needs if part.absent_packages())),
         )
+
+    @classmethod
+    def rehearse(cls, options: Mapping[str, Any]) -> None:
+        """Whether each of the parts can be built."""
+        for label, part in _parts(options.get("parts")).items():
+            rehearse(part.reward, f"parts.{label}", part.options)
 
     def __init__(self, parts: Mapping[str, Any], device: str | None = None) -> None:
         self._parts = [

@@ -117,6 +117,9 @@ class OCR(CountsGaps):
             raise UserError(
                 f"reward 'ocr': engine = {engine!r}: unknown; allowed: {allowed}.{nearest(str(engine), cls._NEEDS)}"
             )
+        workers = options.get("workers", 1)
+        if not isinstance(workers, int) or workers < 1:
+            raise UserError(f"reward 'ocr': workers = {workers!r}: a whole number from 1 on")
         return cls._NEEDS[engine]
 
     def __init__(
@@ -126,9 +129,6 @@ class OCR(CountsGaps):
         device: str = "cpu",
         engine_options: Mapping[str, Any] | None = None,
     ) -> None:
-        if workers < 1:
-            raise UserError(f"reward 'ocr': workers = {workers}: at least 1")
-
         def start() -> Engine:
             return RapidOCREngine() if engine == "rapidocr" else PaddleEngine(device, engine_options or {})
 

@@ -85,6 +85,17 @@ def check(name: str, key: str = "reward", options: Mapping[str, Any] | None = No
         _check_options(name, options, _signature(name))
 
 
+def rehearse(name: str, key: str = "reward", options: Mapping[str, Any] | None = None) -> None:
+    """`check`, and whatever else a start would refuse that can be found out without loading a network.
+
+    A reward that has more to ask, such as whether its server answers, offers a `rehearse(options)` class method.
+    """
+    check(name, key, options or {})
+    asks = None if own_file.is_own(name) else getattr(reward_class(name), "rehearse", None)
+    if asks is not None:
+        asks(options or {})
+
+
 def build(name: str, device: str | None = None, **options: Any) -> Reward:
     """The reward `name`, its weights loaded.
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from opd_ds.errors import UserError
-from opd_ds.rewards.base import Metadata, Needs, batches
+from opd_ds.rewards.base import Metadata, Needs, Served, batches
 from opd_ds.rewards.deadline import in_time, mount
 from opd_ds.rewards.gaps import CountsGaps, Gaps, Result
 from opd_ds.rewards.proxies import on_this_machine, proxy_hint
@@ -29,7 +29,7 @@ class _RequestError(Exception):
     """A request that brought no scores; the message is the kind."""
 
 
-class RemoteReward(CountsGaps):
+class RemoteReward(Served, CountsGaps):
     """The scores of a reward server; range and unit are those of the reward it serves, whose name this one takes.
 
     Failures are NaN for the images they concern, counted by kind in `failures`, one line in the log per call, never

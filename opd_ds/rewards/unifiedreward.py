@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from PIL import Image
 from torch import Tensor
 
-from opd_ds.rewards.base import Metadata, Needs
+from opd_ds.rewards.base import Metadata, Needs, Served
 from opd_ds.rewards.gaps import CountsGaps, Gaps, Result
 from opd_ds.rewards.vision_server import API_KEY_VARIABLE, Connection, VisionServer
 
@@ -41,7 +41,7 @@ def grade(answer: str | None) -> float | None:
     return float(found[-1]) if found and 1 <= float(found[-1]) <= 5 else None
 
 
-class UnifiedReward(CountsGaps):
+class UnifiedReward(Served, CountsGaps):
     """Alignment and quality as graded by UnifiedReward-7b-v1.5: the raw grade, range [1, 5], higher is better.
 
     This is the unit of the DiffusionOPD paper's tables (about 3 for SD3.5-Medium); Flow-GRPO divides it by 5. An answer

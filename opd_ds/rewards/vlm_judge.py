@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from opd_ds.errors import UserError
-from opd_ds.rewards.base import Metadata, Needs
+from opd_ds.rewards.base import Metadata, Needs, Served
 from opd_ds.rewards.gaps import CountsGaps, Gaps, Result
 from opd_ds.rewards.vision_server import API_KEY_VARIABLE, Connection, VisionServer
 
@@ -25,7 +25,7 @@ _LOG_PROBABILITIES = {"logprobs": True, "top_logprobs": 20}  # the most that the
 _UNPARSABLE, _WITHOUT = "answer without one of the words", "answer without log-probabilities of the words"
 
 
-class VlmJudge(CountsGaps):
+class VlmJudge(Served, CountsGaps):
     """Questions put to a vision-language model: the mean value of the answers, in the unit of `answers`.
 
     Where the server gives log-probabilities (it is asked once, at construction), an answer's value is its expectation

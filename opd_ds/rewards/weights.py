@@ -87,14 +87,11 @@ class Weights:
 
     def missing(self) -> str:
         """One line: file, source, size, hash, and where it is looked for."""
-        digest = f"sha256 {self.sha256}" if self.sha256 else "hash not published"
-        what = self.file or "the repository's folder (config.json, tokenizer, model.safetensors)"
+        digest = f"sha256 {self.sha256[:16]}" if self.sha256 else "hash not published"
+        what = self.file or "config.json, tokenizer and model.safetensors"
+        folder = self.place.parent if self.file else self.place
         if self.on_hub:
-            folder = self.place.parent if self.file else self.place
             place = f"`hf download {self.source}{f' {self.file}' if self.file else ''} --local-dir {folder}`"
         else:
-            place = f"put it at {self.place}"
-        return (
-            f"weights not found: {what} from {self.source} ({self.size}, {digest}); looked at {self.place} "
-            f"(root: ${WEIGHTS_VARIABLE}){' and in the hub cache' if self.on_hub else ''}; {place}"
-        )
+            place = f"put it into {folder}"
+        return f"weights not found: {what} from {self.source} ({self.size}, {digest}); {place}"

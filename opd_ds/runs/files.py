@@ -24,7 +24,7 @@ from opd_ds.engine import (
 )
 from opd_ds.errors import UserError, about
 from opd_ds.models import family_class, lora
-from opd_ds.rewards import check
+from opd_ds.rewards import rehearse
 from opd_ds.runs.trackers import check_trackers
 from opd_ds.training.teachers import TeacherSpec
 
@@ -61,7 +61,7 @@ def find_files(config: RunConfig, world: World) -> RunFiles:
         )
     for name, section in config.evaluated.items():
         for reward in section.rewards:
-            check(reward.name, f"{config.place(name)}.rewards", reward.options)
+            rehearse(reward.name, f"{config.place(name)}.rewards", reward.options)
     prompts, eval_prompts = find_prompts(config)
     if world.is_main:
         check_trackers(config.trackers)

@@ -61,6 +61,8 @@ def preflight(config: RunConfig, group: Group, world: World, start: Start | None
         config = config.with_teachers({name: spec.settings for name, spec in files.teachers.items()})
         family = load_family(config, files.model, group.device)
         _check_sampling(config, family)
+        with about(f"model.path = {config.model.path!r}"):
+            family.check_same_weights(files.model)
         _check_teachers(config, files, family)
         _check_student(config, files, family)
         trainer_class(config).check(config, family)
@@ -109,9 +111,7 @@ def _check_teachers(config: RunConfig, files: RunFiles, family: ModelFamily) -> 
 
 
 def _check_student(config: RunConfig, files: RunFiles, family: ModelFamily) -> None:
-    """The base's weights, what the student starts from, and where its LoRA adapts."""
-    with about(f"model.path = {config.model.path!r}"):
-        family.check_same_weights(files.model)
+    """What the student starts from, and where its LoRA adapts."""
     value, chosen = str(config.student.start), config.student
     if files.start is None:
         if chosen.kind == "lora":

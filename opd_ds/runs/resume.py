@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opd_ds.checkpoint.export_student import EXPORT_FOLDER
 from opd_ds.checkpoint.store import (
     CHECKPOINTS_FOLDER,
     STATE_FILE,
@@ -134,8 +133,8 @@ def refuse_other_changes(config: RunConfig, keys: tuple[str, ...]) -> None:
     for key in keys:
         if key not in known:
             raise UserError(
-                f"--allow-change {key}: not possible in a run that goes on; possible are {', '.join(known)}."
-                f"{nearest(key, known)}"
+                f"--allow-change {key}: not possible in a run that goes on; possible are the keys of optimizer and "
+                f"student.ema, run.rounds, tasks.NAME.weight and anchor.weight.{nearest(key, known)}"
             )
 
 
@@ -169,8 +168,7 @@ def refuse_other_rewards(config: RunConfig, current: dict[str, Any], point: Resu
 
 def _refusal(config: RunConfig, current: dict[str, Any], point: ResumePoint, key: str, was: Any, now: Any) -> str:
     where = f"resume from {point.checkpoint / STATE_FILE}"
-    export = config.run.output_dir / EXPORT_FOLDER
-    fresh = f"start a new run from this one's export with student.start={export} in another run.output_dir"
+    fresh = "start a new run, in another run.output_dir, from this one's export with student.start"
     task = _task_of(key)
     if task and (task in point.state["run"]["tasks"]) != (task in current["tasks"]):
         what = "is new" if task in current["tasks"] else "is gone"

@@ -74,8 +74,6 @@ class GenEval(CountsGaps):
         batch_size: int = 4,
         unsafe_load: bool = False,
     ) -> None:
-        if mode not in get_args(Mode):
-            raise UserError(f"reward 'geneval': mode = {mode!r}; allowed: {', '.join(get_args(Mode))}")
         self._mode = mode
         self._batch_size = batch_size
         self._clip_path = located(CLIP, clip_weights)
@@ -92,7 +90,14 @@ class GenEval(CountsGaps):
 
     @classmethod
     def needs_for(cls, options: Mapping[str, Any]) -> Needs:
-        """Without the published weights that `options` replace."""
+        """Without the published weights that `options` replace.
+
+        Raises:
+            UserError: an unknown mode.
+        """
+        mode = options.get("mode", "strict")
+        if mode not in get_args(Mode):
+            raise UserError(f"reward 'geneval': mode = {mode!r}; allowed: {', '.join(get_args(Mode))}")
         return still_needed(cls.needs, options, "weights", "clip_weights")
 
     def identity(self) -> dict[str, Any]:
