@@ -8,4 +8,4 @@ install_package "[plots]"
 
 processes=${PROCESSES:-2}
 resume=auto  # started again after an interruption, the run resumes
-exec deepspeed --num_accelerators "$processes" --module opd_ds.cli train --recipe miniature --resume "$resume" "$@"
+exec deepspeed --log_level error --num_accelerators "$processes" --module opd_ds.cli train --recipe miniature --resume "$resume" "$@"

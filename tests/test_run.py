@@ -197,13 +197,15 @@ def test_recipes_are_listed() -> None:
 
 
 def test_a_run_without_rewards_shows_no_empty_tables(
-    run: Run, tiny_world: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, tiny_world: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "opd_ds")
     prompts = str(tiny_world / "prompts.txt")
     task = {"teacher": str(tiny_world / "other"), "prompts": prompts, "eval_prompts": prompts}
     folder = run("out", tasks={"one": task}, run__rounds=1, evaluation__baselines=True)
     said = capsys.readouterr().out
-    assert "held-out rewards" not in said
+    assert "training: 1 of 1 rounds" in caplog.text
+    assert "held-out rewards" not in caplog.text
     assert "mean reward" not in said
     assert sorted(file.name for file in (folder / "eval").glob("results.*")) == ["results.json"]
     report = (folder / "eval" / "report.html").read_text()

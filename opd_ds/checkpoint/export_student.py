@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from opd_ds.engine import Group, StudentEngine
@@ -13,6 +14,7 @@ EXPORT_FOLDER = "export"
 
 def export_student(student: StudentEngine, family: ModelFamily, kind: str, folder: Path, group: Group) -> None:
     """A complete diffusers folder (full) or `pytorch_lora_weights.safetensors` (LoRA). Collective."""
+    logging.getLogger("opd_ds").info("exporting the student to %s", folder)
     weights = student.gather_weights(trainable_only=kind == "lora")
     if group.world.is_main:
         folder.mkdir(parents=True, exist_ok=True)

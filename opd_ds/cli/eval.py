@@ -64,9 +64,10 @@ def evaluate(
     from opd_ds.runs.evaluate import Choice
     from opd_ds.runs.evaluate import evaluate as run_evaluation
     from opd_ds.runs.model_specs import Requests
-    from opd_ds.utils.logging import quiet_libraries
+    from opd_ds.utils.logging import log_to_terminal, quiet_libraries
 
     quiet_libraries()
+    log_to_terminal(world.rank)
     requests = Requests(defaults, models or [], guidance or [])
     timeout = timedelta(minutes=settings.run.hang_minutes + 10)
     with init_group(world, timeout, deterministic=settings.run.deterministic) as group:

@@ -86,9 +86,10 @@ def _start(settings: RunConfig, resume: str, allowed: list[str], done_file: Path
 
     from opd_ds.engine import init_group
     from opd_ds.runs.train import train as run_training
-    from opd_ds.utils.logging import quiet_libraries
+    from opd_ds.utils.logging import log_to_terminal, quiet_libraries
 
     quiet_libraries()
+    log_to_terminal(world.rank)
     # The watch over hangs speaks first; a collective's own timeout is only there in case it cannot.
     timeout = timedelta(minutes=settings.run.hang_minutes + 10)
     with init_group(world, timeout, deterministic=settings.run.deterministic) as group:

@@ -160,6 +160,14 @@ def set_local_rank(index: int) -> None:
         os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(index)
 
 
+def extensions_folder() -> Path:
+    """Where DeepSpeed's small ops are compiled: a folder for each Python environment, because torch's own is one for
+    all of them, and two with other versions of torch would compile each other's ops anew.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "torch_extensions" / f"opd_ds-{hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]}"
+
+
 def prepare_environment(world: World) -> None:
     """Environment that DeepSpeed and torch read when they start; call before importing them. Ranks that have no port
     yet agree on one here.
@@ -174,6 +182,7 @@ def prepare_environment(world: World) -> None:
         "MASTER_PORT": str(port),
     }
     set_local_rank(world.local_rank)
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
     # Torch's flight recorder keeps the last collectives, which tell who waits where.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "1000")
     # The launcher may be started by path from an environment that is not activated; DeepSpeed looks for ninja in PATH.

@@ -1,5 +1,13 @@
 """The only package that imports DeepSpeed. Written for 0.19.6 to 0.19.x; what is private there is in `privates`."""
 
+import os
+
+import torch
+
+# Where there is none, DeepSpeed (0.19) warns when it is imported, unless it is told.
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 from opd_ds.engine.comm import Alone, Group, counted_collectives, init_group
 from opd_ds.engine.consolidate import consolidated_weights
 from opd_ds.engine.ds_config import (

@@ -36,6 +36,9 @@ class BuildLock(FileBaton):
     def try_acquire(self) -> bool:
         """Wait for the lock; True."""
         file = Path(self.lock_file_path)
+        if not any(file.parent.glob("*.so")):
+            log = logging.getLogger("opd_ds")
+            log.info("compiling DeepSpeed's op %s, once, into %s; this takes a minute", file.parent.name, file.parent)
         self._held = (file.parent / "opd_ds.lock").open("w")
         with contextlib.suppress(OSError):  # some network file systems know no locks
             fcntl.flock(self._held, fcntl.LOCK_EX)

@@ -168,8 +168,6 @@ def init_group(world: World, timeout: timedelta = timedelta(minutes=30), *, dete
     if deterministic:
         make_deterministic()
     return_freed_memory()
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
@@ -191,6 +189,7 @@ def init_group(world: World, timeout: timedelta = timedelta(minutes=30), *, dete
         accelerator.set_device(device.index)
         set_local_rank(device.index)  # what DeepSpeed takes for the device (engine.py, comm/torch.py)
     guard_builds()
+    privates.keep_op_loading_silent()
     store = wait_for_ranks(world)  # torch would wait in silence, and for as long as for a collective
     deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, timeout=timeout)
     del store

@@ -242,3 +242,12 @@ def unlink_shm_buffer(rank: int) -> None:
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}"
     (Path("/dev/shm") / name).unlink(missing_ok=True)
+
+
+def keep_op_loading_silent() -> None:
+    """deepspeed/comm/torch.py (0.19) prints on every rank that an op is built, also where it was built long ago; what
+    is compiled is said by `BuildLock`.
+    """
+    from deepspeed.comm import torch as backend
+
+    setattr(backend, "print", lambda *_: None)  # noqa: B010  # a builtin name of that module, says mypy

@@ -19,6 +19,7 @@ from opd_ds.evaluation.evaluator import score_images, with_sum
 from opd_ds.evaluation.pictures import Item, Painter, items
 from opd_ds.evaluation.store import PictureStore, ScoreStore, digest
 from opd_ds.rewards import Reward, batches
+from opd_ds.utils.progress import work
 
 _SCORED_AT_ONCE = 64
 
@@ -144,7 +145,8 @@ class Benchmark:
         missing = self.missing(model)
         if not missing:
             return 0
-        with model.open() as network:
+        count, size = sum(map(len, missing.values())), self._group.world.size
+        with model.open() as network, work(f"drawing {model.name}", count, "images") as drawing:
             for name, wanted in missing.items():
                 if pause is not None:
                     pause()
@@ -152,11 +154,12 @@ class Benchmark:
                 mine = [wanted[i] for i in part.indices]
                 drawn = self._painter.draw(network, mine, model.guidance[name])
                 for (item, picture), weight in zip(drawn, part.weights.tolist(), strict=True):
+                    drawing.advance(size)  # the other ranks draw as many meanwhile
                     if weight > 0:
                         recipe = self._recipe(model, name, item)
                         self._pictures.write(picture_file(model, name, item), picture, recipe)
         self._group.barrier()
-        return sum(map(len, missing.values()))
+        return count
 
     def first_pictures(self, model: EvalModel, count: int) -> dict[str, list[Image.Image]]:
         """The first image of each of the first `count` prompts, by prompt set; they must be finished."""
@@ -212,7 +215,12 @@ class Benchmark:
 
     def _score(self, jobs: list[_Job]) -> None:
         for label in dict.fromkeys(job.label for job in jobs):
-            for part in batches([job for job in jobs if job.label == label], _SCORED_AT_ONCE):
+            self._score_by(label, [job for job in jobs if job.label == label])
+
+    def _score_by(self, label: str, jobs: list[_Job]) -> None:
+        size = self._group.world.size
+        with work(f"scoring by {label}", len(jobs) * size, "images") as scoring:
+            for part in batches(jobs, _SCORED_AT_ONCE):
                 self._group.progress(f"scoring images by {label}")
                 pictures = [self._pictures.read(job.file) for job in part]
                 scores = score_images(self._rewards[label], label, pictures, [job.item for job in part])
@@ -220,6 +228,7 @@ class Benchmark:
                     {"picture": job.picture, "reward": label, "by": job.by, "score": score, "file": str(job.file)}
                     for job, score in zip(part, scores.tolist(), strict=True)
                 )
+                scoring.advance(len(part) * size)  # the other ranks score as many meanwhile
 
 
 def picture_file(model: EvalModel, name: str, item: Item) -> Path:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from opd_ds.errors import UserError
 from opd_ds.models import privates
 from opd_ds.models.weight_files import Shapes, read_header, refuse_other_shapes, stored_dtype
+from opd_ds.utils.progress import Work, work
 
 
 class StoredTensor(Tensor):
@@ -176,12 +177,25 @@ def fill(network: nn.Module, stored: Stored, build: ParameterBuilder, dtype: tor
     wanted = {sources[id(parameter)]: tuple(parameter.shape) for parameter in network.parameters()}
     wanted |= {name: tuple(buffer.shape) for name, buffer in network.named_buffers() if name in stored}
     refuse_other_shapes(shapes_of({name: stored[name] for name in wanted if name in stored}), wanted)
+    with work(f"reading weights of {type(network).__name__}", len(aliases), "tensors") as reading:
+        _fill(network, stored, build, dtype, sources, reading)
+
+
+def _fill(
+    network: nn.Module,
+    stored: Stored,
+    build: ParameterBuilder,
+    dtype: torch.dtype,
+    sources: dict[int, str],
+    reading: Work,
+) -> None:
     built: dict[str, nn.Parameter] = {}
     for prefix, owner in list(network.named_modules()):
         for name, parameter in list(owner.named_parameters(recurse=False)):
             source = sources[id(parameter)]
             if source not in built:
                 built[source] = build(stored[source], dtype)
+                reading.advance()
             setattr(owner, name, built[source])
         for name, buffer in list(owner.named_buffers(recurse=False)):
             key = f"{prefix}.{name}" if prefix else name

@@ -7,6 +7,7 @@ import logging
 import resource
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,6 @@ import torch
 import yaml
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from opd_ds.cluster.world import World
 from opd_ds.config.schema import RunConfig
@@ -24,6 +24,7 @@ from opd_ds.evaluation.evaluator import Means
 from opd_ds.runs.reward_eval import RewardRecord
 from opd_ds.runs.trackers import BackgroundTracker, TrackedRun, open_trackers
 from opd_ds.training.trainer import RoundReport
+from opd_ds.utils.progress import CONSOLE, work
 from opd_ds.utils.secrets import without_secrets
 
 METRICS_FILE = "metrics.jsonl"
@@ -42,7 +43,7 @@ class Monitor:
     def __init__(
         self, config: RunConfig, world: World, start_round: int, rewards: dict[str, dict[str, Any]] | None = None
     ) -> None:
-        self.console = Console(stderr=False, quiet=not world.is_main, soft_wrap=True)
+        self.console = CONSOLE if world.is_main else Console(quiet=True)
         self._active = world.is_main
         self._rounds = config.run.rounds
         self._last = time.perf_counter()
@@ -60,32 +61,32 @@ class Monitor:
         shown = without_secrets(settings), without_secrets(rewards or {})
         run = TrackedRun(folder.resolve().name, folder, *shown, start_round)
         self._trackers = open_trackers(config.trackers, run)
-        self._progress = Progress(
-            TextColumn("round"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[status]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self._bar = self._progress.add_task("rounds", total=self._rounds, completed=start_round, status="")
+        self._shown = ExitStack()
 
     def __enter__(self) -> Monitor:
-        if self._active:
-            self._progress.start()
         self._last = time.perf_counter()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._active:
-            self._progress.stop()
+            self._shown.close()
             self._metrics.close()
         for tracker in self._trackers:
             tracker.close(failed=error is not None)
 
+    def start_rounds(self, done: int) -> None:
+        """The first of them begins; `done` were done before."""
+        self._last = time.perf_counter()
+        if self._active:
+            self._training = self._shown.enter_context(work("training", self._rounds, "rounds", done))
+
+    def tell(self, text: str) -> None:
+        """What happens now, in the log."""
+        if self._active:
+            logging.getLogger("opd_ds").info(text)
+
     def say(self, text: str) -> None:
+        """What a person reads at the end, without the time."""
         self.console.print(text, highlight=False, markup=False)
 
     def round(self, report: RoundReport) -> None:
@@ -98,7 +99,7 @@ class Monitor:
         self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
         self._track({key: value for key, value in row.items() if key != "round"} | _by_step(report), report.round)
-        self._show(report, row["samples_per_s"])
+        self._show(report, elapsed)
         if report.skipped_steps:
             logging.getLogger("opd_ds").warning(
                 "round %d: a gradient overflowed in fp16, %d optimizer step(s) were skipped and the loss scale is "
@@ -125,7 +126,7 @@ class Monitor:
                 stream.write(json.dumps({"round": round_index} | flat) + "\n")
             self._track({f"reward/{key}": value for key, value in flat.items()}, round_index)
         shown = ", ".join(f"{key} {value:.3f}" for key, value in flat.items())
-        self.say(f"round {round_index}: held-out rewards of the student: {shown}")
+        self.tell(f"round {round_index}: held-out rewards of the student: {shown}")
 
     def picture(self, tag: str, picture: Image.Image | None, round_index: int) -> None:
         """Show an image, if there is one."""
@@ -137,16 +138,10 @@ class Monitor:
         for tracker in self._trackers:
             tracker.scalars(values, round_index)
 
-    def _show(self, report: RoundReport, rate: float) -> None:
+    def _show(self, report: RoundReport, seconds: float) -> None:
         told = [f"{task} kl {means['kl']:.2e}" for task, means in report.losses.means.items() if "kl" in means]
         told += [f"{key} {value:.3f}" for key, value in report.scores.items() if key.endswith("/mean")]
-        status = f"loss {report.losses.loss:.3e}  {'  '.join(told)}  {rate:.1f} samples/s"
-        self._progress.update(self._bar, completed=report.round, status=status)
-        every = max(1, self._rounds // 20)
-        if not self.console.is_terminal and (report.round % every == 0 or report.round in (1, self._rounds)):
-            left = self._progress.tasks[0].time_remaining
-            eta = f"  ETA {left / 60:.1f} min" if left else ""
-            self.say(f"round {report.round}/{self._rounds}  {status}{eta}")
+        self._training.advance(status=f"{seconds:.3g} s/round, loss {report.losses.loss:.3e}  {'  '.join(told)}")
 
 
 def _metrics_row(report: RoundReport, rate: float) -> dict[str, Any]:

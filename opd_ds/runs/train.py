@@ -63,10 +63,11 @@ def train(config: RunConfig, group: Group, resume: str = "never", allowed: Seque
         # Only once it is certain that the run resumes from there.
         store.go_back_to(resumed.checkpoint, start, resumed.damaged)
     with Monitor(config, group.world, start, parts.benchmark.identities) as monitor:
-        monitor.say(f"resumed from {resumed.checkpoint}, {start} rounds done" if resumed else "starting at round 0")
+        monitor.tell(f"resumed from {resumed.checkpoint}, {start} rounds done" if resumed else "starting at round 0")
         session = _Session(parts, store, monitor, stop, group, saved=start)
         baselines = _baselines(config, parts, session, fresh=resumed is None)
         watch = AsyncRewardEval(config, parts.rewards) if config.watch.every and group.world.is_main else None
+        monitor.start_rounds(start)
         for index in range(start, settings.rounds):
             session.stop_if_asked(index)
             report = maybe_profiled(parts.trainer.run_round, index, settings.profile, settings.output_dir, group)
@@ -128,7 +129,7 @@ class _Session:
         self.store.finish()
         state = f"state saved in {self.store.place(done)}; go on with --resume auto" if done else "nothing to save yet"
         ignore_signals()
-        self.monitor.say(f"interrupted after round {done}; {state}")
+        self.monitor.tell(f"interrupted after round {done}; {state}")
         raise Interrupted(code)
 
 
@@ -163,9 +164,8 @@ def _baselines(config: RunConfig, parts: Parts, session: _Session, *, fresh: boo
         )
         for task in config.teachers
     ]
-    monitor.say(f"drawing {name}{' and teachers' if teachers else ''} on the held-out prompts")
     if not fresh and benchmark.missing(base):
-        monitor.say(f"images of the {name} were not drawn at the first start: the final table will lack it")
+        monitor.tell(f"images of the {name} were not drawn at the first start: the final table will lack it")
         models = teachers
     else:
         models = [base, *teachers]
