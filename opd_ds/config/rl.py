@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from opd_ds.config.base import Algorithm, Section
 from opd_ds.config.sections import RewardSection, TrainedSection
@@ -23,6 +23,12 @@ class LearnedSection(TrainedSection):
         min_length=1, description="their weighted sum is learned from, and is the headline"
     )
     turns: PositiveInt = Field(1, description="rounds in a row on this task where tasks alternate")
+
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> LearnedSection:
+        if not any(reward.weight for reward in self.rewards):
+            raise ValueError("rewards: every weight is 0, so nothing would be learned; give one of them another weight")
+        return self
 
     @property
     def summed(self) -> dict[str, float]:

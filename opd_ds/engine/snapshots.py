@@ -90,6 +90,11 @@ class ShardedEma(WeightSnapshot):
             decay = min(decay, (1 + self._steps) / (10 + self._steps))
         self.follow(decay)
 
+    @property
+    def updated(self) -> bool:
+        """Otherwise it is what the student started from."""
+        return self._steps >= self._settings.every
+
     def scalar_state(self) -> dict[str, Any]:
         return {"steps": self._steps}
 

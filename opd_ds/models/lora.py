@@ -87,6 +87,12 @@ def add_adapter(transformer: nn.Module, name: str, config: LoraConfig, state: di
         parameter.requires_grad_(False)
 
 
+def is_empty(path: Path, pipeline_class: str | None = None) -> bool:
+    """Whether the adapter at `path` changes no weight; arguments and errors as for `read_adapter`."""
+    state = read_adapter(path, pipeline_class)[1]
+    return not any(bool(value.any()) for key, value in state.items() if ".lora_B." in key)
+
+
 def merge_stored(
     stored: Stored, empty: nn.Module, path: Path, pipeline_class: str | None, dtype: torch.dtype
 ) -> Stored:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from opd_ds.runs.setup import EVALUATION_FOLDER
 from opd_ds.training.networks import DTYPES, load_family
 from opd_ds.utils.markdown import markdown_table
 
+_NEVER_UPDATED = "the average was never updated, as student.ema.every is more than the optimizer steps"
 FORMS = ("diffusers", "peft")
 
 
@@ -31,12 +33,13 @@ def checkpointed_student(family: ModelFamily, checkpoint: Path, *, averaged: boo
     """The student's network as it is in a checkpoint, on the CPU, in the family's dtype.
 
     Args:
-        averaged: with the averaged weights where an EMA was kept, as a run's own export has them.
+        averaged: with the averaged weights where an EMA was kept and updated, as a run's own export has them.
 
     Raises:
         UserError: not a checkpoint, or of another student.
     """
     state = read_state(checkpoint)
+    averaged = averaged and has_average(state)
     network = family.load_transformer()
     if state["adapter"] is not None:
         lora.new_adapter(network, STUDENT_ADAPTER, LoraConfig(**state["adapter"]))
@@ -81,6 +84,9 @@ def export_checkpoint(
     kind = state["run"]["student"]["kind"]
     _refuse_options(checkpoint, kind, averaged and "ema" not in state["copies"], merge, form, dtype)
     refuse_damaged(checkpoint)
+    if averaged and not has_average(state):
+        logging.getLogger("opd_ds").warning("%s: %s; the last weights are exported", checkpoint, _NEVER_UPDATED)
+        averaged = False
     base = resolve_path(config.model.path, "model.path")
     family = load_family(config, base, torch.device("cpu"), DTYPES[dtype] if dtype else None)
     network = checkpointed_student(family, checkpoint, averaged=averaged)
@@ -139,7 +145,7 @@ def _card(
     return model_card(
         f"{base_name(config.model.path)}, {how}",
         f"{config.algorithm.title} by opd_ds: {'merged' if merge else kind} weights after {state['round']} rounds"
-        + (", averaged (EMA)." if averaged else ", not averaged.")
+        + (", averaged (EMA)." if averaged else f", not averaged{_why_not(state)}.")
         + f" Trained on {config.rollout.steps} steps of its own sampling, guidance {config.rollout.guidance:g}.",
         base=config.model.path,
         base_folder=family.path,
@@ -162,6 +168,18 @@ def _card(
     )
 
 
+def has_average(state: dict[str, Any]) -> bool:
+    """Whether a checkpoint with this `state.json` holds an average of trained weights: one that was never updated is
+    what the student started from.
+    """
+    kept = state["copies"].get("ema")
+    return kept is not None and kept["steps"] >= state["run"]["student"]["ema"]["every"]
+
+
+def _why_not(state: dict[str, Any]) -> str:
+    return f": {_NEVER_UPDATED}" if "ema" in state["copies"] and not has_average(state) else ""
+
+
 def _pipeline_tag(family: ModelFamily) -> str:
     return "text-to-video" if len(family.latent_shape) == 4 else "text-to-image"
 
@@ -171,7 +189,7 @@ def _results(config: RunConfig, state: dict[str, Any], run: Path, *, averaged: b
 
     Runs score the averaged student where an average is kept, so other weights have no results.
     """
-    if averaged != ("ema" in state["copies"]):
+    if averaged != has_average(state):
         return ""
     final = run / EVALUATION_FOLDER / RESULTS_FILE
     if state["round"] == config.run.rounds and final.is_file():

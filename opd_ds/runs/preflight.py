@@ -5,6 +5,8 @@ The dry run, `launch`, `doctor` and the start itself call the same function.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -13,7 +15,8 @@ from peft import LoraConfig
 
 from opd_ds.cluster.world import World
 from opd_ds.config.schema import RunConfig
-from opd_ds.engine import Group
+from opd_ds.config.without_effect import settings_without_effect
+from opd_ds.engine import Group, zero_stage
 from opd_ds.errors import UserError, about
 from opd_ds.models import ModelFamily, lora
 from opd_ds.runs.files import RunFiles, find_files
@@ -66,6 +69,9 @@ def preflight(config: RunConfig, group: Group, world: World, start: Start | None
         _check_teachers(config, files, family)
         _check_student(config, files, family)
         trainer_class(config).check(config, family)
+        if world.is_main:
+            for line in (*settings_without_effect(config), *_files_without_effect(config, files, family)):
+                logging.getLogger("opd_ds").warning("%s", line)
     resumed = None if start is None else find_resume_point(config, start, group)
     identity = None
     if start is not None and resumed is not None:
@@ -74,6 +80,24 @@ def preflight(config: RunConfig, group: Group, world: World, start: Start | None
                 identity = run_identity(config, files, family)
                 refuse_other_run(config, identity, resumed, start.allowed)
     return Checked(config, files, family, resumed, identity)
+
+
+def _files_without_effect(config: RunConfig, files: RunFiles, family: ModelFamily) -> Iterator[str]:
+    """As `settings_without_effect`, of what lies at the paths."""
+    stage, gather = zero_stage(files.student_ds_config), config.rollout.gather
+    if stage < 3 and gather != "auto":
+        yield f"rollout.gather = {gather!r} is read under ZeRO-3 only, and deepspeed = {config.deepspeed!r} is {stage}"
+    placed = {"student.start": (str(config.student.start), files.start)} if files.start is not None else {}
+    for name, spec in files.teachers.items():
+        key = config.teacher_key(name)
+        placed[f"{key}.path"] = (spec.settings.path, spec.path)
+        if spec.settings.trust_base and not spec.is_lora:
+            yield f"{key}.trust_base is for LoRAs, and {key}.path = {spec.settings.path!r} is a full checkpoint"
+    for key, (value, path) in placed.items():
+        if path == files.model:
+            yield f"{key} = {value!r} is model.path itself"
+        elif lora.is_adapter(path) and lora.is_empty(path, family.pipeline_class):
+            yield f"{key} = {value!r} changes nothing: all its lora_B are zero, as before the first step of a training"
 
 
 def trainer_class(config: RunConfig) -> type[Trainer]:

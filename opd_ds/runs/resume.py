@@ -17,7 +17,7 @@ from opd_ds.checkpoint.store import (
     read_state,
 )
 from opd_ds.config.schema import RunConfig
-from opd_ds.config.sections import ANCHOR, EmaSection, OptimizerSection
+from opd_ds.config.sections import ANCHOR, OptimizerSection
 from opd_ds.engine import Group
 from opd_ds.errors import UserError, nearest
 
@@ -121,7 +121,8 @@ def allowed_changes(config: RunConfig) -> list[str]:
     return [
         *(f"optimizer.{name}" for name in OptimizerSection.model_fields),
         "run.rounds",
-        *(f"student.ema.{name}" for name in EmaSection.model_fields),
+        "student.ema.decay",
+        "student.ema.warmup",
         *(f"tasks.{name}.weight" for name in config.tasks),
         *(["anchor.weight"] if ANCHOR in config.all_teachers else []),
     ]
@@ -133,8 +134,8 @@ def refuse_other_changes(config: RunConfig, keys: tuple[str, ...]) -> None:
     for key in keys:
         if key not in known:
             raise UserError(
-                f"--allow-change {key}: not possible in a run that goes on; possible are the keys of optimizer and "
-                f"student.ema, run.rounds, tasks.NAME.weight and anchor.weight.{nearest(key, known)}"
+                f"--allow-change {key}: not possible in a run that goes on; possible are the keys of optimizer, "
+                f"run.rounds, student.ema.decay and warmup, tasks.NAME.weight and anchor.weight.{nearest(key, known)}"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -73,6 +74,8 @@ def train(config: RunConfig, group: Group, resume: str = "never", allowed: Seque
             report = maybe_profiled(parts.trainer.run_round, index, settings.profile, settings.output_dir, group)
             if index == start and config.model.compile_blocks and group.world.is_main:
                 log_compiled()
+            if index == start and group.world.is_main:
+                _say_what_teaches_nothing(config, report)
             monitor.round(report)
             done = index + 1
             if done % settings.checkpoint_every == 0 or done == settings.rounds:
@@ -83,6 +86,16 @@ def train(config: RunConfig, group: Group, resume: str = "never", allowed: Seque
         if watch is not None:
             monitor.rewards(watch.close(partial(group.progress, "waiting for the rewards")))
         _finish(config, parts, baselines, session)
+
+
+def _say_what_teaches_nothing(config: RunConfig, report: RoundReport) -> None:
+    for task in config.teachers:
+        if not any(report.losses.means.get(task, {"": 1.0}).values()):
+            logging.getLogger("opd_ds").warning(
+                "round %d: the teacher of task %s predicts exactly what the student predicts, so nothing is learned "
+                "from it; are these the student's own weights?",
+                report.round, task,
+            )  # fmt: skip
 
 
 # ---- checkpoints ----
@@ -176,8 +189,8 @@ def _baselines(config: RunConfig, parts: Parts, session: _Session, *, fresh: boo
 
 @contextmanager
 def _final_student(parts: Parts) -> Iterator[StudentEngine]:
-    """The averaged student where an EMA is kept."""
-    with parts.ema.swapped_in() if parts.ema is not None else nullcontext():
+    """The averaged student where an EMA is kept and was updated."""
+    with parts.ema.swapped_in() if parts.ema is not None and parts.ema.updated else nullcontext():
         yield parts.student
 
 
@@ -224,6 +237,8 @@ def _finish(config: RunConfig, parts: Parts, baselines: list[EvalModel], session
     group, monitor = session.group, session.monitor
     folder, benchmark = config.run.output_dir, parts.benchmark
     session.stop_if_asked(config.run.rounds)
+    if parts.ema is not None and not parts.ema.updated:
+        monitor.say("the average of the weights was never updated: the last weights are exported")
     with _final_student(parts) as student:
         export_student(student, parts.family, config.student.kind, folder / EXPORT_FOLDER, group)
     scores: dict[str, Means] = {}

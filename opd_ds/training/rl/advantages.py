@@ -46,6 +46,19 @@ def group_advantages(rewards: Tensor, group: int, std: Literal["batch", "group"]
     return torch.where(count > 1, offset / (spread + eps), 0.0).flatten()
 
 
+def equal_groups(rewards: Tensor, group: int) -> int:
+    """How many groups teach nothing: all their rewards are equal, or fewer than two images have one.
+
+    Args:
+        rewards: [N], consecutive `group` of one prompt; NaN where an image has no score.
+    """
+    by_prompt = rewards.view(-1, group)
+    scored = torch.isfinite(by_prompt)
+    highest = torch.where(scored, by_prompt, -torch.inf).amax(1)
+    lowest = torch.where(scored, by_prompt, torch.inf).amin(1)
+    return int((highest <= lowest).sum())
+
+
 def optimality(advantages: Tensor, clip: float, mode: Optimality = "all") -> Tensor:
     """DiffusionNFT's probability r in [0, 1] of a good image (arXiv 2509.16117): clamp(A / clip, -1, 1) / 2 + 1/2.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,10 +20,12 @@ from opd_ds.engine import START, WeightSnapshot
 from opd_ds.errors import UserError
 from opd_ds.training.buffer import Pairs, PerPair, PerSample, TrajectoryBuffer
 from opd_ds.training.meter import RoundMeter
-from opd_ds.training.rl.advantages import group_advantages, weighted_sum
+from opd_ds.training.rl.advantages import equal_groups, group_advantages, weighted_sum
 from opd_ds.training.rl.reward_worker import RewardScorer
 from opd_ds.training.trainer import BufferedTrainer, Components, Experience, TaskBatch, TrainingData
 from opd_ds.utils.transfer import to_device
+
+_SAID_AGAIN = 50  # rounds
 
 Kept = TypeVar("Kept")  # what an algorithm keeps of every state
 Known = TypeVar("Known")  # what its loss knows of a micro-batch
@@ -66,6 +69,7 @@ class RLTrainer(BufferedTrainer, Generic[Kept, Known]):
         super().__init__(parts)
         self._config: TeachConfig = parts.config
         self._scorer = RewardScorer(parts.rewards, self._config.teach.reward_attempts)
+        self._equal_rounds: dict[str, int] = {}  # by task, up to now
         self._start = WeightSnapshot(parts.student, START) if self._config.teach.kl else None
 
     @property
@@ -179,15 +183,30 @@ class RLTrainer(BufferedTrainer, Generic[Kept, Known]):
                 "on with --resume auto when they work again"
             )
         good = total[finite]
+        group = self._config.teach.group
+        equal = equal_groups(total, group)
+        self._say_what_teaches_nothing(task, meter.round_number, all_equal=equal * group == len(total))
         summary = {
             f"{task}/mean": float(good.mean()),
             f"{task}/std": float(good.std(correction=0)),
             f"{task}/left_out": float(len(total) - len(good)),
+            f"{task}/equal_groups": float(equal),
         }
         for reward, column in zip(rewards, scores.T, strict=True):
             summary[f"{task}/{reward.label}"] = float(column.nanmean())
-        advantages = group_advantages(total, self._config.teach.group, self._config.teach.advantage_std)
+        advantages = group_advantages(total, group, self._config.teach.advantage_std)
         return Scored(advantages[indices], batch.part.weights * finite[indices], int(finite.sum()), summary)
+
+    def _say_what_teaches_nothing(self, task: str, round_number: int, *, all_equal: bool) -> None:
+        """At the first of several rounds in a row, and now and then after that."""
+        before = self._equal_rounds.get(task, 0)
+        self._equal_rounds[task] = before + 1 if all_equal else 0
+        if all_equal and before % _SAID_AGAIN == 0 and self._group.world.is_main:
+            logging.getLogger("opd_ds").warning(
+                "round %d: task %s: the images of each prompt have equal rewards, so nothing is learned from them "
+                "(%d rounds in a row); can %s tell such images apart?",
+                round_number, task, before + 1, " + ".join(one.label for one in self._config.tasks[task].rewards),
+            )  # fmt: skip
 
     def _per_sample(self, values: Tensor) -> PerSample:
         return PerSample(to_device(values.float(), self._group.device))
