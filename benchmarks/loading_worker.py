@@ -73,7 +73,7 @@ def main(config_file: str, out: str) -> None:
         build = parameter_builder(files.student_ds_config, group.device, family.empty_transformer)
         module = student_module(config.student, config.run.seed, family, None, build)
         found: dict[str, float] = dict(zip(("network", "mapped"), memory.next(), strict=True))
-        student = StudentEngine(module, files.student_ds_config, group, config.rollout.gather)
+        student = StudentEngine(module, files.student_ds_config, group, config.rollout.gather, files.schedule)
         found["engine"] = memory.next()[0]
         teachers = TeacherPool(family, files.teachers, group.device)
         found["teacher"] = memory.next()[0]

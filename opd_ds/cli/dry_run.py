@@ -11,8 +11,9 @@ from opd_ds.cluster.world import World
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import TrainedSection
 from opd_ds.data import shard
-from opd_ds.engine import Alone
+from opd_ds.engine import Alone, learning_rates
 from opd_ds.errors import UserError
+from opd_ds.runs.files import RunFiles
 from opd_ds.runs.preflight import preflight
 from opd_ds.runs.resume import Start
 
@@ -78,11 +79,20 @@ def describe(config: RunConfig, world: World, start: Start) -> str:
         + (f" ({filled} padding samples at weight 0, because {settings.samples} is not a multiple)" if filled else ""),
         f"trained steps          {trained} of {settings.steps}: {pairs} (state, step) pairs per task and process",
         *work,
+        f"learning rate          {_rates(config, files)}",
         f"rounds                 {config.run.rounds}, a checkpoint every {config.run.checkpoint_every}",
     ]
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     ds_config = json.dumps(files.student_ds_config, indent=2)
     return "\n".join(["# run", resolved, "# arithmetic", *lines, "", f"# ds_config ({config.deepspeed})", ds_config])
+
+
+def _rates(config: RunConfig, files: RunFiles) -> str:
+    steps = config.train.inner_epochs
+    rates = learning_rates(files.schedule, files.student_ds_config, config.run.rounds * steps)
+    idle = sum(not any(rates[first : first + steps]) for first in range(0, len(rates), steps))
+    text = f"{rates[0]:.3g} in the first step, {max(rates):.3g} at most, {rates[-1]:.3g} in the last"
+    return f"{text}; 0 in {idle} of {config.run.rounds} rounds, which train nothing" if idle else text
 
 
 def _rewards(task: TrainedSection) -> str:

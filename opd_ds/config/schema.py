@@ -163,6 +163,10 @@ class RunConfig(Section, ABC):
         for key in ("micro_batch", "mode", "gather"):
             data["rollout"].pop(key)
         data["student"].pop("gradient_checkpointing")
+        if self.optimizer.min_lr == 0:
+            data["optimizer"].pop("min_lr")  # as in checkpoints from before there was one
+        if self.optimizer.schedule == "cosine":
+            data["run"] = {"rounds": self.run.rounds}  # where it ends
         return data
 
     @property

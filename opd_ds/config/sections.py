@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from opd_ds.config.base import Section
 from opd_ds.errors import UserError
@@ -17,6 +17,7 @@ ANCHOR = "(anchor)"
 OWN_REWARD = ".py:"
 # The label of a task's weighted sum of rewards; no reward can have it.
 WEIGHTED_SUM = "weighted_sum"
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ProfileSection(Section):
@@ -123,17 +124,28 @@ class StudentSection(Section):
 class OptimizerSection(Section):
     """Fills the entries of the ds_config that say "auto"; an explicit entry there wins unless both are given."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     lr: PositiveFloat = Field(3e-4, description="learning rate, the highest of the schedule")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay of first and second moments")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Adam's decay of first and second moments")
     eps: PositiveFloat = Field(1e-8, description="Adam's addition to the denominator")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW's, decoupled from the gradient")
     max_grad_norm: float = Field(
         1.0, ge=0, description="gradients with a larger norm are scaled down to it; 0: no clipping"
     )
-    warmup_rounds: NonNegativeInt = Field(0, description="rounds in which the learning rate rises to lr")
-    schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="the learning rate after the warmup: lr, or a half cosine down to the last round"
+    warmup_rounds: NonNegativeInt = Field(
+        0, description="the learning rate grows linearly over these rounds; the last of them has all of it"
     )
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="the learning rate after the warm-up: lr, or a half cosine from lr to min_lr"
+    )
+    min_lr: float = Field(0.0, ge=0, description="what the cosine reaches in the last round")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OptimizerSection:
+        if self.min_lr > 0 and self.schedule != "cosine":
+            raise ValueError(f"min_lr = {self.min_lr:g} is read only with schedule = 'cosine', not {self.schedule!r}")
+        return self
 
 
 class TrainedSteps(Section):

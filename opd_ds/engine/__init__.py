@@ -15,15 +15,15 @@ from opd_ds.engine.ds_config import (
     fill_sizes,
     frozen_ds_config,
     parameters_on_nvme,
-    read_ds_config,
     student_ds_config,
     swapped_apart,
-    zero_stage,
 )
+from opd_ds.engine.ds_settings import read_ds_config, zero_stage
 from opd_ds.engine.fake import fake_group
 from opd_ds.engine.frozen import FrozenEngine
 from opd_ds.engine.memory import empty_cache, free_memory
 from opd_ds.engine.node_memory import NodeMemory
+from opd_ds.engine.schedule import Schedule, learning_rates
 from opd_ds.engine.sharded_loading import ShardedParameters, parameter_builder
 from opd_ds.engine.snapshots import ShardedEma, WeightSnapshot
 from opd_ds.engine.state import OLD_POLICY, START, ShardReader, write_shard
@@ -37,6 +37,7 @@ __all__ = [
     "Group",
     "NetworkSizes",
     "NodeMemory",
+    "Schedule",
     "ShardReader",
     "ShardedEma",
     "ShardedParameters",
@@ -50,6 +51,7 @@ __all__ = [
     "free_memory",
     "frozen_ds_config",
     "init_group",
+    "learning_rates",
     "parameter_builder",
     "parameters_on_nvme",
     "read_ds_config",

@@ -21,7 +21,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from opd_ds.engine import privates
-from opd_ds.engine.ds_config import NetworkSizes, fill_sizes, parameters_on_nvme, zero_stage
+from opd_ds.engine.ds_config import NetworkSizes, fill_sizes, parameters_on_nvme
+from opd_ds.engine.ds_settings import zero_stage
 
 
 def initialize(

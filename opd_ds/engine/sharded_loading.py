@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from opd_ds.engine import privates
-from opd_ds.engine.ds_config import NetworkSizes, fill_sizes, zero_stage
+from opd_ds.engine.ds_config import NetworkSizes, fill_sizes
+from opd_ds.engine.ds_settings import zero_stage
 from opd_ds.models import ParameterBuilder, StoredTensor, WholeParameters
 
 

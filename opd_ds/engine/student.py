@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from opd_ds.engine import privates, state
 from opd_ds.engine.blocks import initialize
 from opd_ds.engine.comm import Group
-from opd_ds.engine.ds_config import parameters_on_nvme, zero_stage
+from opd_ds.engine.ds_config import parameters_on_nvme
+from opd_ds.engine.ds_settings import zero_stage
 from opd_ds.engine.fragments import Fragment, check_cover, fragments
 from opd_ds.engine.replica import UnshardedReplica, fits
+from opd_ds.engine.schedule import Schedule
 from opd_ds.engine.state import ShardReader
 from opd_ds.models import leave_uncompiled, lora
 
@@ -32,6 +34,7 @@ class StudentEngine:
         module: its parameters as `parameter_builder` of this ds_config makes them, those of an adapter whole.
         gather: how `gathered` works under ZeRO-3: the whole network at `once`, `per_layer` with every forward, or
             `auto`: at once where half of the free memory is enough for it. Parameters on NVMe are gathered per layer.
+        schedule: of the learning rate; None leaves it to the ds_config.
 
     Raises:
         UserError: this version of DeepSpeed keeps its shards elsewhere than `privates` knows.
@@ -43,8 +46,10 @@ class StudentEngine:
         ds_config: dict[str, Any],
         group: Group,
         gather: Literal["auto", "once", "per_layer"] = "auto",
+        schedule: Schedule | None = None,
     ) -> None:
         self._group = group
+        self._schedule = schedule
         self.zero_stage = zero_stage(ds_config)
         if gather != "per_layer" and parameters_on_nvme(ds_config):
             # DeepSpeed (0.19.8) reads parameters from NVMe through a handful of buffers, one parameter each.
@@ -56,9 +61,11 @@ class StudentEngine:
             leave_uncompiled(module)  # the replica for rollouts has no hooks: its blocks stay compiled
         self._decided = gather != "auto"
         self._whole: nn.Module | None = None  # the replica, while it has weights
+        self.learning_rate = 0.0  # of the last step
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._engine = initialize(module, ds_config, trainable)
         self._engine.train()
+        self._peaks = [group["lr"] for group in self._param_groups]  # Muon may have two
         check_cover(self.owned, {name: math.prod(shape) for name, shape in self.shapes.items()}, group)
         self.scalar_state()  # what a checkpoint asks of DeepSpeed is there, or the run ends here
 
@@ -109,8 +116,9 @@ class StudentEngine:
         return privates.counters(self._engine)["skipped_steps"]
 
     @property
-    def learning_rate(self) -> float:
-        return float(self._engine.get_lr()[0])
+    def _param_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = privates.inner_optimizer(self._engine.optimizer).param_groups
+        return groups
 
     def accumulate(self, loss: Tensor, *, last: bool) -> None:
         """Backward of one micro-batch. `loss` is this rank's part of the round's loss: parts add up over ranks.
@@ -124,6 +132,11 @@ class StudentEngine:
     def step(self) -> float:
         """One optimizer step on what was accumulated; returns the global gradient norm before clipping."""
         norm = self._plain_grad_norm() if self.zero_stage == 0 else None
+        if self._schedule is not None:
+            factor = self._schedule(privates.counters(self._engine)["global_steps"])
+            for group, peak in zip(self._param_groups, self._peaks, strict=True):
+                group["lr"] = peak * factor
+        self.learning_rate = float(self._param_groups[0]["lr"])
         self._engine.step()
         reported = self._engine.get_global_grad_norm()
         norm = reported if reported is not None else norm

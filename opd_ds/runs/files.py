@@ -15,6 +15,7 @@ from opd_ds.config.sections import TeacherSection
 from opd_ds.data import PromptSet
 from opd_ds.data.text_cache import TextCache, encoders_identity
 from opd_ds.engine import (
+    Schedule,
     frozen_ds_config,
     parameters_on_nvme,
     read_ds_config,
@@ -39,6 +40,7 @@ class RunFiles:
     prompts: dict[str, PromptSet]
     eval_prompts: dict[str, PromptSet]
     student_ds_config: dict[str, Any]
+    schedule: Schedule | None
 
 
 def find_files(config: RunConfig, world: World) -> RunFiles:
@@ -52,6 +54,7 @@ def find_files(config: RunConfig, world: World) -> RunFiles:
     """
     ds_path = resolve_ds_config(config.deepspeed, "deepspeed")
     ds_config = swapped_apart(student_ds_config(read_ds_config(ds_path), config, world, str(ds_path)), "student")
+    schedule = Schedule.of(config, ds_config)
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {})
     if offload.get("device") == "nvme" and config.weight_snapshots:
         raise UserError(
@@ -77,7 +80,7 @@ def find_files(config: RunConfig, world: World) -> RunFiles:
     }
     if world.size > 1:
         _refuse_uneven_forwards(config, teachers, ds_config)
-    return RunFiles(model, start, teachers, prompts, eval_prompts, ds_config)
+    return RunFiles(model, start, teachers, prompts, eval_prompts, ds_config, schedule)
 
 
 def find_prompts(config: RunConfig) -> tuple[dict[str, PromptSet], dict[str, PromptSet]]:

@@ -20,6 +20,7 @@ from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import ANCHOR, OptimizerSection
 from opd_ds.engine import Group
 from opd_ds.errors import UserError, nearest
+from opd_ds.utils.nested import flat
 
 JOB_VARIABLE, RESTARTS_VARIABLE = "SLURM_JOB_ID", "SLURM_RESTART_COUNT"
 
@@ -149,6 +150,13 @@ def refuse_other_run(config: RunConfig, current: dict[str, Any], point: ResumePo
     Raises:
         UserError: naming the checkpoint, the first entry that differs, both values, and what to do.
     """
+    theirs = (point.state["run"].get("ds_config") or {}).get("scheduler")
+    if theirs and not current["ds_config"]["scheduler"] and "optimizer.schedule" not in allowed:
+        raise UserError(
+            f"resume from {point.checkpoint / STATE_FILE}: its learning rate followed DeepSpeed's {theirs['type']}, as "
+            "optimizer.warmup_rounds and schedule did in earlier versions, and now it does not; accept it with "
+            "--allow-change optimizer.schedule, or start a new run from its export with student.start"
+        )
     for key, was, now in _differences(point.state["run"], current):
         if _OF_A_REWARD in key:
             continue
@@ -185,7 +193,7 @@ def _refusal(config: RunConfig, current: dict[str, Any], point: ResumePoint, key
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    before, now = _flat(saved), _flat(current)
+    before, now = flat(saved), flat(current)
     # The run config first: what the ds_config says mostly comes from it, and users set it there.
     for key in sorted(before.keys() | now.keys(), key=lambda key: (key.startswith("ds_config."), key)):
         if before.get(key) != now.get(key):
@@ -210,7 +218,7 @@ def _sources(key: str) -> list[str]:
         if key.startswith(prefix):
             named = [name for name in names if key.removeprefix(prefix).startswith(name)] or list(names)
             return [f"optimizer.{name}" for name in named] + (["run.rounds"] if "scheduler" in prefix else [])
-    return [_known_as(key)]
+    return ["optimizer.schedule", key] if key == "run.rounds" else [_known_as(key)]
 
 
 def _keeps_copies(key: str, was: Any, now: Any) -> bool:
@@ -226,14 +234,3 @@ def _task_of(key: str) -> str | None:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(data, list) and data and all(isinstance(one, dict) for one in data):
-        data = dict(enumerate(data))
-    if not isinstance(data, dict):
-        return {prefix: data}
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat

@@ -75,7 +75,7 @@ def prepare(config: RunConfig, group: Group, start: Start | None = None) -> Part
         load_shared(module, files.teachers.values(), family)
         if config.model.compile_blocks:
             compile_blocks(module)
-    student = StudentEngine(module, files.student_ds_config, group, config.rollout.gather)
+    student = StudentEngine(module, files.student_ds_config, group, config.rollout.gather, files.schedule)
     ema = ShardedEma(student, config.student.ema) if config.student.ema.decay > 0 else None
     teachers = TeacherPool(
         family, files.teachers, group.device, student=student, memory=memory, compiled=config.model.compile_blocks
