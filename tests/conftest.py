@@ -29,7 +29,7 @@ from opd_ds.config.schema import RunConfig
 from opd_ds.engine import Group, init_group
 from opd_ds.runs.setup import Parts, prepare
 from opd_ds.utils.logging import quiet_libraries
-from tests.tiny import run_settings, write_world
+from tests.tiny import run_settings, write_config, write_world
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -68,6 +68,11 @@ def group() -> Iterator[Group]:
     prepare_environment(world)
     yield init_group(world)
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def config_file(tiny_world: Path, tmp_path: Path) -> Path:
+    return write_config(tmp_path / "run.yaml", run_settings(tiny_world, tmp_path / "out"))
 
 
 @pytest.fixture

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from pydantic import ValidationError
 
 from opd_ds.cluster.world import World
 from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.files import recipe_names
 from opd_ds.config.loading import load_config
-from opd_ds.config.paths import package_root, resolve_ds_config, resolve_path
-from opd_ds.engine import (
-    NetworkSizes,
-    fill_sizes,
-    frozen_ds_config,
-    parameter_builder,
-    read_ds_config,
-    student_ds_config,
-    swapped_apart,
-)
+from opd_ds.config.paths import resolve_ds_config, resolve_path
+from opd_ds.engine import read_ds_config, student_ds_config
 from opd_ds.errors import UserError
 from tests.tiny import run_settings, write_config
-
-
-@pytest.fixture
-def config_file(tiny_world: Path, tmp_path: Path) -> Path:
-    return write_config(tmp_path / "run.yaml", run_settings(tiny_world, tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
@@ -164,70 +149,6 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
         resolve_path("nobody/nothing-here", "model.path")
 
 
-# ---- ds_config ----
-
-
-def completed(config_file: Path, template: dict[str, Any], *overrides: str) -> dict[str, Any]:
-    return student_ds_config(template, load_config(None, config_file, list(overrides)), World(0, 0, 4, 2), "mine.json")
-
-
-def test_every_shipped_ds_config_completes(config_file: Path) -> None:
-    config = load_config(None, config_file, [])
-    files = sorted((package_root() / "ds_configs").glob("*.json"))
-    assert len(files) >= 9
-    for file in files:
-        template = read_ds_config(file)
-        if file.stem.startswith("zero_inference"):
-            ds_config = frozen_ds_config(template, "bf16", 4, file.name)
-            assert "optimizer" not in ds_config
-        else:
-            ds_config = student_ds_config(template, config, World(0, 0, 4, 2), file.name)
-            assert ds_config["optimizer"]["params"]["lr"] == 1e-3
-        batch = ds_config["train_micro_batch_size_per_gpu"] * ds_config["gradient_accumulation_steps"] * 4
-        assert ds_config["train_batch_size"] == batch
-        assert '"auto"' not in json.dumps(fill_sizes(ds_config, NetworkSizes(1000, 500, 100, 100)))
-
-
-@pytest.mark.parametrize(
-    ("template", "overrides", "message"),
-    [
-        ({"train_batch_size": 64}, [], r"train_batch_size = 64 is not taken from there.*rollout\.samples"),
-        ({"gradient_accumulation_steps": 2}, [], r"gradient_accumulation_steps = 2"),
-        ({"bf16": {"enabled": True}}, [], r"bf16\.enabled = True contradicts precision = 'fp32'"),
-        ({"torch_autocast": {"enabled": True}}, [], "torch_autocast is not supported"),
-        ({"gradient_clipping": 5.0}, ["optimizer.max_grad_norm=1.0"], r"gradient_clipping = 5.0 .* = 1.0 differ"),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 1}}}, ["optimizer.lr=2.0"], r"optimizer\.params\.lr = 1"),
-        ({"scheduler": {"type": "WarmupLR"}}, ["optimizer.warmup_rounds=3"], "has a scheduler"),
-    ],
-)
-def test_ds_config_conflicts_are_errors(
-    config_file: Path, template: dict[str, Any], overrides: list[str], message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        completed(config_file, template, *overrides)
-
-
-def test_explicit_ds_config_values_stand(config_file: Path) -> None:
-    explicit = completed(config_file, {"gradient_clipping": 5.0, "optimizer": {"type": "Lion", "params": {"lr": 1e-3}}})
-    assert explicit["gradient_clipping"] == 5.0
-    assert explicit["optimizer"] == {"type": "Lion", "params": {"lr": 1e-3}}
-
-
-def test_schedules(config_file: Path) -> None:
-    warm = completed(config_file, {}, "optimizer.warmup_rounds=5")["scheduler"]
-    assert (warm["type"], warm["params"]["warmup_num_steps"]) == ("WarmupLR", 5)
-    cosine = completed(config_file, {}, "optimizer.schedule=cosine", "train.inner_epochs=2")["scheduler"]
-    assert (cosine["type"], cosine["params"]["total_num_steps"]) == ("WarmupCosineLR", 6)
-    assert "scheduler" not in completed(config_file, {})
-
-
-def test_teacher_ds_config_refusals() -> None:
-    with pytest.raises(UserError, match="a teacher engine needs 3"):
-        frozen_ds_config({"zero_optimization": {"stage": 2}}, "fp32", 1, "mine.json")
-    with pytest.raises(UserError, match="a teacher never trains; remove 'optimizer'"):
-        frozen_ds_config({"zero_optimization": {"stage": 3}, "optimizer": {}}, "fp32", 1, "mine.json")
-
-
 def test_config_is_plain_data(config_file: Path) -> None:
     """What `config.yaml` in the output folder holds is a config again."""
     config = load_config(None, config_file, [])
@@ -245,73 +166,3 @@ def test_a_reward_is_a_name_or_a_mapping(config_file: Path) -> None:
     assert list(config.rewards) == ["ocr", "judge"]
     with pytest.raises(UserError, match="the label 'ocr' stands for two rewards"):
         load_config(None, config_file, ["tasks.one.rewards=[ocr]", "tasks.two.rewards=[{name: ocr, options: {n: 1}}]"])
-
-
-@pytest.mark.parametrize(
-    ("world", "given", "filled"),
-    [
-        (World(0, 0, 16, 8), "auto", 8),
-        (World(0, 0, 8, 8), "auto", 1),  # one node: plain ZeRO-3
-        (World(0, 0, 4, 1), "auto", 1),
-        (World(0, 0, 16, 8), 4, 4),
-    ],
-)
-def test_hierarchical_sharding_follows_the_nodes(config_file: Path, world: World, given: Any, filled: int) -> None:
-    template = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": given}}
-    ds_config = student_ds_config(template, load_config(None, config_file, []), world, "mine.json")
-    assert ds_config["zero_optimization"]["zero_hpz_partition_size"] == filled
-
-
-@pytest.mark.parametrize(
-    ("zero", "message"),
-    [
-        ({"stage": 2, "zero_hpz_partition_size": "auto"}, r"zero_hpz_partition_size = 2 needs stage 3, not 2"),
-        ({"stage": 3, "zero_hpz_partition_size": 3}, r"zero_hpz_partition_size = 3 does not divide the 4 ranks"),
-        ({"stage": 2, "round_robin_gradients": True}, "round_robin_gradients is not supported"),
-        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "ratio other than 1 is not supported"),
-        ({"stage": 3, "mics_shard_size": 2}, r"mics_shard_size: DeepSpeed has removed MiCS; use zero_hpz_partition"),
-    ],
-)
-def test_layouts_that_do_not_fit_are_refused(config_file: Path, zero: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        completed(config_file, {"zero_optimization": zero})
-
-
-def test_auto_sizes_follow_the_network_and_numbers_stand() -> None:
-    shipped = {path.stem: read_ds_config(path) for path in sorted((package_root() / "ds_configs").glob("*.json"))}
-    small = NetworkSizes(parameters=16_000_000, trained=8_000_000, largest=300_000, largest_trained=200_000)
-    large = NetworkSizes(12 * 10**9, 12 * 10**9, 50_000_000, 50_000_000)
-    sizes = fill_sizes(shipped["zero3"], small)["zero_optimization"]
-    assert (sizes["reduce_bucket_size"], sizes["stage3_prefetch_bucket_size"]) == (1_000_000, 2_000_000)
-    assert sizes["stage3_max_live_parameters"] == sizes["stage3_max_reuse_distance"] == 4_000_000
-    sizes = fill_sizes(shipped["zero3"], large)["zero_optimization"]
-    assert (sizes["reduce_bucket_size"], sizes["stage3_max_live_parameters"]) == (50_000_000, 10**9)
-    adapters = NetworkSizes(parameters=10**9, trained=80_000, largest=10**7, largest_trained=50_000)
-    assert fill_sizes(shipped["zero2"], adapters)["zero_optimization"]["reduce_bucket_size"] == 50_000
-    swapped = fill_sizes(shipped["zero3_offload_nvme"], adapters)["zero_optimization"]["offload_param"]
-    assert swapped["buffer_size"] == 10**7
-    own = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 7}}
-    assert fill_sizes(own, large) == own
-
-
-def test_engines_that_swap_to_nvme_have_folders_of_their_own() -> None:
-    """DeepSpeed empties an engine's folder when it is made."""
-    shipped = read_ds_config(package_root() / "ds_configs" / "zero3_offload_nvme.json")
-    folders = set()
-    for name in ("student", "tasks.one.teacher"):
-        zero = swapped_apart(shipped, name)["zero_optimization"]
-        assert zero["offload_param"]["nvme_path"] == zero["offload_optimizer"]["nvme_path"]
-        folders.add(zero["offload_param"]["nvme_path"])
-    assert folders == {"/tmp/opd_ds_nvme/student", "/tmp/opd_ds_nvme/tasks.one.teacher"}
-    plain = read_ds_config(package_root() / "ds_configs" / "zero3.json")
-    assert swapped_apart(plain, "student") == plain
-
-
-def test_parameters_are_sharded_with_the_networks_own_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed makes the buffers of what swaps to NVMe when parameters are sharded, and drops an "auto" there."""
-    monkeypatch.setattr("opd_ds.engine.sharded_loading.ShardedParameters", lambda ds_config: ds_config)
-    shipped = read_ds_config(package_root() / "ds_configs" / "zero3_offload_nvme.json")
-    with torch.device("meta"):
-        network = torch.nn.Linear(30, 20)
-    built: Any = parameter_builder(shipped, torch.device("cpu"), lambda: network)
-    assert built["zero_optimization"]["offload_param"]["buffer_size"] == 600

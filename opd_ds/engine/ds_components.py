@@ -83,7 +83,7 @@ def fill_optimizer(ds: dict[str, Any], wanted: OptimizerSection, source: str) ->
     kind = block["type"] = _named(block["type"], _OPTIMIZERS, f"{source}: optimizer.type")
     found = {name: value for name, value in block.get("params", {}).items() if value is not None}
     params = _typed({name: value for name, value in found.items() if value != AUTO}, source)
-    offloaded = ds.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    offloaded = _offloads(ds)
     if kind in (*_ADAMS, "Muon") and not offloaded:
         # DeepSpeed's own FusedAdam is compiled at first use; torch's needs no compiler and is as fast.
         params.setdefault("torch_adam", True)
@@ -114,12 +114,30 @@ def fill_optimizer(ds: dict[str, Any], wanted: OptimizerSection, source: str) ->
 
 
 def _check_zero(ds: dict[str, Any], kind: str, made: Any, source: str) -> None:
+    stage = zero_stage(ds)
     untested = made is not None and made not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS
-    if untested and zero_stage(ds) > 0 and not ds.get("zero_allow_untested_optimizer", False):
+    if untested and stage > 0 and not ds.get("zero_allow_untested_optimizer", False):
         raise UserError(
             f"{source}: optimizer.type = {kind!r}: DeepSpeed has not tested it with ZeRO; write "
             '"zero_allow_untested_optimizer": true to use it all the same, or choose another'
         )
+    if kind == "Muon" and stage == 3 and ds["zero_optimization"].setdefault("reduce_scatter", False):
+        raise UserError(f"{source}: zero_optimization.reduce_scatter = true: Muon at stage 3 needs false")
+
+
+def check_device(ds: dict[str, Any], device: torch.device) -> None:
+    """Raise UserError where DeepSpeed has no kernel of the optimizer for this device."""
+    kind = ds["optimizer"]["type"]
+    if device.type == "cpu" and kind in ("Lamb", "Lion") and not _offloads(ds):
+        raise UserError(
+            f"ds_config: optimizer.type = {kind!r}: DeepSpeed computes it on GPUs only; choose another"
+            + (", or offload it to the CPU" if kind == "Lion" else "")
+        )
+
+
+def _offloads(ds: dict[str, Any]) -> bool:
+    device: str = ds.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    return device != "none"
 
 
 def _taken(kind: str, made: Any) -> set[str]:

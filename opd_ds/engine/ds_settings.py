@@ -17,8 +17,9 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
 
+from opd_ds.config.files import merged
 from opd_ds.errors import UserError, nearest
-from opd_ds.utils.nested import flat, merged
+from opd_ds.utils.nested import flat
 
 AUTO = "auto"
 
@@ -76,8 +77,6 @@ class DsSettings(_Block):
     aio: _Aio | None = None
     timers: _Timers | None = None
     steps_per_print: PositiveInt | None = None
-    wall_clock_breakdown: bool | None = None
-    memory_breakdown: bool | None = None
     communication_data_type: _DtypeName | None = None
     zero_allow_untested_optimizer: bool | None = None
     zero_force_ds_cpu_optimizer: bool | None = None
@@ -85,6 +84,7 @@ class DsSettings(_Block):
 
 
 _LOGS = "the run writes metrics.jsonl and TensorBoard into run.output_dir"
+_TIMES = "the times of a round's phases are in metrics.jsonl"
 _CHECKPOINTS = "set run.checkpoint_every and its neighbours in the run config"
 _PROMPTS = "prompts come from tasks.<name>.prompts of the run config"
 _PRECISION = "set precision in the run config"
@@ -95,10 +95,12 @@ _HPZ = 'DeepSpeed has removed it; for sharding within a node: zero_hpz_partition
 # Keys of DeepSpeed that have no place in a run, and what to do instead. Switched off they are left out.
 ELSEWHERE = {
     "tensorboard": _LOGS,
-    "wandb": _LOGS,
-    "comet": _LOGS,
+    "wandb": "set trackers in the run config",
+    "comet": "set trackers in the run config",
     "csv_monitor": _LOGS,
-    "comms_logger": "the times of a round's phases are in metrics.jsonl",
+    "comms_logger": _TIMES,
+    "wall_clock_breakdown": _TIMES,
+    "memory_breakdown": "`opd-ds plan` says what a run needs in each phase",
     "flops_profiler": "`opd-ds plan` counts the operations of a run",
     "autotuning": "it ends the process after some steps; `opd-ds plan` says what fits",
     "dump_state": "`opd-ds train --dry-run` prints the ds_config",
@@ -156,7 +158,7 @@ ELSEWHERE = {
     "zero_optimization.offload_optimizer.super_offload": "remove it",
 }
 # Keys that may have one value only, and why.
-_FIXED: dict[str, tuple[Any, str]] = {
+FIXED: dict[str, tuple[Any, str]] = {
     "managed_gradient_accumulation": (True, "the trainer sets the boundaries"),
     "gradient_allreduce_op": ("mean", "the loss is already the part of a mean"),
     "gradient_predivide_factor": (1.0, "gradients are averaged over the ranks"),
@@ -253,8 +255,8 @@ def _without_others(data: dict[str, Any], source: str, prefix: str = "") -> dict
             enabled = value.get("enabled", True) if isinstance(value, dict) else value
             if value and enabled not in (False, AUTO):
                 raise UserError(f"{source}: {path} is not supported here: {ELSEWHERE[path]}")
-        elif path in _FIXED:
-            only, why = _FIXED[path]
+        elif path in FIXED:
+            only, why = FIXED[path]
             if value not in (None, AUTO, only):
                 raise UserError(f"{source}: {path} = {_shown(value)}: only {_shown(only)} is supported: {why}")
         elif value is None and path != "zero_optimization.stage":

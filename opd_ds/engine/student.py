@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from opd_ds.engine import privates, state
 from opd_ds.engine.blocks import initialize
 from opd_ds.engine.comm import Group
+from opd_ds.engine.ds_components import check_device
 from opd_ds.engine.ds_config import parameters_on_nvme
 from opd_ds.engine.ds_settings import zero_stage
 from opd_ds.engine.fragments import Fragment, check_cover, fragments
@@ -37,7 +38,8 @@ class StudentEngine:
         schedule: of the learning rate; None leaves it to the ds_config.
 
     Raises:
-        UserError: this version of DeepSpeed keeps its shards elsewhere than `privates` knows.
+        UserError: DeepSpeed has no kernel of the optimizer for this device; or this version keeps its shards elsewhere
+            than `privates` knows.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class StudentEngine:
         gather: Literal["auto", "once", "per_layer"] = "auto",
         schedule: Schedule | None = None,
     ) -> None:
+        check_device(ds_config, group.device)
         self._group = group
         self._schedule = schedule
         self.zero_stage = zero_stage(ds_config)
