@@ -32,7 +32,7 @@ from tests.tiny import run_settings, write_config
         ("objective={method: closd_form}", r"^objective\.method = 'closd_form': .* Did you mean 'closed_form'\?$"),
         ("scoring.micro_batch=atuo", r"^scoring\.micro_batch = 'atuo': .*integer.* or .* Did you mean 'auto'\?$"),
         ("teech={algorithm: nft}", r"^teech: unknown key; .* Did you mean 'teach'\?$"),
-        ("optimizer.betas=[1]", r"^optimizer\.betas: has 1 entries and needs more$"),
+        ("optimizer.betas=[0.5]", r"^optimizer\.betas: has 1 entries and needs more$"),
         ("student.lora.targets=3", r"^student\.lora\.targets = 3: .*valid list"),
         ("tasks.three=null", r"^tasks\.three = null: .* there is nothing$"),
         ("rollout.kernel=heun", r"^rollout\.kernel = 'heun': .*'euler'.*'dpm2'"),
