@@ -19,6 +19,18 @@ if [ $# -eq 0 ] || [ ! -f "$1" ]; then
 fi
 hostfile=$1
 shift
+# The deepspeed launcher (0.19) shows a traceback for some of these, and ends with 0 where no host has a slot.
+problem=$(awk '{ sub(/\r$/, "") }
+  /^[[:space:]]*(#|$)/ { next }
+  !/^[[:space:]]*[^[:space:]]+[[:space:]]+slots=0*[1-9][0-9]*([[:space:]]|$)/ { print "line " NR ": " $0; exit }
+  seen[$1]++ { print "line " NR ": " $1 " is there already"; exit }
+  { hosts++ }
+  END { if (!hosts) print "it names no host" }' "$hostfile" | head -n 1)
+if [ -n "$problem" ]; then
+  echo "$hostfile, $problem; needs one line a machine, like: node1 slots=8" >&2
+  exit 2
+fi
+hosts=$(awk '{ sub(/\r$/, "") } !/^[[:space:]]*(#|$)/ { printf "%s%s", comma, $1; comma = "," }' "$hostfile")
 if ! command -v opd-ds >/dev/null && [ -f .venv/bin/activate ]; then
   # shellcheck disable=SC1091
   . .venv/bin/activate
@@ -41,7 +53,13 @@ for argument in "$@"; do
   fi
 done
 
+# shellcheck source=launchers/wait_until_done.sh
+. "$(dirname "$0")/wait_until_done.sh"
 child='' variables=''
+done_file=$PWD/.opd-ds-done-$$  # on every machine: they need not share this folder
+is_done() {
+  pdsh -S -R ssh -w "${hosts%%,*}" test -e "$done_file" && pdsh -R ssh -w "$hosts" rm -f "$done_file"
+}
 trap '[ -z "$variables" ] || rm -f "$variables"' EXIT
 trap '[ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM INT
 if [ -z "${DS_ENV_FILE:-}" ] && [ ! -f .deepspeed_env ] && [ ! -f ~/.deepspeed_env ]; then
@@ -58,7 +76,6 @@ fi
 
 deepspeed --hostfile "$hostfile" --force_multi ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} \
   --master_port "${MASTER_PORT:-$(python -m opd_ds.cluster.rendezvous)}" \
-  --module opd_ds.cli train --resume auto "${arguments[@]}" &
+  --module opd_ds.cli train --resume auto --done-file "$done_file" "${arguments[@]}" &
 child=$!
-while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done  # a trapped signal ends a wait
-wait "$child"
+wait_until_done "$child" is_done

@@ -6,6 +6,5 @@ cd "$(dirname "$0")/.."
 . launchers/environment.sh
 install_package "[plots]"
 
-processes=${PROCESSES:-2}
-resume=auto  # started again after an interruption, the run resumes
-exec deepspeed --log_level error --num_accelerators "$processes" --module opd_ds.cli train --recipe miniature --resume "$resume" "$@"
+# Started again after an interruption, the run resumes.
+PROCESSES=${PROCESSES:-2} exec bash launchers/single_node.sh --recipe miniature "$@"

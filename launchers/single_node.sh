@@ -21,7 +21,17 @@ fi
 share=$(($(nproc) / ${PROCESSES:-$gpus}))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((share > 0 ? share : 1))}
 
+# shellcheck source=launchers/wait_until_done.sh
+. "$(dirname "$0")/wait_until_done.sh"
+done_file=$(mktemp -u)
 port=${MASTER_PORT:-$(python -m opd_ds.cluster.rendezvous)}
+trap 'rm -f "$done_file"' EXIT
 trap '' USR1  # is for the ranks, which install their own handler; the launcher would die of it
-exec deepspeed ${PROCESSES:+--num_accelerators "$PROCESSES"} --master_port "$port" \
-  --module opd_ds.cli train --resume auto "$@"
+trap : INT    # Ctrl-C reaches all processes by itself
+child=''
+# The front process of the launcher (0.19) does not hand TERM on; the one behind it does, and gives the ranks 30 s.
+trap '[ -z "$child" ] || pkill -TERM -P "$child" || true' TERM
+deepspeed --log_level error ${PROCESSES:+--num_accelerators "$PROCESSES"} --master_port "$port" \
+  --module opd_ds.cli train --resume auto --done-file "$done_file" "$@" &
+child=$!
+wait_until_done "$child" test -e "$done_file"

@@ -31,8 +31,17 @@ fi
 port=${MASTER_PORT:-$(python -m opd_ds.cluster.rendezvous)}
 processes=${PROCESSES:-${SLURM_GPUS_ON_NODE:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}}
 
+# shellcheck source=launchers/wait_until_done.sh
+. "$(dirname "$0")/wait_until_done.sh"
+done_file=$(mktemp -u)  # of this machine: the first of its ranks makes it
+child=''
+trap 'rm -f "$done_file"' EXIT
 trap '' USR1  # is for the ranks, which install their own handler; torchrun would die of it
+trap : INT    # Ctrl-C reaches all processes by itself
+trap '[ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM
 # A machine's own name for itself need not be the one in MASTER_ADDR: say who holds the rendezvous.
-exec torchrun --nnodes="$nodes" --node-rank="$rank" --nproc-per-node="$processes" \
+torchrun --nnodes="$nodes" --node-rank="$rank" --nproc-per-node="$processes" \
   --rdzv-backend=c10d --rdzv-endpoint="$host:$port" --rdzv-id="${SLURM_JOB_ID:-opd-ds}" \
-  --rdzv-conf="is_host=$((rank == 0))" -m opd_ds.cli train --resume auto "$@"
+  --rdzv-conf="is_host=$((rank == 0))" -m opd_ds.cli train --resume auto --done-file "$done_file" "$@" &
+child=$!
+wait_until_done "$child" test -e "$done_file"

@@ -123,11 +123,14 @@ def test_without_mpirun_nothing_of_it_is_set(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def commands(tmp_path: Path) -> Path:
     """A folder for PATH: 4 GPUs, 32 cores; `deepspeed` shows its environment and what it was given."""
+    done = '[ -n "$ENDED_EARLY" ] || { while [ "$1" != --done-file ]; do shift; done; touch "$2"; }'
     scripts = {
         "opd-ds": "",
         "nproc": "echo 32",
         "python": 'case "$*" in *device_count*) echo "${GPUS:-4}";; *) echo 29500;; esac',
-        "deepspeed": 'echo "OMP_NUM_THREADS=$OMP_NUM_THREADS $*"; [ -z "$DS_ENV_FILE" ] || cat "$DS_ENV_FILE"',
+        "deepspeed": f'echo "OMP_NUM_THREADS=$OMP_NUM_THREADS $*"; [ -z "$DS_ENV_FILE" ] || cat "$DS_ENV_FILE"; {done}',
+        "torchrun": done,
+        "pdsh": 'while [ "$1" != -w ]; do shift; done; shift 2; "$@"',
     }
     for name, body in scripts.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -135,12 +138,18 @@ def commands(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def launched(script: str, *arguments: str, commands: Path, **variables: str) -> str:
+def ended(script: str, *arguments: str, commands: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": f"{commands}:/usr/bin:/bin", "HOME": str(commands), **variables}
     file = Path(__file__).parents[1] / "launchers" / script
     return subprocess.run(
-        ["bash", str(file), *arguments], env=environment, cwd=commands, capture_output=True, text=True, check=True
-    ).stdout
+        ["bash", str(file), *arguments], env=environment, cwd=commands, capture_output=True, text=True
+    )
+
+
+def launched(script: str, *arguments: str, commands: Path, **variables: str) -> str:
+    result = ended(script, *arguments, commands=commands, **variables)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.mark.parametrize(
@@ -171,6 +180,47 @@ def test_a_hostfile_launch_hands_settings_of_torch_and_triton_on(commands: Path)
     lines = told.splitlines()
     assert all(f"{name}={value}" in lines for name, value in handed.items())
     assert not any(line.startswith(tuple(kept)) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [("single_node.sh", []), ("torchrun_train.sh", []), ("hostfile_train.sh", ["hostfile"])],
+)
+def test_a_launcher_that_ends_with_0_before_the_run_is_done_does_not(
+    commands: Path, script: str, arguments: list[str]
+) -> None:
+    """As the deepspeed launcher does where its own process is killed."""
+    (commands / "hostfile").write_text("n1 slots=2\nn2 slots=2\n")
+    arguments += ["--recipe", "x"]
+    assert ended(script, *arguments, commands=commands, TMPDIR=str(commands)).returncode == 0
+    result = ended(script, *arguments, commands=commands, TMPDIR=str(commands), ENDED_EARLY="yes")
+    assert result.returncode == 76
+    assert result.stderr.splitlines()[-1].endswith("the run did not say that it is done: exit code 76")
+    assert not [*commands.glob("tmp.*"), *commands.glob(".opd-ds-done*")]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "it names no host"),
+        ("# n1 slots=8\n\n", "it names no host"),
+        ("n1 slots=0\n", "line 1: n1 slots=0"),
+        ("n1\n", "line 1: n1;"),
+        ("n1 slots=8\nn2 slots = 8\n", "line 2: n2 slots = 8"),
+        ("n1 slots=8\n\nn1 slots=4\n", "line 3: n1 is there already"),
+    ],
+)
+def test_a_hostfile_is_read_before_anything_starts(commands: Path, text: str, problem: str) -> None:
+    (commands / "hostfile").write_text(text)
+    result = ended("hostfile_train.sh", "hostfile", "--recipe", "x", commands=commands)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"hostfile, {problem}")
+
+
+def test_a_hostfile_may_have_comments_blank_lines_and_dos_line_ends(commands: Path) -> None:
+    (commands / "hostfile").write_bytes(b"# ours\r\n\r\nn1 slots=2\r\nn2 slots=1 # slow\r\n")
+    assert "--hostfile hostfile" in launched("hostfile_train.sh", "hostfile", "--recipe", "x", commands=commands)
 
 
 # ---- what a hang leaves ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from opd_ds.models.sd3 import SD3
 from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import GIB, DeviceKind, Devices, parse_devices, parse_host_memory
 from opd_ds.plan.inputs import network_inputs, squared_sum
+from opd_ds.plan.job import job_needs
 from opd_ds.plan.memory import Memory, batches, buffer_bytes, run_memory
 from opd_ds.plan.metering import forward_cost, training_cost
 from opd_ds.plan.network import Counts, Model, count, find_model, known_configs, known_models
@@ -584,3 +586,11 @@ def test_one_device_gathers_what_stands_on_its_host() -> None:
 
     assert gathered({}) == 0
     assert gathered({"offload_param": {"device": "cpu"}}) > 0
+
+
+def test_a_job_asks_for_what_the_plan_says(configured: Callable[..., DistilConfig]) -> None:
+    config = configured(deepspeed="zero3_offload_cpu")
+    planned = make_plan(config, costs_of(config), parse_devices("2xH100-80GB", "--gpu"))
+    needs = job_needs(config, "H100-80GB", 1, 2)
+    assert needs.memory == math.ceil(1.25 * planned.host_needed / GIB)
+    assert needs.saving == pytest.approx(2 * planned.seconds.total, rel=0.05)

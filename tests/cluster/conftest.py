@@ -172,6 +172,7 @@ def cluster(group: object) -> Iterator[Cluster]:
     }
     clean["PATH"] = f"{Path(sys.executable).parent}:{clean['PATH']}"
     clean |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    clean["SBATCH_EXPORT"] = "ALL"  # counts for more than the script's own --export=NONE
     printed = subprocess.run(
         ["bash", "-c", f". '{folder}/env.sh' && env -0"], env=clean, capture_output=True, text=True, check=True
     ).stdout

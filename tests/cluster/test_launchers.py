@@ -25,6 +25,8 @@ from pathlib import Path
 
 def leave(code):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if code == 0:
+        Path(sys.argv[sys.argv.index("--done-file") + 1]).touch()
     os._exit(code)
 
 rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
@@ -78,6 +80,15 @@ class Place:
             assert time.monotonic() < end, left
             time.sleep(0.1)
 
+    def check_arguments(self, ranks: list[dict[str, object]], *expected: str) -> None:
+        """All ranks have these, after what every launcher gives."""
+        for rank in ranks:
+            arguments = rank["arguments"]
+            assert isinstance(arguments, list)
+            assert arguments[:4] == ["train", "--resume", "auto", "--done-file"]
+            assert arguments[5:] == list(expected)
+            assert not Path(arguments[4]).exists()
+
     def check_untouched(self) -> None:
         assert not list(self.folder.rglob("owned"))
 
@@ -91,14 +102,24 @@ def place(tmp_path: Path) -> Place:
     (tmp_path / "bin" / "opd-ds").chmod(0o755)
     (tmp_path / "opd_ds" / "__init__.py").touch()
     (tmp_path / "opd_ds" / "cli.py").write_text(STUB)
-    return Place(tmp_path, {"RECORD": str(tmp_path / "record"), "MASTER_PORT": "29517"})
+    (tmp_path / "opd_ds" / "cluster").mkdir()
+    (tmp_path / "opd_ds" / "cluster" / "__init__.py").touch()
+    (tmp_path / "opd_ds" / "cluster" / "rendezvous.py").write_text("print(29517)")
+    return Place(tmp_path, {"RECORD": str(tmp_path / "record")})
 
 
 @pytest.fixture
 def submit(cluster: Cluster, place: Place) -> Callable[..., str]:
-    def submit(behave: str, *arguments: str, script: str = "slurm_train.sbatch", options: tuple[str, ...] = ()) -> str:
+    def submit(
+        behave: str,
+        *arguments: str,
+        script: str = "slurm_train.sbatch",
+        options: tuple[str, ...] = (),
+        launcher: str = "srun",
+    ) -> str:
         environment = place.environment | {
             "BEHAVE": behave,
+            "LAUNCHER": launcher,
             "PATH": f"{place.folder}/bin:{cluster.environment['PATH']}",
         }
         return cluster.submit(*options, LAUNCHERS / script, *arguments, env=environment, cwd=place.folder)
@@ -110,7 +131,7 @@ def test_every_argument_reaches_every_rank_as_it_is(cluster: Cluster, place: Pla
     job = submit("0", *EVIL, options=("-N2", "--ntasks-per-node=2", "--cpus-per-task=3"))
     cluster.wait_for(job, "COMPLETED")
     ranks = place.recorded(4)
-    assert [rank["arguments"] for rank in ranks] == [["train", "--resume", "auto", *EVIL]] * 4
+    place.check_arguments(ranks, *EVIL)
     assert [rank["host"] for rank in ranks] == ["n1", "n1", "n2", "n2"]
     assert {rank["folder"] for rank in ranks} == {str(place.folder)}
     for index, rank in enumerate(ranks):
@@ -132,15 +153,22 @@ def test_a_written_script_reaches_the_ranks_as_it_was_given(cluster: Cluster, pl
     folder = place.folder / 'it\'s a "place"; $(touch owned) #'
     folder.mkdir()
     job_name = '"; touch owned; $(touch owned) \\'
-    text = batch_script(Job(EVIL, folder, nodes=2, job_name=job_name, environment="", log_dir="logs $(touch owned)"))
+    prologue = str(place.folder / "prologue.sh")
+    text = batch_script(Job(EVIL, folder, nodes=2, job_name=job_name, prologue=prologue, log_dir="logs $(touch owned)"))
     (folder / "logs $(touch owned)").mkdir()
     script = place.folder / "job.sbatch"
     script.write_text(text)
-    environment = place.environment | {"BEHAVE": "0", "PATH": f"{place.folder}/bin:{cluster.environment['PATH']}"}
-    job = cluster.submit(script, env=environment, cwd=Path("/"))
-    cluster.wait_for(job, "COMPLETED")
+    # Nothing of this shell reaches the job, which is left to the prologue.
+    given = place.environment | {"BEHAVE": "0"}
+    lines = [f"export {name}={value}\n" for name, value in given.items()]
+    lines.append(f"PATH={place.folder}/bin:{cluster.environment['PATH']}\n")
+    (place.folder / "prologue.sh").write_text("".join(lines))
+    leak = {"RANK": "1", "SLURM_CPUS_PER_TASK": "5", "SBATCH_EXPORT": "NONE", "LEAK": "1", "BEHAVE": "9"}
+    job = cluster.submit(script, env=leak, cwd=Path("/"))
+    cluster.wait_for(job, ("COMPLETED", "FAILED"))
     ranks = place.recorded(2)
-    assert [rank["arguments"] for rank in ranks] == [["train", "--resume", "auto", *EVIL]] * 2
+    assert not any(name in str(rank["environment"]) for rank in ranks for name in ("'RANK'", "'LEAK'"))
+    place.check_arguments(ranks, *EVIL)
     assert {rank["folder"] for rank in ranks} == {str(folder)}
     assert f"JobName={job_name} " in cluster.on("login", "scontrol", "show", "job", "-o", job).stdout
     assert (folder / "logs $(touch owned)" / f"opd-ds-{job}.log").is_file()
@@ -212,9 +240,9 @@ def test_errors_end_the_job_and_losses_restart_it_so_often(
 
 
 def test_the_deepspeed_launcher_in_an_allocation(cluster: Cluster, place: Place, submit: Callable[..., str]) -> None:
-    job = submit("wait", *EVIL, script="slurm_deepspeed.sbatch", options=("-N2", "--ntasks-per-node=2"))
+    job = submit("wait", *EVIL, launcher="deepspeed", options=("-N2", "--ntasks-per-node=2"))
     ranks = place.recorded(4)
-    assert [rank["arguments"] for rank in ranks] == [["train", "--resume", "auto", *EVIL]] * 4
+    place.check_arguments(ranks, *EVIL)
     assert [rank["host"] for rank in ranks] == ["n1", "n1", "n2", "n2"]
     assert (place.folder / f".opd-ds-hostfile-{job}").read_text() == "n1 slots=2\nn2 slots=2\n"
     cluster.cancel("--batch", "--signal=USR1", job)
@@ -236,9 +264,9 @@ def test_a_hostfile_over_pdsh(cluster: Cluster, place: Place) -> None:
     with cluster.start("login", *command, env=given, cwd=place.folder) as running:
         ranks = place.recorded(2)
         cluster.on("login", "kill", "-TERM", (place.folder / "pid").read_text().strip())
-        output, _ = running.communicate(timeout=120)
+        running.communicate(timeout=120)
     place.saved(2)
-    assert [rank["arguments"] for rank in ranks] == [["train", "--resume", "auto", *EVIL]] * 2, output
+    place.check_arguments(ranks, *EVIL)
     assert [rank["host"] for rank in ranks] == ["n1", "n2"]
     for rank in ranks:
         environment = rank["environment"]
@@ -255,7 +283,7 @@ def test_torchrun_on_two_nodes(cluster: Cluster, place: Place) -> None:
     command = ("srun", "-N2", "--ntasks-per-node=1", str(LAUNCHERS / "torchrun_train.sh"), *EVIL)
     with cluster.start("login", *command, env=environment, cwd=place.folder) as running:
         ranks = place.recorded(2)
-        assert [rank["arguments"] for rank in ranks] == [["train", "--resume", "auto", *EVIL]] * 2
+        place.check_arguments(ranks, *EVIL)
         assert {rank["host"] for rank in ranks} == {"n1", "n2"}
         step = cluster.on("login", "squeue", "-h", "-o", "%i").stdout.split()[0]
         cluster.cancel("--signal=USR1", step)

@@ -35,19 +35,20 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("script", "per_node"),
+    ("launcher", "per_node"),
     [
-        pytest.param("slurm_train.sbatch", 1, marks=pytest.mark.slow),
-        ("slurm_train.sbatch", 2),
-        ("slurm_deepspeed.sbatch", 1),
-        pytest.param("slurm_deepspeed.sbatch", 2, marks=pytest.mark.slow),
+        pytest.param("srun", 1, marks=pytest.mark.slow),
+        ("srun", 2),
+        ("deepspeed", 1),
+        pytest.param("deepspeed", 2, marks=pytest.mark.slow),
     ],
 )
 def test_in_a_slurm_allocation(
-    cluster: Cluster, tmp_path: Path, local: dict[int, list[dict[str, float]]], script: str, per_node: int
+    cluster: Cluster, tmp_path: Path, local: dict[int, list[dict[str, float]]], launcher: str, per_node: int
 ) -> None:
     tasks = ["-N", "2", f"--ntasks-per-node={per_node}", f"--chdir={tmp_path}"]
-    job = cluster.submit(*tasks, LAUNCHERS / script, *arguments(tmp_path / "out"), cwd=tmp_path)
+    script = LAUNCHERS / "slurm_train.sbatch"
+    job = cluster.submit(*tasks, script, *arguments(tmp_path / "out"), env={"LAUNCHER": launcher}, cwd=tmp_path)
     assert cluster.wait_for(job, ("COMPLETED", "FAILED"), timeout=240) == "COMPLETED", cluster.output(job)
     assert metrics(tmp_path / "out") == local[2 * per_node]
 
