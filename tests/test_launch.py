@@ -316,5 +316,5 @@ def test_a_visitor_who_gives_up_keeps_nobody_out() -> None:
 
 def test_no_rank_0_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(1, 1, 2, 2, "127.0.0.1", None, "nobody")
-    with pytest.raises(UserError, match=r"rank 1 of 2 has waited 1 s for rank 0 of job 'nobody' on 127\.0\.0\.1; "):
+    with pytest.raises(UserError, match=r"rank 1 of 2 has waited 1 s for rank 0 of job 'nobody' on 127\.0\.0\.1\. "):
         agree_on_port(world, timeout=1)

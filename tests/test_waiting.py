@@ -74,7 +74,7 @@ def test_missing_ranks_are_named_and_the_first_signal_ends_the_wait(
     said = process.output
     (line,) = [line for line in said.splitlines() if "goes on waiting" in line]
     assert missing in line
-    assert line.endswith(f"if this process should run alone: {unset}")
+    assert line.endswith(f"If this process should run alone, {unset}")
     assert "stops waiting for rank" in said.splitlines()[-1]
     assert "Traceback" not in said
 

@@ -107,15 +107,15 @@ class Waiting:
             raise Interrupted(code)
         text = f"rank {world.rank} of {world.size} has waited {waited:.0f} s for {missing}"
         if self.left == 0:
-            raise UserError(f"{text}; {self._advice()}")
+            raise UserError(f"{text}. {self._advice()}")
         if waited > SAID_AFTER and not self._said and self._speaks():
-            print(f"opd-ds: {text} and goes on waiting; {self._advice()}", file=sys.stderr, flush=True)
+            print(f"opd-ds: {text} and goes on waiting. {self._advice()}", file=sys.stderr, flush=True)
             self._said = True
         time.sleep(min(pause, self.left))
 
     def _advice(self) -> str:
-        alone = f"; if this process should run alone: unset {self._world.told_by}" if self._world.told_by else ""
-        return f"are all ranks started, and may they connect to {self._world.master_addr}?{alone}"
+        alone = f" If this process should run alone, unset {self._world.told_by}" if self._world.told_by else ""
+        return f"Are all ranks started, and may they connect to {self._world.master_addr}?{alone}"
 
     def _speaks(self) -> bool:
         """Rank 0, and where that is missing, the next on its node and the first on every other."""

@@ -33,7 +33,7 @@ rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
 if os.environ["BEHAVE"] == "2" and rank == "1":
     time.sleep(3)
 signal.signal(signal.SIGUSR1, lambda *_: leave(75))
-signal.signal(signal.SIGTERM, lambda *_: ((record / f"saved.{rank}").touch(), leave(0)))
+signal.signal(signal.SIGTERM, lambda *_: ((record / f"saved.{rank}").touch(), leave(143)))
 record, restarts = Path(os.environ["RECORD"]), os.environ.get("SLURM_RESTART_COUNT", "0")
 arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
 about = {"arguments": arguments, "environment": dict(os.environ), "host": os.uname().nodename, "folder": os.getcwd()}
