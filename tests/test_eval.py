@@ -444,3 +444,91 @@ def test_an_evaluation_that_is_done_loads_no_network(eval_run: Evaluate, monkeyp
     monkeypatch.setattr(SD3, "encode", lambda *_: pytest.fail("a prompt was encoded"))
     monkeypatch.setattr(Painter, "draw", lambda *_: pytest.fail("an image was drawn"))
     eval_run()
+
+
+def test_another_evaluation_takes_a_folder_of_its_own_and_draws_nothing_again(
+    eval_run: Evaluate, tmp_path: Path, drawn: list[int], scored: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    everything = eval_run(Choice(limit=2))
+    first = tmp_path / "out" / "eval"
+    before = {file: file.read_bytes() for file in first.rglob("*") if file.is_file()}
+    images, calls = sum(drawn), sum(scored)
+    part = eval_run(Choice(limit=2, rewards=["miniature_look"]))  # one reward fewer: another evaluation
+    second = tmp_path / "out" / "eval-2"
+    assert {file: file.read_bytes() for file in before} == before
+    assert read_results(second / "results.json") == part
+    assert f"{second / 'results.json'}" in capsys.readouterr().out
+    assert (sum(drawn), sum(scored)) == (images, calls)  # taken from the first
+    for model in everything["models"]:
+        assert part["scores"][model]["one"]["miniature_look"] == everything["scores"][model]["one"]["miniature_look"]
+    more = eval_run(Choice(limit=3))  # all of the first and more: the same folder
+    assert read_results(first / "results.json") == more
+    other = eval_run(Choice(limit=3), evaluation__seed=5)  # neither the first's nor the second's
+    assert read_results(tmp_path / "out" / "eval-3" / "results.json") == other
+
+
+def test_a_named_folder_is_taken_or_refused(eval_run: Evaluate, tmp_path: Path, drawn: list[int]) -> None:
+    named = tmp_path / "mine"
+    eval_run(Choice(limit=2, output=named))
+    assert sorted(file.name for file in named.iterdir()) == [
+        "images", "report.html", "results.csv", "results.json", "results.md", "scores",
+    ]  # fmt: skip
+    assert not (tmp_path / "out" / "eval").exists()
+    eval_run(Choice(limit=2, output=named))
+    images = sum(drawn)
+    for choice, lost in (
+        (Choice(limit=1, output=named), "prompt set one with 2 prompts of 1 samples"),
+        (Choice(Requests(defaults=False, models=["base"]), limit=2, output=named), "model teacher:one"),
+        (Choice(Requests(guidance=["base=3"]), limit=2, output=named), "model base with guidance 2 on one"),
+        (Choice(rewards=["miniature_look"], limit=2, output=named), "reward miniature_composition on one"),
+    ):
+        with pytest.raises(UserError, match=f"holds another evaluation, of which this one would not keep {lost};"):
+            eval_run(choice)
+    assert sum(drawn) == images
+
+
+def test_a_run_under_way_keeps_its_folder(eval_run: Evaluate, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text("")
+    eval_run(Choice(limit=1))
+    assert (tmp_path / "out" / "eval-2" / "results.json").is_file()
+    assert not (tmp_path / "out" / "eval").exists()
+
+
+def test_raw_weights_are_another_model_than_their_average(
+    eval_run: Evaluate, tiny_world: Path, tmp_path: Path, group: Group
+) -> None:
+    changes = {"run__rounds": 2, "run__checkpoint_every": 2, "student__ema": {"decay": 0.9}, "optimizer__lr": 0.1}
+    train(DistilConfig.model_validate(settings(tiny_world, tmp_path / "out", **changes)), group)
+    average, raw = (
+        eval_run(
+            Choice(Requests(defaults=False, models=["it=checkpoint:2"], raw=raw), limit=2, output=tmp_path / str(raw)),
+            **changes,
+        )
+        for raw in (False, True)
+    )
+    assert raw["models"]["it"]["identity"] != average["models"]["it"]["identity"]
+    pixels = [np.asarray(Image.open(tmp_path / str(raw) / "images/it/one/00000-0.png")) for raw in (False, True)]
+    assert (pixels[0] != pixels[1]).any()
+    with pytest.raises(UserError, match="--raw: no model is a checkpoint that keeps an average"):
+        eval_run(Choice(Requests(defaults=False, models=["student"], raw=True)), **changes)
+
+
+def test_prompts_on_the_command_line_are_mapped_as_in_a_config(eval_run: Evaluate, tmp_path: Path) -> None:
+    rows = [("ocr", "a"), ("ocr", "b"), ("look", "c"), ("ocr", "a"), ("ocr", "d")]
+    file = tmp_path / "rows.csv"
+    file.write_text("kind,caption\n" + "".join(f"{kind},{caption}\n" for kind, caption in rows))
+    keys = f"{{path: {file}, column: caption, where: {{kind: ocr}}, unique: true, limit: 2}}"
+    results = eval_run(Choice(Requests(defaults=False, models=["base"]), prompts=[f"more={keys}"]))
+    assert results["sets"]["more"]["prompts"] == ["a", "b"]
+    with pytest.raises(UserError, match=r"--prompts more: colum = 'x': unknown key; .*Did you mean 'column'"):
+        eval_run(Choice(prompts=[f"more={{path: {file}, colum: x}}"]))
+
+
+def test_the_command_says_json(tiny_world: Path, tmp_path: Path) -> None:
+    file = write_config(tmp_path / "run.yaml", settings(tiny_world, tmp_path / "out"))
+    arguments = ["--config", str(file), "--limit", "1", "--json", "--output", str(tmp_path / "here")]
+    result = CliRunner().invoke(app, ["eval", *arguments], catch_exceptions=False)
+    data = json.loads(result.stdout)
+    assert data["results"] == str(tmp_path / "here" / "results.json")
+    assert data["scores"]["base"]["one"]["miniature_look"].keys() == {"n", "nan", "mean", "ci95"}

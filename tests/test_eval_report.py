@@ -303,3 +303,48 @@ def in_browser(file: Path, profile: Path, size: str) -> dict[str, Any]:
         browser.wait()
         server.shutdown()
         server.server_close()
+
+
+def widths_of(drawn: str, colour: str) -> float:
+    """Of the bar with this colour."""
+    path = re.search(rf'<path d="([^"]*)"[^>]*fill: {colour}', drawn)
+    assert path is not None
+    xs = [float(x) for x in re.findall(r"[ML] ([\d.]+) ", path[1])]
+    return max(xs) - min(xs)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_bars_begin_at_zero_on_both_sides_of_it(sign: int) -> None:
+    drawn = bars("x", [Bar("a", "#111111", sign * 0.2, None, None), Bar("b", "#222222", sign * 0.4, None, None)])
+    assert widths_of(drawn, "#222222") == pytest.approx(2 * widths_of(drawn, "#111111"), rel=0.01)
+    assert "axis not from 0" not in drawn
+    assert f"b {sign * 0.4:.3f}" in drawn
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_close_values_far_from_zero_are_told_apart_and_tiny_differences_stay_tiny(sign: int) -> None:
+    apart = bars("x", [Bar("a", "#111111", sign * 3.0, None, None), Bar("b", "#222222", sign * 3.3, None, None)])
+    assert "axis not from 0" in apart
+    assert widths_of(apart, "#222222") > 1.5 * widths_of(apart, "#111111")
+    tiny = bars("x", [Bar("a", "#111111", sign * 3.0, None, None), Bar("b", "#222222", sign * 3.0001, None, None)])
+    assert widths_of(tiny, "#222222") < 1.05 * widths_of(tiny, "#111111")
+
+
+def test_long_names_keep_their_ends() -> None:
+    names = ["student-with-a-very-long-name-round-000100", "student-with-a-very-long-name-round-000200"]
+    drawn = bars("x", [Bar(name, "#111111", 0.5, None, None) for name in names])
+    assert "…" in drawn
+    assert "ound-000100<" in drawn.replace("\n", "")
+    assert "ound-000200<" in drawn.replace("\n", "")
+
+
+def test_every_reward_of_a_set_is_beside_its_image(tmp_path: Path) -> None:
+    results = write_evaluation(tmp_path, ["a", "b"])
+    for by_set in results["scores"].values():
+        by_set["text"]["grade"] = _entry([-1.5, -2.0], 2)
+    results["sets"]["text"]["own"] = results["sets"]["text"]["rewards"] = ["text", "grade"]
+    page = write_report(tmp_path, results, []).read_text()
+    assert "scores: text, grade" in page
+    assert page.count("<small>grade -1.500") == 3
+    assert page.count("<small>text ") == 6
+    assert "text / grade" in page  # and in the table

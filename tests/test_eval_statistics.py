@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from opd_ds.cli.main import app
 from opd_ds.errors import UserError
 from opd_ds.evaluation.compare import compare, compare_files
 from opd_ds.evaluation.results import FORMAT, Results
@@ -147,18 +148,26 @@ def test_compare_pairs_by_prompt_and_says_what_it_leaves_out() -> None:
     assert any("alpha: measured by two different rewards" in note for note in notes)
 
 
-def test_compare_reads_files_and_models(tmp_path: Path, capsys: Any) -> None:
+def test_compare_reads_files_and_models(tmp_path: Path) -> None:
     generator = np.random.default_rng(6)
     files = []
     for name, shift in (("a", 0.0), ("b", 0.2)):
         file = tmp_path / f"{name}.json"
         file.write_text(json.dumps(results_of(generator, name, {"alpha": shift})))
         files.append(str(file))
-    differences = compare_files(*files)
+    differences, notes = compare_files(*files)
     first = differences[0]
     assert (first.models, first.reward, first.significant) == (("student", "student"), "alpha", True)
-    assert "base and base are the same weights" in capsys.readouterr().out
-    within = compare_files(f"{files[0]}#base", f"{files[0]}#student")
+    assert notes == ["base and base are the same weights: not compared"]
+    for arguments in ([], ["--json"]):
+        result = CliRunner().invoke(app, ["eval", "--compare", *files, *arguments])
+        assert result.exit_code == 0
+        assert "base and base are the same weights" in result.output
+        assert max(map(len, result.output.splitlines()[:12])) <= 80
+    (row,) = [one for one in json.loads(result.output)["differences"] if one["reward"] == "alpha"]
+    assert row["significant"]
+    assert row["p"] == first.p
+    within, _ = compare_files(f"{files[0]}#base", f"{files[0]}#student")
     assert {d.models for d in within} == {("base", "student")}
     assert not any(d.significant for d in within)  # the same scores under two names
     with pytest.raises(UserError, match="no model 'teacher'; there are student, base"):
@@ -168,3 +177,15 @@ def test_compare_reads_files_and_models(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "odd.json").write_text("{}")
     with pytest.raises(UserError, match="not a results file"):
         compare_files(str(tmp_path / "odd.json"), files[1])
+
+
+def test_differences_within_the_uncertainty_are_not_stretched() -> None:
+    table: dict[str, list[float | None]] = {"a": [0.50, 0.2], "b": [0.51, 0.8], "c": [0.505, 0.5]}
+    kept, normalised = normalised_columns(table, widths=[0.1, 0.1])
+    assert kept == [0, 1]
+    assert normalised == {
+        "a": [pytest.approx(0.45), pytest.approx(0.0)],
+        "b": [pytest.approx(0.55), pytest.approx(1.0)],
+        "c": [pytest.approx(0.5), pytest.approx(0.5)],
+    }
+    assert normalised_average(table)["b"] == 1.0  # without widths: min-max, as in the paper

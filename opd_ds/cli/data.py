@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -82,12 +83,13 @@ def check(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="column=caption, where.task=ocr, split=train ...: as in a config")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """Read a prompt set as a run would: counts, tags, repeats and the first problems, which make the exit status 1."""
     from opd_ds.config.loading import parse_prompts
-    from opd_ds.data.check import describe, look_through
+    from opd_ds.data.check import as_dict, describe, look_through
 
     found = look_through(parse_prompts(path, overrides or []), "FILE")
-    typer.echo(describe(found))
+    typer.echo(json.dumps(as_dict(found), indent=1) if as_json else describe(found))
     if found.problems:
         raise typer.Exit(1)

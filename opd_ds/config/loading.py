@@ -66,6 +66,19 @@ def parse_prompts(path: str, overrides: list[str]) -> PromptsSection:
         raise UserError(_explained(PromptsSection, error)) from error
 
 
+def named_prompts(text: str, key: str) -> PromptsSection:
+    """The section that `text` stands for, a path alone or a mapping as in a config: `{path: FILE, column: caption}`.
+
+    Raises:
+        UserError: as `load_config`; `key` says where it stood.
+    """
+    data = parse_yaml(text, key) if text.startswith("{") else {"path": text}
+    try:
+        return PromptsSection.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{key}: {_explained(PromptsSection, error)}") from error
+
+
 def _apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from opd_ds.config.sections import PromptsSection
 from opd_ds.data.readers import Problem, Row, locate, rows
@@ -90,6 +91,20 @@ def describe(found: Findings) -> str:
     if len(found.problems) > _SHOWN:
         lines.append(f"  and {len(found.problems) - _SHOWN} more")
     return "\n".join(lines)
+
+
+def as_dict(found: Findings) -> dict[str, Any]:
+    """For programs: the same counts, places, and all problems."""
+    return {
+        "prompts": found.prompts,
+        "tags": dict(found.tags),
+        "geneval": found.geneval,
+        "quoting": found.quoting,
+        "odd_quotes": [row.place for row in found.odd_quotes],
+        "repeats": [row.place for row in found.repeats],
+        "longest": len(found.longest.prompt) if found.longest else 0,
+        "problems": [asdict(problem) for problem in found.problems],
+    }
 
 
 def _plain(tag: str) -> str:

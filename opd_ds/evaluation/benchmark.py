@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +92,7 @@ class _Job:
 
 
 class Benchmark:
-    """Draws and scores images, and stores both. The folder must be one that all ranks see.
+    """Draws and scores images, and stores both. The folders must be ones that all ranks see.
 
     Args:
         base_sha256: of the base folder, which gives all models text encoders, VAE and scheduler.
@@ -108,13 +108,20 @@ class Benchmark:
         sets: dict[str, EvaluationSet],
         rewards: dict[str, Reward],
     ) -> None:
-        self.folder, self.sets = folder, sets
+        self.sets = sets
         self._group, self._painter, self._rewards = group, painter, rewards
         # What all images share.
         self.settings = painter.settings | {"base_sha256": base_sha256}
-        self._pictures = PictureStore(folder / "images")
-        self._scores = ScoreStore(folder / "scores", group.world.rank)
         self.identities = {label: reward.identity() for label, reward in rewards.items()}
+        self.keep_in(folder)
+
+    def keep_in(self, folder: Path, others: Sequence[Path] = ()) -> None:
+        """Store in `folder`, and take over what the evaluations in the folders `others` have drawn and scored."""
+        self.folder = folder
+        self._pictures = PictureStore(folder / "images")
+        self._scores = ScoreStore(folder / "scores", self._group.world.rank)
+        self._other_pictures = [PictureStore(other / "images") for other in others]
+        self._other_scores = [ScoreStore(other / "scores", self._group.world.rank) for other in others]
 
     # ---- drawing ----
 
@@ -123,15 +130,15 @@ class Benchmark:
         found = None
         if self._group.world.is_main:
             found = {
-                name: [
-                    place
-                    for place, item in enumerate(chosen.items)
-                    if not self._pictures.finished(picture_file(model, name, item), self._recipe(model, name, item))
-                ]
+                name: [place for place, item in enumerate(chosen.items) if not self._finished(model, name, item)]
                 for name, chosen in self.sets.items()
             }
         found = self._group.broadcast(found)
         return {name: [self.sets[name].items[place] for place in places] for name, places in found.items() if places}
+
+    def _finished(self, model: EvalModel, name: str, item: Item) -> bool:
+        file, recipe = picture_file(model, name, item), self._recipe(model, name, item)
+        return self._pictures.finished(file, recipe) or self._pictures.adopt(file, recipe, self._other_pictures)
 
     def draw(self, model: EvalModel, pause: Callable[[], None] | None = None) -> int:
         """Draw what is missing; every rank makes equally many forwards, so `model` may be sharded. Collective.
@@ -186,14 +193,14 @@ class Benchmark:
             for name, chosen in self.sets.items()
             for label in chosen.asked
         }
-        known = self._group.broadcast(self._scores.read() if self._group.world.is_main else None)
+        known = self._group.broadcast(self._known_scores() if self._group.world.is_main else None)
         # One of each: two sets may share a prompt. By label first: a batch goes to one reward.
         found = {_key(job): job for part in jobs.values() for job in part}
         open_jobs = sorted((job for key, job in found.items() if key not in known), key=lambda job: job.label)
         # Every rank some of each reward: one may take a hundred times as long as another.
         self._score(open_jobs[self._group.world.rank :: self._group.world.size])
         self._group.barrier()
-        known = self._group.broadcast(self._scores.read() if self._group.world.is_main else None)
+        known = self._group.broadcast(self._known_scores() if self._group.world.is_main else None)
         scores = {where: [known.get(_key(job), math.nan) for job in part] for where, part in jobs.items()}
         return scores | {
             (model.name, name, WEIGHTED_SUM): self._sum(scores, model.name, name)
@@ -206,6 +213,9 @@ class Benchmark:
         chosen = self.sets[name]
         found = {label: torch.tensor(scores[model, name, label], dtype=torch.float64) for label in chosen.summed}
         return with_sum(found, chosen.summed)[WEIGHTED_SUM].tolist()
+
+    def _known_scores(self) -> dict[tuple[str, str, str], float]:
+        return {key: score for store in (*self._other_scores, self._scores) for key, score in store.read().items()}
 
     def _jobs(self, model: EvalModel, name: str, label: str) -> Iterator[_Job]:
         by = digest(self.identities[label])

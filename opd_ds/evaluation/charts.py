@@ -75,33 +75,49 @@ def can_draw() -> bool:
 
 
 def bars(title: str, entries: list[Bar]) -> Markup:
-    """Horizontal bars with intervals as whiskers. They start at 0 unless that would hide the differences."""
+    """Horizontal bars with intervals as whiskers, from 0, to the left where they are negative; the axis leaves 0 out
+    only where it would hide the differences.
+    """
     ends = [end for entry in entries for end in (entry.low, entry.high, entry.value) if end is not None]
-    low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
-    start = 0.0 if low >= 0 and low <= 0.8 * high else low - 0.15 * (high - low or 1.0)
-    stop = max(high, 0.0) if high > start else start + 1.0
+    start, stop = _span(min(ends), max(ends)) if ends else (0.0, 1.0)
+    margin = 0.18 * (stop - start)  # space for the values
     with _figure(26 * len(entries) + 30) as figure:
         axes = figure.add_subplot()
         axes.grid(axis="y", visible=False)
         axes.tick_params(length=0)
         axes.set_yticks(range(len(entries)), [_cut(entry.name, 22) for entry in entries], color=_INK)
         axes.set_ylim(len(entries) - 0.5, -0.5)
-        axes.set_xlim(start, stop + 0.15 * (stop - start))  # space for the values
+        axes.set_xlim(start - margin * (start < 0), stop + margin * (stop > 0))
         for place, entry in enumerate(entries):
             if entry.value is None:
                 axes.annotate("not measured", (start, place), (4, 0), textcoords="offset points", va="center")
                 continue
-            origin = max(start, 0.0)
+            origin = min(max(start, 0.0), stop)
             axes.barh(place, entry.value - origin, 0.62, origin, color=entry.colour)
-            edge = entry.value
+            edges = [entry.value]
             if entry.low is not None and entry.high is not None:
                 axes.plot([entry.low, entry.high], [place, place], color=_INK, linewidth=1.3, marker="|")
-                edge = max(edge, entry.high)
-            axes.annotate(f"{entry.value:.3f}", (edge, place), (6, 0), textcoords="offset points", va="center")
-        if start > 0:
+                edges += [entry.low, entry.high]
+            edge, away, side = (min(edges), -6, "right") if entry.value < 0 else (max(edges), 6, "left")
+            axes.annotate(
+                f"{entry.value:.3f}", (edge, place), (away, 0), textcoords="offset points", va="center", ha=side
+            )
+        if start > 0 or stop < 0:
             figure.text(0.01, 0.02, "axis not from 0", color=_SOFT)
         said = "; ".join(f"{e.name} {'not measured' if e.value is None else f'{e.value:.3f}'}" for e in entries)
         return _svg(figure, f"{title}: {said}")
+
+
+def _span(low: float, high: float) -> tuple[float, float]:
+    """Begin and end of an axis for values from `low` to `high`: with 0, unless they lie close together far from it.
+    Then it is longer than a hundredth of their size, so that smaller differences stay small.
+    """
+    room = max(0.15 * (high - low), 0.01 * max(abs(low), abs(high)), 1e-9)
+    start = 0.0 if 0 <= low <= 0.8 * high else low - room * (low > 0)
+    stop = 0.0 if 0.8 * low <= high <= 0 else high + room * (high < 0)
+    if high == low:
+        start, stop = min(0.0, low), max(0.0, high)
+    return start, stop if stop > start else start + 1.0
 
 
 def radar(axes: list[str], entries: list[Bar], values: dict[str, list[float]]) -> Markup:
@@ -166,7 +182,11 @@ def _thinned(curve: Curve) -> Curve:
 
 
 def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+    """Without its middle where it is too long: names often differ in their ends."""
+    if len(text) <= length:
+        return text
+    tail = length // 2
+    return f"{text[: length - 1 - tail]}…{text[-tail:]}"
 
 
 def _svg(figure: Figure, said: str) -> Markup:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from opd_ds.config.sections import WEIGHTED_SUM
 from opd_ds.errors import UserError
-from opd_ds.evaluation.results import Results, metric_title, read_results
+from opd_ds.evaluation.results import Results, measure, metric_title, read_results
 from opd_ds.evaluation.statistics import Values, bootstrap_interval, holm, paired_p_value
 
 ALPHA = 0.05
@@ -43,17 +43,15 @@ class Difference:
         return self.adjusted < ALPHA
 
 
-def compare_files(first: str, second: str) -> list[Difference]:
-    """Compare `file[#model]` with `file[#model]` and print the table.
+def compare_files(first: str, second: str) -> tuple[list[Difference], list[str]]:
+    """Compare `file[#model]` with `file[#model]`: differences, and what was left out, as notes.
 
     Raises:
         UserError: no such file or model, or nothing that both measured.
     """
     (file_a, model_a), (file_b, model_b) = (_split(text) for text in (first, second))
     a, b = read_results(Path(file_a)), read_results(Path(file_b))
-    differences, notes = compare(a, b, _pairs(a, b, model_a, model_b))
-    _print(Console(soft_wrap=True), differences, notes)
-    return differences
+    return compare(a, b, _pairs(a, b, model_a, model_b))
 
 
 def compare(a: Results, b: Results, pairs: list[tuple[str, str]]) -> tuple[list[Difference], list[str]]:
@@ -69,7 +67,7 @@ def compare(a: Results, b: Results, pairs: list[tuple[str, str]]) -> tuple[list[
         if same_settings and a["models"][model_a]["identity"] == b["models"][model_b]["identity"]:
             notes.append(f"{model_a} and {model_b} are the same weights: not compared")
             continue
-        if _measure(a, name, label) != _measure(b, name, label):
+        if measure(a, name, label) != measure(b, name, label):
             notes.append(f"{name} / {label}: measured by two different rewards: not compared")
             continue
         difference = _paired(a, b, model_a, model_b, name, label)
@@ -82,12 +80,6 @@ def compare(a: Results, b: Results, pairs: list[tuple[str, str]]) -> tuple[list[
         Difference(models, name, label, len(values), float(values.mean()), bootstrap_interval(values), p, corrected)
         for (models, name, label, values, p), corrected in zip(rows, adjusted, strict=True)
     ], list(dict.fromkeys(notes))
-
-
-def _measure(results: Results, name: str, label: str) -> list[Any]:
-    """What decides the numbers: the reward's identity; for a weighted sum those of its parts, and the weights."""
-    summed = results["sets"][name].get("summed", {}) if label == WEIGHTED_SUM else {label: 1.0}
-    return [[part, weight, results["rewards"][part]] for part, weight in sorted(summed.items())]
 
 
 def _split(text: str) -> tuple[str, str | None]:
@@ -133,16 +125,25 @@ def _by_prompt(results: Results, model: str, name: str, label: str) -> dict[tupl
     return scores
 
 
-def _print(console: Console, differences: list[Difference], notes: list[str]) -> None:
-    table = Table(title="second minus first, over shared prompts; paired permutation test, Holm-corrected")
-    for column, name in enumerate(("models", "metric", "prompts", "difference", "95 % interval", "p", "p (Holm)", "")):
-        table.add_column(name, justify="left" if column < 2 else "right")
+def as_dict(differences: list[Difference], notes: list[str]) -> dict[str, Any]:
+    """For programs."""
+    return {"differences": [asdict(one) | {"significant": one.significant} for one in differences], "notes": notes}
+
+
+def print_differences(differences: list[Difference], notes: list[str]) -> None:
+    """For people: names are folded where the terminal is narrow, numbers are not."""
+    console = Console(soft_wrap=True)
+    console.print("second minus first, over shared prompts; paired permutation test")
+    console.print("(Holm: corrected for all rows; *: below 0.05)")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column, name in enumerate(("models", "metric", "n", "difference", "95 % interval", "p", "p (Holm)")):
+        table.add_column(name, justify="left" if column < 2 else "right", no_wrap=column >= 2, overflow="fold")
     for row in differences:
         models = row.models[0] if row.models[0] == row.models[1] else f"{row.models[0]} → {row.models[1]}"
         low, high = row.interval
-        cells = [f"{row.mean:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{row.p:.4f}", f"{row.adjusted:.4f}"]
-        verdict = "significant" if row.significant else "-"
-        table.add_row(models, metric_title(row.prompt_set, row.reward), str(row.n), *cells, verdict)
+        adjusted = f"{row.adjusted:.4f}{'*' if row.significant else ' '}"
+        cells = [f"{row.mean:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{row.p:.4f}", adjusted]
+        table.add_row(models, metric_title(row.prompt_set, row.reward), str(row.n), *cells)
     console.print(table)
     for note in notes:
         console.print(f"note: {note}", highlight=False, markup=False)

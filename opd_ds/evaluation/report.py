@@ -17,7 +17,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from opd_ds.evaluation.charts import HOW_TO_GET_CHARTS, Bar, Curve, bars, can_draw, curves, radar
-from opd_ds.evaluation.results import Results, averaged_metrics, metric_title, own_metrics
+from opd_ds.evaluation.results import Results, averaged_metrics, interval_widths, means_of, metric_title, own_metrics
 from opd_ds.evaluation.statistics import normalised_columns
 
 REPORT_FILE = "report.html"
@@ -30,13 +30,21 @@ _PALETTE = ("#d9822b", "#2e9e7c", "#b15aa6", "#c2a01e", "#57a6cf", "#a3542f", "#
 
 
 @dataclass(frozen=True)
+class Score:
+    """What one reward gave (mean over samples), and by how much that differs from the reference's image."""
+
+    label: str
+    value: float
+    gain: float | None
+
+
+@dataclass(frozen=True)
 class Cell:
-    """One model's image of a prompt: its place among the embedded images, and its score (mean over samples)."""
+    """One model's image of a prompt: its place among the embedded images, and its scores, the headline first."""
 
     model: str
     picture: int
-    score: float | None
-    gain: float | None
+    scores: list[Score]
 
 
 @dataclass(frozen=True)
@@ -165,21 +173,27 @@ def _chosen(results: Results, name: str, extremes: dict[str, list[Extreme]], lim
 
 
 def _grid(results: Results, name: str, numbers: list[int], reference: str, album: _Album) -> dict[str, Any]:
-    chosen, label = results["sets"][name], _headline(results, name)
+    chosen = results["sets"][name]
+    labels = chosen["own"] or chosen["rewards"]
 
-    def score(model: str, number: int) -> float | None:
-        return None if label is None else results["scores"][model][name][label]["per_prompt"][number]
+    def scores(model: str, number: int) -> list[Score]:
+        found = []
+        for label in labels:
+            now, before = (results["scores"][m][name][label]["per_prompt"][number] for m in (model, reference))
+            if now is not None:
+                gain = None if model == reference or before is None else now - before
+                found.append(Score(label, now, gain))
+        return found
 
-    rows = []
-    for number in numbers:
-        before = score(reference, number)
-        cells = []
-        for model in results["models"]:
-            now = score(model, number)
-            gain = None if model == reference or now is None or before is None else now - before
-            cells.append(Cell(model, album.add(model, name, number), now, gain))
-        rows.append(Row(number, chosen["prompts"][number], cells))
-    return {"name": name, "label": label, "total": len(chosen["prompts"]), "rows": rows}
+    rows = [
+        Row(
+            number,
+            chosen["prompts"][number],
+            [Cell(model, album.add(model, name, number), scores(model, number)) for model in results["models"]],
+        )
+        for number in numbers
+    ]
+    return {"name": name, "labels": labels, "total": len(chosen["prompts"]), "rows": rows}
 
 
 def _table(results: Results) -> list[dict[str, Any]]:
@@ -231,8 +245,7 @@ def _bar_chart(results: Results, name: str, label: str) -> Markup:
 def _radar_chart(results: Results) -> Markup | None:
     """None with fewer than three metrics that tell the models apart."""
     metrics = averaged_metrics(results)
-    table = {model: [by_set[n][label]["mean"] for n, label in metrics] for model, by_set in results["scores"].items()}
-    kept, normalised = normalised_columns(table)
+    kept, normalised = normalised_columns(means_of(results, metrics), interval_widths(results, metrics))
     if len(kept) < 3:
         return None
     colours = _colours(results)

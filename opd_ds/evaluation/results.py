@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from opd_ds.config.sections import WEIGHTED_SUM
 from opd_ds.errors import UserError
@@ -19,6 +18,7 @@ from opd_ds.evaluation.benchmark import Benchmark, EvalModel, Scores
 from opd_ds.evaluation.evaluator import Means
 from opd_ds.evaluation.statistics import bootstrap_interval, normalised_average
 from opd_ds.utils.markdown import markdown_table
+from opd_ds.utils.tables import fitting
 
 RESULTS_FILE = "results.json"
 FORMAT = 1
@@ -26,8 +26,8 @@ FORMAT = 1
 Results = dict[str, Any]
 
 
-def collect(benchmark: Benchmark, models: list[EvalModel], scores: Scores) -> Results:
-    """All that results.json holds; see docs/evaluation.md for its keys. What does not exist is None."""
+def outline(benchmark: Benchmark, models: list[EvalModel]) -> Results:
+    """What is asked: settings, models, rewards and sets, under the keys of results.json."""
     sets: dict[str, dict[str, Any]] = {
         name: {
             "sha256": chosen.prompts.sha256,
@@ -39,6 +39,51 @@ def collect(benchmark: Benchmark, models: list[EvalModel], scores: Scores) -> Re
         }
         for name, chosen in benchmark.sets.items()
     }
+    return {
+        "format": FORMAT,
+        "settings": benchmark.settings,
+        "models": {
+            model.name: {"identity": model.identity, "guidance": model.guidance, "folder": model.folder}
+            for model in models
+        },
+        "rewards": benchmark.identities,
+        "sets": sets,
+    }
+
+
+def not_kept(old: Results, new: Results) -> str:
+    """The first thing of the evaluation `old` that is not in `new` as well, given its outline; empty where all is."""
+    for key, value in old["settings"].items():
+        if new["settings"].get(key) != value:
+            return f"setting {key} = {value!r}"
+    for name, model in old["models"].items():
+        if name not in new["models"] or any(new["models"][name][key] != model[key] for key in ("identity", "folder")):
+            return f"model {name} with other weights" if name in new["models"] else f"model {name}"
+        for chosen, guidance in model["guidance"].items():
+            if new["models"][name]["guidance"].get(chosen) != guidance:
+                return f"model {name} with guidance {guidance:g} on {chosen}"
+    for name, chosen in old["sets"].items():
+        if name not in new["sets"]:
+            return f"prompt set {name}"
+        ours = new["sets"][name]
+        if ours["prompts"][: len(chosen["prompts"])] != chosen["prompts"] or ours["samples"] < chosen["samples"]:
+            return f"prompt set {name} with {len(chosen['prompts'])} prompts of {chosen['samples']} samples"
+        for label in chosen["rewards"]:
+            if label not in ours["rewards"] or measure(old, name, label) != measure(new, name, label):
+                return f"reward {label} on {name}"
+    return ""
+
+
+def measure(results: Results, name: str, label: str) -> list[Any]:
+    """What decides a score: the reward's identity; for a weighted sum those of its parts, and the weights."""
+    summed = results["sets"][name].get("summed", {}) if label == WEIGHTED_SUM else {label: 1.0}
+    return [[part, weight, results["rewards"][part]] for part, weight in sorted(summed.items())]
+
+
+def collect(benchmark: Benchmark, models: list[EvalModel], scores: Scores) -> Results:
+    """All that results.json holds; see docs/evaluation.md for its keys. What does not exist is None."""
+    results = outline(benchmark, models)
+    sets = results["sets"]
     table = {
         model.name: {
             name: {
@@ -48,22 +93,10 @@ def collect(benchmark: Benchmark, models: list[EvalModel], scores: Scores) -> Re
         }
         for model in models
     }
-    results: Results = {
-        "format": FORMAT,
-        "settings": benchmark.settings,
-        "models": {
-            model.name: {"identity": model.identity, "guidance": model.guidance, "folder": model.folder}
-            for model in models
-        },
-        "rewards": benchmark.identities,
-        "sets": sets,
-        "scores": table,
-    }
+    results["scores"] = table
     results["metrics"] = [list(metric) for metric in own_metrics(results)]
     averaged = averaged_metrics(results)
-    results["normalised_average"] = normalised_average(
-        {model: [by_set[name][label]["mean"] for name, label in averaged] for model, by_set in table.items()}
-    )
+    results["normalised_average"] = normalised_average(means_of(results, averaged), interval_widths(results, averaged))
     return results
 
 
@@ -75,6 +108,22 @@ def own_metrics(results: Results) -> list[tuple[str, str]]:
 def averaged_metrics(results: Results) -> list[tuple[str, str]]:
     """Those of the normalised average: weighted sums are left out, whose parts are there."""
     return [metric for metric in own_metrics(results) if metric[1] != WEIGHTED_SUM]
+
+
+def means_of(results: Results, metrics: list[tuple[str, str]]) -> dict[str, list[float | None]]:
+    """By model, one mean per metric."""
+    return {
+        model: [by_set[name][label]["mean"] for name, label in metrics] for model, by_set in results["scores"].items()
+    }
+
+
+def interval_widths(results: Results, metrics: list[tuple[str, str]]) -> list[float]:
+    """Of each metric, half the widest 95 % interval of all models; 0 where there is none."""
+    halves = []
+    for name, label in metrics:
+        intervals = [by_set[name][label]["ci95"] for by_set in results["scores"].values()]
+        halves.append(max(((high - low) / 2 for low, high in intervals if low is not None), default=0.0))
+    return halves
 
 
 def _entry(scores: list[float], prompts: int) -> dict[str, Any]:
@@ -139,6 +188,24 @@ def read_results(file: Path) -> Results:
     return data
 
 
+def as_summary(results: Results, folder: Path) -> dict[str, Any]:
+    """For programs: where everything is, and the results without those of single prompts."""
+    scores = {
+        model: {
+            name: {label: {key: entry[key] for key in ("n", "nan", "mean", "ci95")} for label, entry in labels.items()}
+            for name, labels in by_set.items()
+        }
+        for model, by_set in results["scores"].items()
+    }
+    return {
+        "folder": str(folder),
+        "results": str(folder / RESULTS_FILE),
+        "metrics": results["metrics"],
+        "scores": scores,
+        "normalised_average": results["normalised_average"],
+    }
+
+
 # ---- tables ----
 
 
@@ -171,12 +238,9 @@ def print_results(console: Console, results: Results) -> None:
         console.print("no rewards: images without scores")
         return
     head, rows = _rows(results)
-    table = Table(title="mean reward ± half the 95 % bootstrap interval; average: min-max normalised over the models")
-    for column, name in enumerate(head):
-        table.add_column(name, justify="right" if column else "left")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    console.print("mean reward ± half the 95 % bootstrap interval; average: see docs/evaluation.md")
+    for table in fitting(head, rows, console.width):
+        console.print(table)
 
 
 def as_markdown(results: Results) -> str:

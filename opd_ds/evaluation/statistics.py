@@ -54,13 +54,17 @@ def holm(p_values: list[float]) -> list[float]:
     return adjusted
 
 
-def normalised_columns(table: dict[str, list[float | None]]) -> tuple[list[int], dict[str, list[float]]]:
+def normalised_columns(
+    table: dict[str, list[float | None]], widths: list[float] | None = None
+) -> tuple[list[int], dict[str, list[float]]]:
     """(value - min) / (max - min) per metric, min and max over the compared models.
 
     A metric that some model lacks, or on which all models are equal, tells nothing about their order and is left out.
 
     Args:
         table: by model, one value per metric.
+        widths: of each metric's uncertainty. Differences below it are not stretched to 0 and 1: they keep their share
+            of it, around 0.5.
 
     Returns:
         The metrics that were kept, and each model's values on them, in [0, 1].
@@ -73,12 +77,15 @@ def normalised_columns(table: dict[str, list[float | None]]) -> tuple[list[int],
         if len(present) < len(column) or high <= low:
             continue
         kept.append(place)
+        scale = max(high - low, widths[place] if widths else 0.0)
         for model, value in zip(table, present, strict=True):
-            normalised[model].append((value - low) / (high - low))
+            normalised[model].append(0.5 + (value - (low + high) / 2) / scale)
     return kept, normalised
 
 
-def normalised_average(table: dict[str, list[float | None]]) -> dict[str, float | None]:
+def normalised_average(
+    table: dict[str, list[float | None]], widths: list[float] | None = None
+) -> dict[str, float | None]:
     """The mean of `normalised_columns` (as in DiffusionOPD's tables); None when no metric is kept."""
-    _, normalised = normalised_columns(table)
+    _, normalised = normalised_columns(table, widths)
     return {model: float(np.mean(values)) if values else None for model, values in normalised.items()}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,22 @@ class PictureStore:
                 return picture.info.get(_PNG_KEY) == _as_text(recipe)
         except (FileNotFoundError, UnidentifiedImageError):
             return False
+
+    def adopt(self, file: Path, recipe: dict[str, Any], others: Iterable[PictureStore]) -> bool:
+        """Take the image from one of `others` that has it finished, without a second copy on disk where links work."""
+        for other in others:
+            if not other.finished(file, recipe):
+                continue
+            target, draft = self._folder / file, (self._folder / file).with_name(f".{file.name}.writing")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draft.unlink(missing_ok=True)
+            try:
+                os.link(other._folder / file, draft)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(other._folder / file, draft)
+            draft.replace(target)
+            return True
+        return False
 
     def write(self, file: Path, picture: Image.Image, recipe: dict[str, Any]) -> None:
         """Under a hidden name first: a file that is there is whole."""

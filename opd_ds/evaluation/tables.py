@@ -7,11 +7,12 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
-from rich.table import Table
 
 from opd_ds.evaluation.evaluator import Means
+from opd_ds.utils.tables import fitting
 
 _TILE, _LABEL_WIDTH, _LABEL_HEIGHT, _GAP = 96, 150, 16, 6
+_NAME_LENGTH = 22  # characters of a model's name that fit into the label's width
 
 
 def summary(results: dict[str, Means], headlines: dict[str, str | None]) -> dict[str, Any]:
@@ -42,18 +43,16 @@ def summary(results: dict[str, Means], headlines: dict[str, str | None]) -> dict
 def print_table(console: Console, data: dict[str, Any]) -> None:
     """Models by tasks; a task's own teacher is marked, the last row is the share of each teacher's gain kept."""
     tasks = list(data["tasks"])
-    table = Table(title="mean reward on held-out prompts")
-    table.add_column("model")
-    for task in tasks:
-        table.add_column(task, justify="right")
-    for model, scores in data["models"].items():
-        cells = [_cell(scores[task]) + ("*" if model == f"teacher:{task}" else " ") for task in tasks]
-        table.add_row(model, *cells)
+    rows = [
+        [model, *(_cell(scores[task]) + ("*" if model == f"teacher:{task}" else " ") for task in tasks)]
+        for model, scores in data["models"].items()
+    ]
     kept = [gain_kept(data["tasks"][task]) for task in tasks]
     if any(value is not None for value in kept):
-        table.add_section()
-        table.add_row("gain kept", *["-" if value is None else f"{100 * value:.0f} % " for value in kept])
-    console.print(table)
+        rows.append(["gain kept", *("-" if value is None else f"{100 * value:.0f} % " for value in kept)])
+    console.print("mean reward on held-out prompts")
+    for table in fitting(["model", *tasks], rows, console.width):
+        console.print(table)
 
 
 def _cell(value: float | None) -> str:
@@ -94,7 +93,8 @@ def comparison_grid(
             draw.text((_LABEL_WIDTH + column * step_x, number * _LABEL_HEIGHT + 2), line, "black", font)
     for row, (model, by_task) in enumerate(models.items()):
         top = header + row * step_y
-        draw.text((_GAP, top + tile[0] // 2 - 6), model, "black", font)
+        for number, line in enumerate(_wrapped_name(model)):
+            draw.text((_GAP, top + tile[0] // 2 - 6 + number * _LABEL_HEIGHT), line, "black", font)
         for column, (task, k) in enumerate(columns):
             if k < len(by_task.get(task, [])):
                 picture = by_task[task][k].resize((tile[1], tile[0]), Image.Resampling.NEAREST)
@@ -109,3 +109,8 @@ def _wrapped(text: str, width: int) -> list[str]:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
     return lines
+
+
+def _wrapped_name(name: str) -> list[str]:
+    """A name has no spaces to break at; three lines fit beside a tile."""
+    return [name[start : start + _NAME_LENGTH] for start in range(0, len(name), _NAME_LENGTH)][:3]

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rich.console import Console
 
+from opd_ds.checkpoint.export_student import EXPORT_FOLDER
+from opd_ds.config.loading import named_prompts
 from opd_ds.config.paths import resolve_path
 from opd_ds.config.schema import RunConfig
-from opd_ds.config.sections import PromptsSection, RewardSection
+from opd_ds.config.sections import RewardSection
 from opd_ds.data import PromptSet
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.evaluation.benchmark import Benchmark, EvaluationSet
+from opd_ds.evaluation.folders import next_folder, own_folder
 from opd_ds.evaluation.pictures import Painter
 from opd_ds.evaluation.publish import publish
 from opd_ds.evaluation.report import REPORT_FILE
-from opd_ds.evaluation.results import RESULTS_FILE, Results, print_results
+from opd_ds.evaluation.results import RESULTS_FILE, Results, outline, print_results
 from opd_ds.rewards import check
 from opd_ds.runs.files import all_prompts, check_text_cache
 from opd_ds.runs.model_specs import Requests, contestants
@@ -31,19 +36,33 @@ class Choice:
     """What to evaluate beyond what the config says.
 
     Attributes:
-        prompts: further sets, `name=file`.
+        prompts: further sets, `name=file`, or `name={path: file, ...}` with the other keys of a config.
         rewards: labels of the config or names of rewards; these instead of the tasks'.
         limit: only the first prompts of each set.
+        output: the folder; default: eval in the run's, or the first of eval-2, eval-3 ... where that holds another one.
     """
 
     models: Requests = field(default_factory=Requests)
     prompts: list[str] = field(default_factory=list)
     rewards: list[str] = field(default_factory=list)
     limit: int | None = None
+    output: Path | None = None
 
 
-def evaluate(config: RunConfig, choice: Choice, group: Group) -> Results:
-    """Draw, score, write `<run.output_dir>/eval/`. Collective.
+def show_table(results: Results, folder: Path) -> None:
+    """For people: the table, and where the rest is."""
+    console = Console(soft_wrap=True)
+    print_results(console, results)
+    console.print(f"scores:  {folder / RESULTS_FILE}\nreport:  {folder / REPORT_FILE}", highlight=False)
+
+
+def evaluate(
+    config: RunConfig, choice: Choice, group: Group, show: Callable[[Results, Path], None] = show_table
+) -> Results:
+    """Draw, score, write. Collective.
+
+    Args:
+        show: called on rank 0 with the results and their folder.
 
     Raises:
         UserError: on every rank, before any network loads.
@@ -63,14 +82,26 @@ def evaluate(config: RunConfig, choice: Choice, group: Group) -> Results:
         base_sha256 = weights_sha256(base)
         rewards = build_rewards(chosen, group.device)
     sets = {name: _set(config, name, found, list(chosen), choice) for name, found in prompts.items()}
-    folder = config.run.output_dir / EVALUATION_FOLDER
-    benchmark = Benchmark(folder, group, Painter(config, family, group), base_sha256, sets, rewards)
-    results = publish(benchmark, models, group, read_metrics(config.run.output_dir / METRICS_FILE))
+    run = config.run.output_dir
+    painter = Painter(config, family, group)
+    benchmark = Benchmark(run / EVALUATION_FOLDER, group, painter, base_sha256, sets, rewards)
+    with group.raise_on_any_rank():
+        folder = _folder(run, choice.output, outline(benchmark, models)) if group.world.is_main else None
+    folder = group.broadcast(folder)
+    drawn_before = sorted(place for place in run.glob(f"{EVALUATION_FOLDER}*") if place.is_dir() and place != folder)
+    benchmark.keep_in(folder, drawn_before)
+    results = publish(benchmark, models, group, read_metrics(run / METRICS_FILE))
     if group.world.is_main:
-        console = Console(soft_wrap=True)
-        print_results(console, results)
-        console.print(f"scores:  {folder / RESULTS_FILE}\nreport:  {folder / REPORT_FILE}", highlight=False)
+        show(results, folder)
     return results
+
+
+def _folder(run: Path, output: Path | None, new: Results) -> Path:
+    """The run's own folder waits for its last round, where the run has begun and not ended."""
+    if output is not None:
+        return own_folder(output, new)
+    under_way = (run / METRICS_FILE).is_file() and not (run / EXPORT_FOLDER).is_dir()
+    return next_folder(run / EVALUATION_FOLDER, new, taken=under_way)
 
 
 def _rewards(config: RunConfig, requested: list[str]) -> dict[str, RewardSection]:
@@ -103,7 +134,7 @@ def _prompts(config: RunConfig, requested: list[str]) -> dict[str, PromptSet]:
                 f"--prompts {request}: expected NAME=FILE with a new name of letters, digits, '_' and '-'; "
                 f"taken are {', '.join(found) or 'none'}"
             )
-        found[name] = PromptSet.read(PromptsSection(path=value), f"--prompts {name}")
+        found[name] = PromptSet.read(named_prompts(value, f"--prompts {name}"), f"--prompts {name}")
     if not found:
         raise UserError("no prompts to evaluate on: no task has eval_prompts; give --prompts NAME=FILE")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from opd_ds.checkpoint.export_student import EXPORT_FOLDER
-from opd_ds.checkpoint.store import CHECKPOINTS_FOLDER, STATE_FILE, latest_checkpoint, refuse_damaged
+from opd_ds.checkpoint.store import CHECKPOINTS_FOLDER, STATE_FILE, latest_checkpoint, read_state, refuse_damaged
 from opd_ds.config.paths import resolve_path
 from opd_ds.config.schema import RunConfig
 from opd_ds.errors import UserError, about
@@ -36,11 +37,13 @@ class Requests:
         defaults: base, all teachers, and the student when the run has exported one.
         models: further ones, `name=keyword or path`, or a keyword alone.
         guidance: `name=value` where a model is not to be drawn with the student's guidance.
+        raw: of checkpoints the weights themselves, not their average.
     """
 
     defaults: bool = True
     models: list[str] = field(default_factory=list)
     guidance: list[str] = field(default_factory=list)
+    raw: bool = False
 
 
 def contestants(
@@ -66,23 +69,30 @@ def contestants(
         raise UserError("no models to evaluate; give --model NAME=PATH, or leave out --no-defaults")
     folders: dict[str, str] = {}
     guidance = _guidance(requests.guidance, sources)
-    models = []
+    models, any_raw = [], False
     for name, source in sources.items():
         if not _NAME.fullmatch(name):
             raise UserError(f"--model {name}={source}: a name may hold letters, digits, '_', '.', ':' and '-' only")
         path = _find(config, name, source)
         with about(f"--model {name}={source}"):
-            load = _loader(family, path)
+            load, raw = _loader(family, path, raw=requests.raw)
+        any_raw = any_raw or raw
         by_set = student_guidance(config, sets)
         if source.startswith("teacher:"):
             by_set = dict.fromkeys(sets, config.teachers[source.removeprefix("teacher:")].guidance)
         if name in guidance:
             by_set = dict.fromkeys(sets, guidance[name])
-        model = EvalModel(name, weights_sha256(path), by_set, partial(_loaded, load, device))
+        sha256 = weights_sha256(path)
+        identity = hashlib.sha256(f"raw {sha256}".encode()).hexdigest() if raw else sha256
+        model = EvalModel(name, identity, by_set, partial(_loaded, load, device))
         if model.folder in folders:
             raise UserError(f"models {folders[model.folder]!r} and {name!r} would share a folder; rename one")
         folders[model.folder] = name
         models.append(model)
+    if requests.raw and not any_raw:
+        raise UserError(
+            "--raw: no model is a checkpoint that keeps an average beside its weights; give --model checkpoint:latest"
+        )
     return models
 
 
@@ -140,16 +150,19 @@ def _loaded(load: Callable[[], nn.Module], device: torch.device) -> Iterator[Any
     network.to("meta")  # whoever still holds it holds no memory
 
 
-def _loader(family: ModelFamily, path: Path) -> Callable[[], nn.Module]:
-    """How the network at `path` is brought up; what it is gets checked now."""
+def _loader(family: ModelFamily, path: Path, *, raw: bool) -> tuple[Callable[[], nn.Module], bool]:
+    """How the network at `path` is brought up, and whether that takes raw weights where there is an average; what it is
+    gets checked now.
+    """
     if (path / STATE_FILE).is_file():
         refuse_damaged(path)
-        return partial(checkpointed_student, family, path)
+        raw = raw and "ema" in read_state(path)["copies"]
+        return partial(checkpointed_student, family, path, averaged=not raw), raw
     if lora.is_adapter(path):
         family.check_adapter(path)
-        return partial(_with_adapter, family, path)
+        return partial(_with_adapter, family, path), False
     family.check_compatible(path)
-    return partial(family.load_transformer, path)
+    return partial(family.load_transformer, path), False
 
 
 def _with_adapter(family: ModelFamily, path: Path) -> nn.Module:
