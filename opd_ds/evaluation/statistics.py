@@ -79,7 +79,7 @@ def normalised_columns(
         kept.append(place)
         scale = max(high - low, widths[place] if widths else 0.0)
         for model, value in zip(table, present, strict=True):
-            normalised[model].append(0.5 + (value - (low + high) / 2) / scale)
+            normalised[model].append((1 - (high - low) / scale) / 2 + (value - low) / scale)
     return kept, normalised
 
 
