@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import redirect_stdout
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
-
-from opd_ds.cluster.rendezvous import prepare_environment
-from opd_ds.cluster.world import detect_world
 
 Repeated = list[str] | None
 
@@ -68,29 +64,19 @@ def evaluate(
         return
     from opd_ds.config.loading import load_config
 
-    world = detect_world()
     overrides = list(overrides or [])
     if samples_per_prompt is not None:
         overrides.append(f"evaluation.samples_per_prompt={samples_per_prompt}")
     settings = load_config(recipe, config, overrides)
-    prepare_environment(world)
 
-    from opd_ds.engine import init_group
+    from opd_ds.api import evaluate as run_evaluation
     from opd_ds.runs.evaluate import Choice, show_table
-    from opd_ds.runs.evaluate import evaluate as run_evaluation
     from opd_ds.runs.model_specs import Requests
-    from opd_ds.utils.logging import log_to_terminal, quiet_libraries
 
-    quiet_libraries()
-    log_to_terminal(world.rank)
     choice = Choice(Requests(defaults, models or [], guidance or [], raw), prompts or [], rewards or [], limit, output)
-    timeout = timedelta(minutes=settings.run.hang_minutes + 10)
     show = partial(_show_json, sys.stdout) if as_json else show_table
-    with (
-        redirect_stdout(sys.stderr if as_json else sys.stdout),  # libraries print while they start
-        init_group(world, timeout, deterministic=settings.run.deterministic) as group,
-    ):
-        run_evaluation(settings, choice, group, show)
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):  # libraries print while they start
+        run_evaluation(settings, choice, show)
 
 
 def _compare(files: tuple[str, str], *, as_json: bool) -> None:

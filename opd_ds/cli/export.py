@@ -25,13 +25,9 @@ def export(
     ] = None,
 ) -> None:
     """Write a checkpoint in the form that diffusers loads, with a model card."""
-    from opd_ds.checkpoint.store import read_state
+    from opd_ds.api import export_checkpoint
     from opd_ds.config.loading import load_config
-    from opd_ds.runs.export import export_checkpoint
-    from opd_ds.utils.logging import quiet_libraries
 
-    quiet_libraries()
-    read_state(checkpoint)
-    settings = load_config(None, config or checkpoint.resolve().parents[1] / "config.yaml", [])
-    export_checkpoint(settings, checkpoint.resolve(), out, averaged=ema, merge=merge, form=form, dtype=dtype)
+    settings = load_config(None, config, []) if config is not None else None
+    export_checkpoint(checkpoint, out, settings, averaged=ema, merge=merge, form=form, dtype=dtype)
     typer.echo(f"wrote {out}")

@@ -31,16 +31,13 @@ def merge(
     trust_base: Annotated[bool, typer.Option("--trust-base", help="accept LoRAs that name other bases")] = False,
 ) -> None:
     """Merge several teachers into one model: a LoRA of LoRAs, a diffusers folder where one is a full checkpoint."""
+    from opd_ds.api import merge_weights
     from opd_ds.merge.files import parse_sources
     from opd_ds.merge.merging import Method
-    from opd_ds.merge.merging import merge as merge_teachers
-    from opd_ds.utils.logging import quiet_libraries
 
-    quiet_libraries()
-    teachers = parse_sources(sources)
     chosen = Method(method, density=density, majority_sign=majority_sign, rank=rank, seed=seed)
-    error = merge_teachers(out, teachers, chosen, base=base, family=family, trust_base=trust_base)
-    for teacher in teachers:
+    error = merge_weights(out, sources, chosen, base=base, family=family, trust_base=trust_base)
+    for teacher in parse_sources(sources):
         typer.echo(f"{teacher.weight:8.3g} x {teacher.name}")
     if error is not None:
         typer.echo(f"relative error of bringing the merged deltas to their rank (Frobenius): {error:.3g}")

@@ -35,8 +35,6 @@ def plan(
 
     Needs neither weights nor GPUs. Takes a minute or more: the network's passes are measured without data.
     """
-    from opd_ds.cluster.rendezvous import prepare_environment
-    from opd_ds.cluster.world import World
     from opd_ds.config.loading import load_config
     from opd_ds.plan.devices import parse_devices, parse_host_memory
 
@@ -45,14 +43,11 @@ def plan(
     devices = parse_devices(fit or gpus, "--fit" if fit else "--gpus", host)
     if write is not None and write.exists():
         raise UserError(f"--write {write}: is there already, and nothing is overwritten; give another name")
-    prepare_environment(World())
 
+    from opd_ds.api import plan_run
     from opd_ds.plan import report
-    from opd_ds.plan.planner import compare
-    from opd_ds.utils.logging import quiet_libraries
 
-    quiet_libraries()
-    found = compare(settings, devices)
+    found = plan_run(settings, devices)
     if fit is not None and found.recommended is None:
         raise UserError(found.problem)
     data = report.as_json(found, detailed=found.recommended if fit else found.configured)

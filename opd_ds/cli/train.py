@@ -77,24 +77,11 @@ def _check(settings: RunConfig, resume: str, allowed: list[str], processes: str 
 
 
 def _start(settings: RunConfig, resume: str, allowed: list[str], done_file: Path | None) -> None:
-    from opd_ds.cluster.rendezvous import prepare_environment
+    from opd_ds.api import train as run_training
     from opd_ds.cluster.world import detect_world
 
-    world = detect_world()
-    prepare_environment(world)
-    from datetime import timedelta
-
-    from opd_ds.engine import init_group
-    from opd_ds.runs.train import train as run_training
-    from opd_ds.utils.logging import log_to_terminal, quiet_libraries
-
-    quiet_libraries()
-    log_to_terminal(world.rank)
-    # The watch over hangs speaks first; a collective's own timeout is only there in case it cannot.
-    timeout = timedelta(minutes=settings.run.hang_minutes + 10)
-    with init_group(world, timeout, deterministic=settings.run.deterministic) as group:
-        run_training(settings, group, resume, allowed)
-    if done_file is not None and world.local_rank == 0:
+    run_training(settings, resume=resume, allowed=allowed)
+    if done_file is not None and detect_world().local_rank == 0:
         done_file.touch()
 
 

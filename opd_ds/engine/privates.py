@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,5 @@ def keep_op_loading_silent() -> None:
     """deepspeed/comm/torch.py (0.19) prints on every rank that an op is built, also where it was built long ago; what
     is compiled is said by `BuildLock`.
     """
-    from deepspeed.comm import torch as backend
-
-    setattr(backend, "print", lambda *_: None)  # noqa: B010  # a builtin name of that module, says mypy
+    backend = import_module("deepspeed.comm.torch")  # as an attribute of its package it is torch itself
+    setattr(backend, "print", lambda *_: None)  # noqa: B010

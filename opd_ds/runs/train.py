@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -34,11 +34,18 @@ from opd_ds.training.trainer import RoundReport
 from opd_ds.utils.hashing import weights_sha256
 
 
-def train(config: RunConfig, group: Group, resume: str = "never", allowed: Sequence[str] = ()) -> None:
+def train(
+    config: RunConfig,
+    group: Group,
+    resume: str = "never",
+    allowed: Sequence[str] = (),
+    callbacks: Sequence[Callable[[RoundReport], None]] = (),
+) -> None:
     """The whole run. Collective.
 
     Args:
         resume, allowed: as in `Start`.
+        callbacks: called on every rank with what each round measured.
 
     Raises:
         UserError: something the user can fix, before the first round.
@@ -77,6 +84,8 @@ def train(config: RunConfig, group: Group, resume: str = "never", allowed: Seque
             if index == start and group.world.is_main:
                 _say_what_teaches_nothing(config, report)
             monitor.round(report)
+            for callback in callbacks:
+                callback(report)
             done = index + 1
             if done % settings.checkpoint_every == 0 or done == settings.rounds:
                 session.save(done)
