@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from opd_ds.cli.main import app
-from opd_ds.config.loading import load_config, recipe_names
+from opd_ds.config.files import recipe_names
+from opd_ds.config.loading import load_config
 from opd_ds.config.paths import package_root
 from opd_ds.doctor.rewards import look_at_rewards
 
