@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from opd_ds import __version__
 from opd_ds.cli.config import app as config_app
 from opd_ds.cli.data import app as data_app
 from opd_ds.cli.doctor import doctor
@@ -39,9 +40,7 @@ class _Commands(TyperGroup):
             raise EndedEarlyError(f"a file ended too early: {error}") from error
 
 
-app = typer.Typer(
-    cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
-)
+app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 miniature = typer.Typer(no_args_is_help=True, help="The embedded world: a tiny SD3 on handwritten digits.")
 app.add_typer(miniature, name="miniature")
 app.add_typer(config_app, name="config")
@@ -59,8 +58,19 @@ app.command("train")(train)
 app.command("teach")(teach)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"opd-ds {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def common(local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0) -> None:
+def common(
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and end")
+    ] = False,
+) -> None:
     """Teach diffusion models tasks; distil several such teachers into one student."""
     # The deepspeed launcher puts --local_rank before the sub-command; LOCAL_RANK says the same and is what we read.
 
