@@ -44,5 +44,8 @@ def test_the_tours_links_lead_to_lines_of_code(site: Path) -> None:
         assert name in re.sub(r"<[^>]+>", "", line)
 
 
-def test_the_python_reference_has_docstrings(site: Path) -> None:
-    assert "The run config from a shipped recipe" in (site / "api" / "index.html").read_text(encoding="utf-8")
+def test_the_python_reference_has_signatures_and_docstrings(site: Path) -> None:
+    page = (site / "api" / "index.html").read_text(encoding="utf-8")
+    for name in ("api.load_config", "api.plan_run", "diffusion.kernels.kernel", "models.base.ModelFamily"):
+        assert f'id="opd_ds.{name}"' in page
+    assert "Mean squared velocity difference per sample" in page
