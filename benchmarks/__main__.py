@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from benchmarks.commands import claims, costs, gpu, rewards
+from benchmarks.commands import bad_input, claims, costs, gpu, rewards
 from opd_ds.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, help="Claims, of the paper and of ours, checked by runs.")
@@ -19,6 +19,7 @@ app.command("loading")(costs.loading)
 app.command("speed")(costs.speed)
 app.command("checkpoint-cost")(costs.checkpoint_cost)
 app.command("gpu")(gpu.gpu)
+app.command("bad-input")(bad_input.bad_input)
 app.command("reward-table")(rewards.reward_table)
 app.command("ocr-accuracy")(rewards.ocr_accuracy)
 

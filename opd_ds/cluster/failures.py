@@ -50,7 +50,7 @@ def report_and_exit(error: BaseException) -> None:
     if rank > 0:
         exit_code_on_sigterm(_code(error))
         time.sleep(SECONDS_TO_BE_ENDED)
-    print(_message(error, f"[rank {rank}] " if rank > 0 else ""), file=sys.stderr)
+    print(message(error, f"[rank {rank}] " if rank > 0 else ""), file=sys.stderr)
     _end(_code(error))
 
 
@@ -60,7 +60,7 @@ def _settle(error: BaseException, watchdog: Watchdog) -> int:
 
     rank = int(os.environ["RANK"])
     where = "" if isinstance(error, UserError | NonFiniteError) else f"[rank {rank} on {socket.gethostname()}] "
-    code, text = _code(error), _message(error, where)
+    code, text = _code(error), message(error, where)
     try:
         if _is_consequence(error):
             known = watchdog.failure()
@@ -91,7 +91,8 @@ def _is_consequence(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_PEER)
 
 
-def _message(error: BaseException, where: str) -> str:
+def message(error: BaseException, where: str = "") -> str:
+    """What a person is told of `error`, as it is printed; `where` says which rank it was."""
     if isinstance(error, UserError | NonFiniteError):
         return "\n".join(f"opd-ds: error: {where}{line}" for line in str(error).splitlines())
     if isinstance(error, OSError) and error.errno in _DISK:

@@ -1,0 +1,117 @@
+"""Run configs, `--set` options and ds_configs, given to `opd-ds train --dry-run`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
+
+from benchmarks.bad_input.mutations import damaged, odd_values, spoiled
+from benchmarks.bad_input.trial import Kind, command
+from opd_ds.config.loading import load_config
+from opd_ds.config.paths import package_root
+
+# Everything they name is in the package.
+_RECIPES = ("miniature", "miniature_nft_text", "miniature_guard_look")
+_DRY_RUN = ("train", "--dry-run", "--config", "run.yaml")
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    return load_config(name, None, []).model_dump(mode="json", exclude_unset=True)
+
+
+@st.composite
+def _settings(draw: DrawFn) -> str:
+    data = draw(spoiled(_recipe(draw(st.sampled_from(_RECIPES)))))
+    return yaml.safe_dump(data, sort_keys=False)
+
+
+@st.composite
+def _files(draw: DrawFn) -> bytes:
+    text = yaml.safe_dump(_recipe(draw(st.sampled_from(_RECIPES))), sort_keys=False)
+    return draw(damaged(text.encode()))
+
+
+@st.composite
+def _overrides(draw: DrawFn) -> tuple[str, ...]:
+    keys = st.sampled_from([*_dotted(_recipe("miniature")), "a", "", ".", "tasks..x", "run", "anchor.path", "probes.x"])
+    values = odd_values().map(lambda value: yaml.safe_dump(value, default_flow_style=True).strip()) | st.text(
+        max_size=9
+    )
+    return tuple(f"{draw(keys)}={draw(values)}" for _ in range(draw(st.integers(1, 3))))
+
+
+def _dotted(data: dict[str, Any], prefix: str = "") -> list[str]:
+    below = [_dotted(value, f"{prefix}{key}.") for key, value in data.items() if isinstance(value, dict)]
+    return [prefix + key for key in data] + [key for keys in below for key in keys]
+
+
+_DS_CONFIGS: list[dict[str, Any]] = [
+    json.loads(file.read_text(encoding="utf-8")) for file in sorted((package_root() / "ds_configs").glob("*.json"))
+] + [
+    {
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": 2, "total_num_steps": "auto"},
+        },
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+        "zero_optimization": {
+            "stage": 3,
+            "offload_optimizer": {"device": "cpu", "pin_memory": True},
+            "offload_param": {"device": "none"},
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "sub_group_size": 1e9,
+            "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "wall_clock_breakdown": False,
+    },
+    {"zero_optimization": {"stage": 2}, "optimizer": {"type": "Muon", "params": {"momentum": 0.9}}},
+    {"zero_optimization": {"stage": 1}, "tensorboard": {"enabled": True}, "elasticity": {"enabled": True}},
+]  # fmt: skip
+
+
+def _write_settings(text: str | bytes, folder: Path) -> None:
+    (folder / "run.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
+
+
+def _write_recipe(_: Any, folder: Path) -> None:
+    _write_settings(yaml.safe_dump(_recipe("miniature")), folder)
+
+
+def _write_ds_config(data: Any, folder: Path) -> None:
+    _write_settings(yaml.safe_dump({**_recipe("miniature"), "deepspeed": "ds.json"}), folder)
+    (folder / "ds.json").write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
+
+
+def _dry_run(_: Any, folder: Path) -> None:
+    command(_DRY_RUN)
+
+
+def _dry_run_with(overrides: tuple[str, ...], folder: Path) -> None:
+    command([*_DRY_RUN, *(word for override in overrides for word in ("--set", override))])
+
+
+_damaged_ds_configs = st.sampled_from(_DS_CONFIGS).flatmap(lambda data: damaged(json.dumps(data, indent=1).encode()))
+_spoiled_ds_configs = st.sampled_from(_DS_CONFIGS).flatmap(spoiled)
+
+KINDS = (
+    Kind("run config: settings", _settings(), _write_settings, _dry_run),
+    Kind("run config: file", _files(), _write_settings, _dry_run),
+    Kind("run config: --set", _overrides(), _write_recipe, _dry_run_with),
+    Kind("ds_config: settings", _spoiled_ds_configs, _write_ds_config, _dry_run),
+    Kind("ds_config: file", _damaged_ds_configs, _write_ds_config, _dry_run),
+)
