@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+
+LINES, COLUMNS = 3, 120  # of a message on a terminal
 
 
 class UserError(ValueError):
@@ -36,11 +38,30 @@ def about(what: str) -> Iterator[None]:
 
 def shown(value: object, length: int = 80) -> str:
     """`value` as a message quotes it: its `repr`, of which `length` characters stay, from both ends."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        text = f"a number of {type(value).__name__}"
+    return shortened(text, length)
+
+
+def shortened(text: str, length: int) -> str:
+    """At most `length` characters of `text`, from both ends."""
     if len(text) <= length:
         return text
     kept = (length - 5) // 2
     return f"{text[:kept]} ... {text[-kept:]}"
+
+
+def fitted(problems: Sequence[str], begin: str) -> str:
+    """A message of at most three lines of 120 columns: as many problems as fit, one a line behind `begin`."""
+    for count in range(len(problems), 0, -1):
+        left = len(problems) - count
+        lines = [*problems[:count], *([f"and {left} more"] if left else [])]
+        if sum(-(-len(begin + line) // COLUMNS) for line in lines) <= LINES:
+            return "\n".join(begin + line for line in lines)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return begin + shortened(problems[0], LINES * COLUMNS - len(begin + more)) + more
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

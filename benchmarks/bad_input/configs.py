@@ -10,7 +10,7 @@ import yaml
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
-from benchmarks.bad_input.mutations import damaged, odd_values, spoiled
+from benchmarks.bad_input.mutations import damaged, near, odd_values, spoiled
 from benchmarks.bad_input.trial import Kind, command
 from opd_ds.config.loading import load_config
 from opd_ds.config.paths import package_root
@@ -38,50 +38,54 @@ def _files(draw: DrawFn) -> bytes:
 
 @st.composite
 def _overrides(draw: DrawFn) -> tuple[str, ...]:
-    keys = st.sampled_from([*_dotted(_recipe("miniature")), "a", "", ".", "tasks..x", "run", "anchor.path", "probes.x"])
-    values = odd_values().map(lambda value: yaml.safe_dump(value, default_flow_style=True).strip()) | st.text(
-        max_size=9
-    )
-    return tuple(f"{draw(keys)}={draw(values)}" for _ in range(draw(st.integers(1, 3))))
+    known = _dotted(_recipe("miniature"))
+    keys = st.sampled_from([*known, "a", "", ".", "tasks..x", "run", "anchor.path", "probes.x", "teach.algorithm"])
+    found = []
+    for _ in range(draw(st.integers(1, 2))):
+        key = draw(keys)
+        value = draw(near(known[key]) if key in known and draw(st.booleans()) else odd_values())
+        text = yaml.safe_dump(value, default_flow_style=True)
+        found.append(f"{key}={text.splitlines()[0]}")
+    return tuple(found)
 
 
-def _dotted(data: dict[str, Any], prefix: str = "") -> list[str]:
-    below = [_dotted(value, f"{prefix}{key}.") for key, value in data.items() if isinstance(value, dict)]
-    return [prefix + key for key in data] + [key for keys in below for key in keys]
+def _dotted(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {prefix + key: value for key, value in data.items()}
+    for key, value in data.items():
+        found |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
+    return found
 
 
-_DS_CONFIGS: list[dict[str, Any]] = [
-    json.loads(file.read_text(encoding="utf-8")) for file in sorted((package_root() / "ds_configs").glob("*.json"))
-] + [
-    {
-        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
-        "scheduler": {
-            "type": "WarmupDecayLR",
-            "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": 2, "total_num_steps": "auto"},
-        },
-        "bf16": {"enabled": "auto"},
-        "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
-        "zero_optimization": {
-            "stage": 3,
-            "offload_optimizer": {"device": "cpu", "pin_memory": True},
-            "offload_param": {"device": "none"},
-            "overlap_comm": True,
-            "contiguous_gradients": True,
-            "sub_group_size": 1e9,
-            "reduce_bucket_size": "auto",
-            "stage3_prefetch_bucket_size": "auto",
-            "stage3_param_persistence_threshold": "auto",
-            "stage3_gather_16bit_weights_on_model_save": True,
-        },
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "wall_clock_breakdown": False,
+_HUGGING_FACE: dict[str, Any] = {  # as transformers' documentation has it
+    "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
+    "scheduler": {
+        "type": "WarmupDecayLR",
+        "params": dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"), "auto"),
     },
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "offload_param": {"device": "none"},
+        "overlap_comm": True,
+        "sub_group_size": 1e9,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "wall_clock_breakdown": False,
+}
+_DS_CONFIGS: list[dict[str, Any]] = [
+    *(json.loads(file.read_text(encoding="utf-8")) for file in sorted((package_root() / "ds_configs").glob("*.json"))),
+    _HUGGING_FACE,
     {"zero_optimization": {"stage": 2}, "optimizer": {"type": "Muon", "params": {"momentum": 0.9}}},
     {"zero_optimization": {"stage": 1}, "tensorboard": {"enabled": True}, "elasticity": {"enabled": True}},
-]  # fmt: skip
+]
 
 
 def _write_settings(text: str | bytes, folder: Path) -> None:

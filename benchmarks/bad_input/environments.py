@@ -13,8 +13,8 @@ from opd_ds.cluster.world import detect_world
 
 _LAUNCHERS: list[dict[str, str]] = [
     {},
-    {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "29500",
-     "TORCHELASTIC_RUN_ID": "x"},
+    {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a",
+     "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "x"},
     {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "::1", "CROSS_SIZE": "1"},
     {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2",
      "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},

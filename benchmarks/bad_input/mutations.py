@@ -20,6 +20,9 @@ _ODD: list[Any] = [
 ]  # fmt: skip
 
 
+_CHANGES = st.sampled_from([1, 1, 1, 2, 3])
+
+
 def odd_values() -> SearchStrategy[Any]:
     return st.one_of(
         st.sampled_from(_ODD), st.text(max_size=12), st.integers(), st.floats(), st.lists(st.integers(), max_size=3)
@@ -28,10 +31,10 @@ def odd_values() -> SearchStrategy[Any]:
 
 @st.composite
 def spoiled(draw: DrawFn, data: Any, odd: SearchStrategy[Any] | None = None) -> Any:
-    """`data`, nested mappings and lists, with one to three changes at random places."""
+    """`data`, nested mappings and lists, with one to three changes at random places. Half of them keep types."""
     data = copy.deepcopy(data)
     values = odd_values() if odd is None else odd
-    for _ in range(draw(st.integers(1, 3))):
+    for _ in range(draw(_CHANGES)):
         places = _places(data)
         if not places:
             break
@@ -50,9 +53,11 @@ def _places(data: Any) -> list[tuple[Any, Any]]:
 
 
 def _spoil(draw: DrawFn, holder: Any, key: Any, values: SearchStrategy[Any]) -> None:
-    how = draw(st.sampled_from(["replace", "replace", "remove", "misspell", "wrap", "text", "add"]))
+    how = draw(st.sampled_from(["near"] * 6 + ["replace", "remove", "misspell", "wrap", "text", "add"]))
     value = holder[key]
-    if how == "replace":
+    if how == "near":
+        holder[key] = draw(near(value))
+    elif how == "replace":
         holder[key] = draw(values)
     elif how == "remove":
         del holder[key]
@@ -61,18 +66,29 @@ def _spoil(draw: DrawFn, holder: Any, key: Any, values: SearchStrategy[Any]) -> 
     elif how == "text":
         holder[key] = str(value)
     elif isinstance(holder, dict):
-        name = str(key)
-        at = draw(st.integers(0, max(0, len(name) - 1)))
-        others = [name[:at] + name[at + 1 :], name[:at] + "x" + name[at:], name.upper(), name.replace("_", "-")]
-        holder[draw(st.sampled_from(others))] = holder.pop(key) if how == "misspell" else draw(values)
+        holder[draw(near(str(key)))] = holder.pop(key) if how == "misspell" else draw(values)
     else:
         holder.append(draw(values))
+
+
+def near(value: Any) -> SearchStrategy[Any]:
+    """Other values of the same type."""
+    if isinstance(value, bool):
+        return st.just(not value)
+    if isinstance(value, int | float):
+        return st.sampled_from([0, 1, -value, value + 1, value * 1000, value / 3, type(value)(value // 2)])
+    if isinstance(value, str):
+        others = st.integers(0, max(0, len(value) - 1)).map(lambda at: value[:at] + value[at + 1 :])
+        return others | st.sampled_from([value.upper(), value.replace("_", "-"), f"{value}x", f" {value}", f"{value}/"])
+    if isinstance(value, list):
+        return st.permutations(value) | st.just(value + value) | st.just(value[1:])
+    return st.just({}) if isinstance(value, dict) else odd_values()
 
 
 @st.composite
 def damaged(draw: DrawFn, content: bytes) -> bytes:
     """`content` cut off, with some bytes flipped, zeroed, taken out or put in, or in another encoding."""
-    for _ in range(draw(st.integers(1, 3))):
+    for _ in range(draw(_CHANGES)):
         how = draw(st.sampled_from(["cut", "flip", "zero", "take", "put", "double", "encode", "empty"]))
         at = draw(st.integers(0, len(content)))
         length = draw(st.integers(1, 8))
@@ -97,6 +113,7 @@ def damaged(draw: DrawFn, content: bytes) -> bytes:
 
 
 _INSERTED: Sequence[bytes] = [
-    b"\0", b"\n", b"\r", b"\t", b'"', b"{", b"}", b"[", b":", b"- ", b"#", b",", b"\xff\xfe", b"\xef\xbb\xbf", b"\xe2\x80\xa8",
-    b"NaN", b"!!python/object:os.system", b"&a ", b"*a ", b"<<: ", b"\\ud83d", b"9" * 5000, b"[" * 3000, b"{" * 3000,
+    b"\0", b"\n", b"\r", b"\t", b'"', b"{", b"}", b"[", b":", b"- ", b"#", b",", b"\xff\xfe", b"\xef\xbb\xbf",
+    b"\xe2\x80\xa8", b"NaN", b"!!python/object:os.system", b"&a ", b"*a ", b"<<: ", b"\\ud83d", b"9" * 5000,
+    b"[" * 3000, b"{" * 3000,
 ]  # fmt: skip

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hypothesis import strategies as st
 from PIL import Image
 
 from benchmarks.bad_input.mutations import damaged, spoiled

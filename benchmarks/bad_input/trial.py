@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 
 from opd_ds.cli.main import app
 from opd_ds.cluster.failures import message
-from opd_ds.errors import UserError
+from opd_ds.errors import COLUMNS, LINES, UserError
 
-_LINES, _COLUMNS = 3, 120
+_BEGIN = "opd-ds: error: "
 _SECONDS = 30  # for one input; an answer takes a fraction of a second
 
 
@@ -103,7 +103,8 @@ def _asked(kind: Kind, described: Any, folder: Path) -> tuple[str, str]:
         with _at_most(_SECONDS):
             kind.ask(described, folder)
     except UserError as error:
-        return "refused", _too_long(message(error))
+        long = [line for line in str(error).splitlines() if len(line) > LINES * COLUMNS - len(_BEGIN)]
+        return "refused", _too_long(message(error)) or "".join(f"a problem is cut: {line[:60]}" for line in long)
     except RefusedError as error:
         return "refused", _too_long(str(error))
     except _TooSlowError:
@@ -118,8 +119,8 @@ class _TooSlowError(BaseException):
 
 
 def _too_long(text: str) -> str:
-    lines = sum(-(-len(line) // _COLUMNS) for line in text.splitlines())
-    return "" if lines <= _LINES else f"{lines} lines of {_COLUMNS} columns: {text[:60]}"
+    lines = sum(-(-len(line) // COLUMNS) for line in text.splitlines())
+    return "" if lines <= LINES else f"{lines} lines of {COLUMNS} columns: {text[:60]}"
 
 
 def _where(error: Exception) -> str:

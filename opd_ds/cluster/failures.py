@@ -11,7 +11,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from opd_ds.cluster.signals import exit_code_on_sigterm, ignore_signals
-from opd_ds.errors import Interrupted, NonFiniteError, UserError
+from opd_ds.errors import Interrupted, NonFiniteError, UserError, fitted
 
 if TYPE_CHECKING:
     from opd_ds.cluster.watchdog import Watchdog
@@ -94,7 +94,7 @@ def _is_consequence(error: BaseException) -> bool:
 def message(error: BaseException, where: str = "") -> str:
     """What a person is told of `error`, as it is printed; `where` says which rank it was."""
     if isinstance(error, UserError | NonFiniteError):
-        return "\n".join(f"opd-ds: error: {where}{line}" for line in str(error).splitlines())
+        return fitted(str(error).splitlines() or [""], f"opd-ds: error: {where}")
     if isinstance(error, OSError) and error.errno in _DISK:
         file = f" {error.filename}" if error.filename else ""
         return f"opd-ds: error: {where}could not write{file}: {error.strerror}; the last checkpoint is intact"

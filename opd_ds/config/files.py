@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from opd_ds.config.paths import beside, package_root
+from opd_ds.config.paths import beside, package_root, read_text
 from opd_ds.config.sections import OWN_REWARD
-from opd_ds.errors import UserError, nearest
+from opd_ds.errors import UserError, nearest, shortened, shown
 
 _RECIPES = package_root() / "recipes"
 _TEACHERS = ("teacher", "anchor")
@@ -28,12 +29,22 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=deep)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a list or mapping as a key", key_node.start_mark)
             if key in seen:
                 raise UserError(
-                    f"{node.start_mark.name}, line {key_node.start_mark.line + 1}: key {key!r} appears twice"
+                    f"{node.start_mark.name}, line {key_node.start_mark.line + 1}: key {shown(key)} appears twice"
                 )
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        """No file can be named, and nothing printed, with a NUL or with half a character (a lone surrogate)."""
+        text = node.value
+        odd = [character for character in text if character == "\0" or "\ud800" <= character <= "\udfff"]
+        if odd:
+            raise yaml.constructor.ConstructorError(None, None, f"the character {odd[0]!r}", node.start_mark)
+        return super().construct_scalar(node)
 
 
 # YAML 1.1 reads 1e-4 as a string, which nobody who writes a learning rate expects.
@@ -56,7 +67,12 @@ def parse_yaml(text: str, name: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{name}{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise UserError(f"{name}{where}: not valid YAML: {problem}") from error
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # a 13th month, a number of 5000 digits; lists in lists in lists
+        raise UserError(f"{name}: not valid YAML: {shortened(str(error), 100)}") from error
 
 
 def recipe_names() -> list[str]:
@@ -88,11 +104,9 @@ def read_config_file(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises:
         UserError: not there, no YAML mapping, or it extends what is not there, or itself.
     """
-    if not file.is_file():
-        raise UserError(f"config file {file} does not exist")
     if file in seen:
         raise UserError(f"config file {file} extends itself, by way of {seen[-1].name}")
-    data = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    data = parse_yaml(read_text(file, "config file"), str(file))
     if not isinstance(data, dict):
         raise UserError(f"config file {file}: needs a mapping of sections at the top level")
     parent = data.pop("extends", None)
@@ -104,13 +118,20 @@ def read_config_file(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _extended(name: Any, file: Path) -> Path:
     places = [file.parent / f"{name}.yaml", file.parent / str(name), _RECIPES / f"{name}.yaml"]
     # A file that is named like the recipe that it begins from does not mean itself.
-    found = [place for place in places if place.is_file() and (place != file or file.parent == _RECIPES)]
+    found = [place for place in places if _is_file(place) and (place != file or file.parent == _RECIPES)]
     if not found:
         raise UserError(
             f"{file}: extends = {name!r}: neither a file in {file.parent.absolute()} nor a shipped recipe; shipped are "
             f"{', '.join(recipe_names())}.{nearest(str(name), recipe_names())}"
         )
     return found[0]
+
+
+def _is_file(place: Path) -> bool:
+    try:
+        return place.is_file()
+    except OSError:  # a name that is too long, a folder that may not be read
+        return False
 
 
 def _named_in_full(data: dict[str, Any], folder: Path, at: str) -> dict[str, Any]:

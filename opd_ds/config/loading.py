@@ -13,7 +13,7 @@ from opd_ds.config.files import as_section, merged, parse_yaml, put, read_config
 from opd_ds.config.keys import CHOSEN_BY, all_keys, keys_at
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import PromptsSection
-from opd_ds.errors import UserError, nearest
+from opd_ds.errors import UserError, nearest, shown
 
 # The types of a union, as pydantic adds them to the key.
 _BRANCH = re.compile(r"^(constrained-|literal\[|tuple\[|(str|bool|int|float)$)")
@@ -83,14 +83,14 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
-        raise UserError(f"--set {override!r}: expected key.path=value, for example --set rollout.steps=20")
+        raise UserError(f"--set {shown(override)}: expected key.path=value, for example --set rollout.steps=20")
     node = data
     for depth, part in enumerate(parts[:-1]):
         child = as_section(part, node.get(part))
         if child is None:
             child = {}
         if not isinstance(child, dict):
-            raise UserError(f"--set {override!r}: {'.'.join(parts[: depth + 1])} is a value, not a section")
+            raise UserError(f"--set {shown(override)}: {'.'.join(parts[: depth + 1])} is a value, not a section")
         node[part] = node = child
     put(node, parts[-1], parse_yaml(text, f"--set {key}"))
 
@@ -116,7 +116,7 @@ def _explain(kind: type[BaseModel], problem: Any) -> tuple[str, str]:
         location.pop()
     key = ".".join(location)
     value = problem["input"]
-    at = key if isinstance(value, dict | BaseModel) or not key else f"{key} = {value!r}"
+    at = key if isinstance(value, dict | BaseModel) or not key else f"{key} = {shown(value)}"
     if problem["type"] == "extra_forbidden":
         if key in DistilConfig.model_fields or key in TeachConfig.model_fields:
             return key, "only for a distillation; the section `teach` makes this a run that learns from rewards"
@@ -136,7 +136,7 @@ def _explain(kind: type[BaseModel], problem: Any) -> tuple[str, str]:
         found = value.get(chosen) if isinstance(value, dict) else value
         names = [name for name, section in ALGORITHMS.items() if chosen in section.model_fields]
         similar = nearest(str(found), names)
-        return f"{key}.{chosen} = {found!r}", f"allowed are {', '.join(names)}{'.' if similar else ''}{similar}"
+        return f"{key}.{chosen} = {shown(found)}", f"allowed are {', '.join(names)}{'.' if similar else ''}{similar}"
     message = problem["msg"].removeprefix("Value error, ").replace("valid tuple", "valid list")
     if problem["type"] == "literal_error" and isinstance(value, str):
         similar = nearest(value, re.findall(r"'([^']+)'", problem["ctx"]["expected"]))

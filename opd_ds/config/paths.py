@@ -7,7 +7,7 @@ import stat
 from importlib import resources
 from pathlib import Path
 
-from opd_ds.errors import UserError, nearest, shown
+from opd_ds.errors import UserError, nearest, shortened, shown
 
 PACKAGE_PREFIX = "package:"
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(/.+)?$")
@@ -40,6 +40,27 @@ def find_local(value: str, key: str) -> Path | None:
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise UserError(f"{key} = {shown(value)}: is a pipe or a device; give a file or a folder")
     return place
+
+
+def read_text(file: Path, what: str) -> str:
+    """The text of a file, which messages call `what`.
+
+    Raises:
+        UserError: it is not there, is no file, may not be read, or is not UTF-8.
+    """
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise UserError(f"{what} {file}: is a folder, a pipe or a device; give a file")
+        return file.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{what} {file} does not exist") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{what} {file}, line {line}: not UTF-8; convert the file to UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{what} {shortened(str(file), 100)}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a NUL character in its name
+        raise UserError(f"{what} {str(file)!r}: {error}") from error
 
 
 def beside(value: str, folder: Path, key: str, *, only_file: bool = False) -> str:
