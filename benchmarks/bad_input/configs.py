@@ -17,28 +17,29 @@ from opd_ds.config.paths import package_root
 
 # Everything they name is in the package.
 _RECIPES = ("miniature", "miniature_nft_text", "miniature_guard_look")
-_DRY_RUN = ("train", "--dry-run", "--config", "run.yaml")
+DRY_RUN = ("train", "--dry-run", "--config", "run.yaml")
 
 
-def _recipe(name: str) -> dict[str, Any]:
+def recipe(name: str) -> dict[str, Any]:
+    """What a shipped recipe sets."""
     return load_config(name, None, []).model_dump(mode="json", exclude_unset=True)
 
 
 @st.composite
 def _settings(draw: DrawFn) -> str:
-    data = draw(spoiled(_recipe(draw(st.sampled_from(_RECIPES)))))
+    data = draw(spoiled(recipe(draw(st.sampled_from(_RECIPES)))))
     return yaml.safe_dump(data, sort_keys=False)
 
 
 @st.composite
 def _files(draw: DrawFn) -> bytes:
-    text = yaml.safe_dump(_recipe(draw(st.sampled_from(_RECIPES))), sort_keys=False)
+    text = yaml.safe_dump(recipe(draw(st.sampled_from(_RECIPES))), sort_keys=False)
     return draw(damaged(text.encode()))
 
 
 @st.composite
 def _overrides(draw: DrawFn) -> tuple[str, ...]:
-    known = _dotted(_recipe("miniature"))
+    known = _dotted(recipe("miniature"))
     keys = st.sampled_from([*known, "a", "", ".", "tasks..x", "run", "anchor.path", "probes.x", "teach.algorithm"])
     found = []
     for _ in range(draw(st.integers(1, 2))):
@@ -86,36 +87,56 @@ _DS_CONFIGS: list[dict[str, Any]] = [
     {"zero_optimization": {"stage": 2}, "optimizer": {"type": "Muon", "params": {"momentum": 0.9}}},
     {"zero_optimization": {"stage": 1}, "tensorboard": {"enabled": True}, "elasticity": {"enabled": True}},
 ]
+_REPORTED: tuple[dict[str, Any], ...] = (
+    _HUGGING_FACE,
+    _HUGGING_FACE
+    | {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}}},
+    {"zero_optimization": True},
+    {"zero_optimization": None},
+    {"zero_optimization": {"stage": 2, "offload_optimizer": None, "offload_param": None}},
+    {"zero_optimization": {"stage": 2}, "optimizer": {"type": "adamw", "params": {}}},
+    {"zero_optimization": {"stage": 2}, "optimizer": {"type": "adamw"}},
+    {"zero_optimization": {"stage": 2}, "optimizer": "adamw"},
+    {"zero_optimisation": {"stage": 3}, "gradient_cliping": 1.0},
+    {"zero_optimization": {"stage": 2}, "wandb": {"enabled": True}, "flops_profiler": {"enabled": True}},
+    {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 15099494.4}},
+    {"zero_optimization": {"stage": 3}, "elasticity": {"enabled": True, "max_train_batch_size": 2000, "version": 0.1}},
+)
 
 
-def _write_settings(text: str | bytes, folder: Path) -> None:
+def write_settings(data: dict[str, Any], folder: Path) -> None:
+    """The run config of an input."""
+    (folder / "run.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+
+
+def _write_text(text: str | bytes, folder: Path) -> None:
     (folder / "run.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
 
 
 def _write_recipe(_: Any, folder: Path) -> None:
-    _write_settings(yaml.safe_dump(_recipe("miniature")), folder)
+    write_settings(recipe("miniature"), folder)
 
 
 def _write_ds_config(data: Any, folder: Path) -> None:
-    _write_settings(yaml.safe_dump({**_recipe("miniature"), "deepspeed": "ds.json"}), folder)
+    write_settings({**recipe("miniature"), "deepspeed": "ds.json"}, folder)
     (folder / "ds.json").write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
 
 
 def _dry_run(_: Any, folder: Path) -> None:
-    command(_DRY_RUN)
+    command(DRY_RUN)
 
 
 def _dry_run_with(overrides: tuple[str, ...], folder: Path) -> None:
-    command([*_DRY_RUN, *(word for override in overrides for word in ("--set", override))])
+    command([*DRY_RUN, *(word for override in overrides for word in ("--set", override))])
 
 
 _damaged_ds_configs = st.sampled_from(_DS_CONFIGS).flatmap(lambda data: damaged(json.dumps(data, indent=1).encode()))
 _spoiled_ds_configs = st.sampled_from(_DS_CONFIGS).flatmap(spoiled)
 
 KINDS = (
-    Kind("run config: settings", _settings(), _write_settings, _dry_run),
-    Kind("run config: file", _files(), _write_settings, _dry_run),
+    Kind("run config: settings", _settings(), _write_text, _dry_run),
+    Kind("run config: file", _files(), _write_text, _dry_run),
     Kind("run config: --set", _overrides(), _write_recipe, _dry_run_with),
-    Kind("ds_config: settings", _spoiled_ds_configs, _write_ds_config, _dry_run),
+    Kind("ds_config: settings", _spoiled_ds_configs, _write_ds_config, _dry_run, known=_REPORTED),
     Kind("ds_config: file", _damaged_ds_configs, _write_ds_config, _dry_run),
 )

@@ -21,6 +21,15 @@ _LAUNCHERS: list[dict[str, str]] = [
     {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NODEID": "1",
      "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_STEP_NODELIST": "gpu[003-007,9],x1"},
 ]  # fmt: skip
+# A shell inside `srun -n2 --pty`, and what is left over of other launches.
+_REPORTED = (
+    {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
+     "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "a"},
+    {"RANK": "0"},
+    {"MASTER_PORT": "0"},
+    {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "99999"},
+    _LAUNCHERS[1] | _LAUNCHERS[4],
+)  # fmt: skip
 _COUNTS = [
     "2(x3),1",
     "1(x0)",
@@ -65,4 +74,4 @@ def _detect(environment: dict[str, str], folder: Path) -> None:
         raise AssertionError(f"no world: {world}")
 
 
-KINDS = (Kind("environment", _environments(), _write, _detect),)
+KINDS = (Kind("environment", _environments(), _write, _detect, known=_REPORTED),)

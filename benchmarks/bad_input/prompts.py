@@ -52,6 +52,18 @@ def _as_bytes(rows: list[Any], form: str) -> bytes:
     return buffer.getvalue()
 
 
+_REPORTED = tuple(
+    ("prompts.jsonl", f'{{"prompt": "good"}}\n{line}\n'.encode())
+    for line in (
+        r'{"prompt": "a \ud83d"}', r'{"prompt": "a", "tag": "\ud83d"}', r'{"prompt": "a\u0000"}', '{"prompt": 3}',
+        '{"prompt": null}', '{"prompt": "a", "prompt": "b"}', '{"prompt": "a", "x": NaN}',
+        '{"prompt": "a", "x": 1e999}',
+        '{"prompt": "a", "text": ["b"]}', '{"prompt": "a", "tag": "counting", "include": "cats"}', "[" * 100_000,
+        f'{{"prompt": "a", "x": {"9" * 5000}}}', json.dumps({"prompt": "long " * 20_000}),
+    )
+)  # fmt: skip
+
+
 @st.composite
 def _contents(draw: DrawFn) -> tuple[str, bytes]:
     form = draw(st.sampled_from(_FORMATS))
@@ -94,7 +106,7 @@ def _read(described: tuple[str, bytes], folder: Path) -> None:
 
 
 KINDS = (
-    Kind("prompts: file", _contents(), _write, _read),
+    Kind("prompts: file", _contents(), _write, _read, known=_REPORTED),
     Kind("prompts: rows", _rows(), _write, _read),
     Kind("prompts: name", _names(), _write, _read),
 )

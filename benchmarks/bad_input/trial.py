@@ -39,12 +39,14 @@ class Kind:
         inputs: descriptions of inputs.
         write: writes the files of one into an empty folder, which is the working folder.
         ask: hands it to an entry point. It returns, or raises UserError or RefusedError; the files stay as they are.
+        known: inputs that people reported, and their like; always tried, first.
     """
 
     name: str
     inputs: SearchStrategy[Any]
     write: Callable[[Any, Path], None]
     ask: Callable[[Any, Path], None]
+    known: tuple[Any, ...] = ()
 
 
 @dataclass
@@ -65,8 +67,17 @@ def command(arguments: Sequence[str]) -> None:
 
 
 def try_many(kind: Kind, count: int, number: int) -> Tally:
-    """At most `count` inputs of a kind; the same `number` gives the same inputs."""
+    """The known inputs of a kind and at most `count` others; the same `number` gives the same inputs."""
     tally = Tally()
+
+    def one(described: Any) -> None:
+        answer, reason = try_one(kind, described)
+        tally.answers[answer] += 1
+        if reason:
+            tally.failed.setdefault(reason, described)
+
+    for described in kind.known:
+        one(described)
 
     @seed(number)
     @settings(
@@ -77,13 +88,10 @@ def try_many(kind: Kind, count: int, number: int) -> Tally:
         suppress_health_check=list(HealthCheck),
     )
     @given(kind.inputs)
-    def one(described: Any) -> None:
-        answer, reason = try_one(kind, described)
-        tally.answers[answer] += 1
-        if reason:
-            tally.failed.setdefault(reason, described)
+    def all_of_them(described: Any) -> None:
+        one(described)
 
-    one()
+    all_of_them()
     return tally
 
 
@@ -126,7 +134,8 @@ def _too_long(text: str) -> str:
 def _where(error: Exception) -> str:
     ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "opd_ds" in frame.filename]
     place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "outside"
-    return f"{type(error).__name__} at {place}: {(str(error).splitlines() or [''])[0][:100]}"
+    said = (str(error).splitlines() or [""])[0].replace(str(Path.cwd()), "")
+    return f"{type(error).__name__} at {place}: {said[:100]}"
 
 
 def _contents(folder: Path) -> dict[str, str]:
