@@ -24,7 +24,7 @@ from opd_ds.config.paths import find_local, resolve_ds_config
 from opd_ds.config.sections import PromptsSection
 from opd_ds.data import PromptSet
 from opd_ds.errors import UserError
-from opd_ds.runs.setup import find_files
+from opd_ds.runs.files import find_files
 from tests.tiny import run_settings
 
 HEAVY_NESTING = "[" * 100_000 + "]" * 100_000
