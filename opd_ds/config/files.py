@@ -38,9 +38,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         """No file can be named, and nothing printed, with a NUL or with half a character (a lone surrogate)."""
-        text = node.value
+        text = node.value if isinstance(node, yaml.ScalarNode) else ""
         odd = [character for character in text if character == "\0" or "\ud800" <= character <= "\udfff"]
         if odd:
             raise yaml.constructor.ConstructorError(None, None, f"the character {odd[0]!r}", node.start_mark)
