@@ -162,13 +162,15 @@ def test_to_offloaded_moments(runs: Runs, tmp_path: Path) -> None:
 def test_a_checkpoint_alone_gives_the_exported_weights(runs: Runs, source: str) -> None:
     """`opd-ds eval` draws checkpoints without an engine: the averages in the files are those that were exported."""
     checkpoint = runs.root / source / "checkpoints" / f"round-{ROUNDS:06d}"
-    shapes = json.loads((checkpoint / "state.json").read_text())["shapes"]
-    weights = consolidated_weights(checkpoint, shapes)
+    state = json.loads((checkpoint / "state.json").read_text())
+    weights = consolidated_weights(checkpoint, state["shapes"])
     exported = exported_weights(runs.root / source)
     if source.startswith("full"):
         assert all(torch.equal(exported[name], value) for name, value in weights.items())
-    else:
-        assert sorted(v.double().sum() for v in weights.values()) == sorted(v.double().sum() for v in exported.values())
+    else:  # an export has alpha = rank: the scale is in B
+        scale = state["adapter"]["lora_alpha"] / state["adapter"]["r"]
+        sums = [float(v.double().sum()) * (scale if ".lora_B." in name else 1) for name, v in weights.items()]
+        assert sorted(sums) == pytest.approx(sorted(float(v.double().sum()) for v in exported.values()))
 
 
 def exported_weights(folder: Path) -> dict[str, torch.Tensor]:
