@@ -24,10 +24,15 @@ import opd_ds.runs.setup
 from opd_ds.cli.dry_run import describe, planned_world
 from opd_ds.cli.main import app
 from opd_ds.cluster.world import World
-from opd_ds.config.loading import parse_config
+from opd_ds.config.loading import load_config, parse_config
 from opd_ds.config.schema import RunConfig
+from opd_ds.doctor.examination import Local, Subject
+from opd_ds.doctor.findings import Seen
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
+from opd_ds.rewards import reward_names
+from opd_ds.rewards.base import missing
+from opd_ds.rewards.registry import needs_of
 from opd_ds.runs.resume import Start
 from opd_ds.runs.train import train
 from opd_ds.testing.tiny.sd3 import PROMPTS
@@ -369,3 +374,80 @@ def test_nothing_is_refused_outside_the_preflight() -> None:
     assert refusing - reached == {"refuse_other_rewards"}
     assert len(refusing & reached) >= 8
     assert called(functions(opd_ds.runs.setup)["prepare"]) >= {"preflight", "refuse_other_rewards"}
+
+
+# ---- who else calls it ----
+
+
+def test_launch_checks_the_start_before_it_writes(
+    tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the job's processes; unless it is told that the files are elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    data = run_settings(tiny_world, tmp_path / "out")
+    _hpz_that_does_not_divide(data, tmp_path)
+    command = ["launch", "--slurm", "--config", str(write_config(tmp_path / "run.yaml", data))]
+    result = CliRunner().invoke(app, [*command, "--nodes", "2", "--tasks-per-node", "4"])
+    assert "zero_hpz_partition_size = 3 does not divide the 8 ranks" in str(result.exception)
+    assert not (tmp_path / "opd-ds.sbatch").exists()
+    fitting = [*command, "--nodes", "2", "--tasks-per-node", "3", "--allow-change", "optimizer.lr"]
+    result = CliRunner().invoke(app, fitting)
+    assert result.exit_code == 0, result.output
+    assert "--allow-change optimizer.lr" in (tmp_path / "opd-ds.sbatch").read_text()
+    data["tasks"]["one"]["prompts"] = "/only/in/the/container.txt"
+    write_config(tmp_path / "run.yaml", data)
+    assert "container.txt" in str(CliRunner().invoke(app, fitting).exception)
+    assert CliRunner().invoke(app, [*fitting, "--unchecked"]).exit_code == 0
+
+
+def test_doctor_checks_the_start(tiny_world: Path, tmp_path: Path) -> None:
+    """What the files alone do not show; where one is missing, that is said first."""
+
+    def seen(**changes: Any) -> Seen:
+        config = parse_config(run_settings(tiny_world, tmp_path / "out", **changes))
+        return next(one for one in Local(World(), Subject(lambda: config)).seen if one.what == "start of the run")
+
+    assert seen().problem is None
+    assert "both must be multiples of" in str(seen(model__height=13).problem)
+    missing = seen(model__height=13, tasks__one__prompts=str(tmp_path / "gone.txt"))
+    assert missing.problem is None
+    assert missing.found == "not checked: first see to tasks.one.prompts"
+
+
+# ---- how long a message gets ----
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "rollout.stepss=3",
+        "rollout.kernel=eular",
+        "tasks.one.teacher.placement=nowhere",
+        "optimizer.lr=-1",
+        "student.lora.rank=x",
+        "evaluation={micro: 3}",
+        "objective.method=pp",
+        "objective.target=velocity",
+        "probes={one: {eval_prompts: a.txt}}",
+        "rollout.trained_steps={queries: 3, fraction: 0.5}",
+        "run=3",
+        "nothing=3",
+        "model.pathh=x",
+        "tasks={}",
+        "teach={algorithm: nfft}",
+        "watch.every=[1, 2]",
+    ],
+)
+def test_messages_about_settings_are_short(tiny_world: Path, tmp_path: Path, override: str) -> None:
+    file = write_config(tmp_path / "run.yaml", run_settings(tiny_world, tmp_path / "out"))
+    with pytest.raises(UserError) as error:
+        load_config(None, file, [override])
+    assert all(len(line) <= LONGEST for line in str(error.value).splitlines()), str(error.value)
+
+
+def test_every_reward_that_is_not_there_is_said_in_three_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPD_DS_WEIGHTS", str(tmp_path / "none"))
+    alone = [name for name in reward_names() if name != "mix"]  # which needs what its parts need
+    needs = [problem for name in alone for problem in missing(name, needs_of(name))]
+    assert len(needs) > 4
+    assert all(len(str(problem)) <= LONGEST for problem in needs), max(map(str, needs), key=len)

@@ -31,6 +31,16 @@ def planned_world(text: str) -> World:
     return World(size=int(match[1] or 1) * local, local_size=local)
 
 
+def check_start(config: RunConfig, nodes: int, tasks: int, allowed: list[str]) -> None:
+    """What the processes of a batch job would check, which resume where they can.
+
+    Raises:
+        UserError: as a real start would.
+    """
+    world = World(size=nodes * tasks, local_size=tasks)
+    preflight(config, Alone(), world, Start("auto", tuple(allowed)))
+
+
 def describe(config: RunConfig, world: World, start: Start) -> str:
     """The resolved run, the batch arithmetic and the completed ds_config. No network is loaded, nothing is written.
 

@@ -49,6 +49,10 @@ def launch(
     recipe: Recipe = None,
     config: Config = None,
     overrides: Overrides = None,
+    allow_change: Annotated[list[str] | None, typer.Option(help="as for `opd-ds train`, repeatable")] = None,
+    unchecked: Annotated[
+        bool, typer.Option("--unchecked", help="leave out the checks of --dry-run: files or servers are elsewhere")
+    ] = False,
 ) -> None:
     """Write, and submit, the batch script of a run that survives its time limit and lost nodes."""
     if not slurm:
@@ -57,6 +61,10 @@ def launch(
     if gpus_per_node not in (0, tasks):
         raise UserError(f"--tasks-per-node {tasks}: a run has one task per GPU, here {gpus_per_node}; leave it out")
     settings = load_config(recipe, config, overrides or [])  # better said now than after a night in the queue
+    if not (dry_run or unchecked):
+        from opd_ds.cli.dry_run import check_start
+
+        check_start(settings, nodes, tasks, allow_change or [])
     saving, variables = 0.0, passed_variables()
     if gpu:
         from opd_ds.plan.job import job_needs
@@ -70,7 +78,9 @@ def launch(
     source += ["--config", str(config.absolute())] if config is not None else []
     text = batch_script(
         Job(
-            train_arguments=source + [word for override in overrides or [] for word in ("--set", override)],
+            train_arguments=source
+            + [word for override in overrides or [] for word in ("--set", override)]
+            + [word for key in allow_change or [] for word in ("--allow-change", key)],
             work_dir=Path.cwd(),
             launcher=launcher,
             nodes=nodes,

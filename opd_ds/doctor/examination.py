@@ -15,6 +15,7 @@ from opd_ds.doctor.findings import Finding, Report, Seen, attempt, merge, not_ch
 from opd_ds.doctor.meeting import LostRanksError, Meeting
 from opd_ds.doctor.node import look_at_node
 from opd_ds.doctor.rewards import look_at_rewards
+from opd_ds.doctor.start import START, look_at_start
 from opd_ds.doctor.weights import look_at_files, trainable_parameters
 
 # With a problem in one of these no process group starts, or it hangs.
@@ -85,17 +86,19 @@ class Local:
             self.seen += attempt("run config", lambda: self._load(load))
         self.output_dir = subject.output_dir or (self.config.run.output_dir if self.config else None)
         if world.local_rank == 0:
-            self.seen += self._files() + self._disk()
+            self.seen += self._files(world) + self._disk()
 
     def _load(self, load: Callable[[], RunConfig]) -> Iterator[Seen]:
         self.config = load()
         digest = hashlib.sha256(self.config.model_dump_json().encode()).hexdigest()[:12]
         yield Seen("run config", f"read, fingerprint {digest}", agree=digest)
 
-    def _files(self) -> list[Seen]:
-        if self.config is None:
+    def _files(self, world: World) -> list[Seen]:
+        config = self.config
+        if config is None:
             return [_not_seen("weights and prompts", self._why("give the run with --recipe or --config"))]
-        return look_at_files(self.config) + look_at_rewards(self.config)
+        seen = look_at_files(config) + look_at_rewards(config)
+        return seen + attempt(START, lambda: look_at_start(config, world, seen))
 
     def _why(self, advice: str) -> str:
         return "the run config cannot be read" if any(one.what == "run config" for one in self.seen) else advice

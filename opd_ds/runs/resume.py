@@ -19,7 +19,7 @@ from opd_ds.checkpoint.store import (
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import ANCHOR, OptimizerSection
 from opd_ds.engine import Group
-from opd_ds.errors import UserError, nearest
+from opd_ds.errors import UserError, nearest, shown
 from opd_ds.utils.nested import flat
 
 JOB_VARIABLE, RESTARTS_VARIABLE = "SLURM_JOB_ID", "SLURM_RESTART_COUNT"
@@ -162,7 +162,7 @@ def refuse_other_run(config: RunConfig, current: dict[str, Any], point: ResumePo
             continue
         if any(source in allowed for source in _sources(key)) and _keeps_copies(key, was, now):
             logging.getLogger("opd_ds").warning(
-                "%s was %s and is now %s: accepted by --allow-change", _known_as(key), _shown(was), _shown(now)
+                "%s was %s and is now %s: accepted by --allow-change", _known_as(key), shown(was, 60), shown(now, 60)
             )
             continue
         raise UserError(_refusal(config, current, point, key, was, now))
@@ -185,7 +185,7 @@ def _refusal(config: RunConfig, current: dict[str, Any], point: ResumePoint, key
     if key.endswith("sha256") and was and now:
         what = f"what lies at {_known_as(key)} is not what it was (SHA-256 {was[:12]}, now {now[:12]}); put it back"
     else:
-        what = f"{_known_as(key)} was {_shown(was)} and is now {_shown(now)}; set it back"
+        what = f"{_known_as(key)} was {shown(was, 60)} and is now {shown(now, 60)}; set it back"
     known = allowed_changes(config) if _keeps_copies(key, was, now) else []
     accepted = [source for source in _sources(key) if source in known]
     accept = f", accept it with --allow-change {accepted[-1]}" if accepted else ""
@@ -229,8 +229,3 @@ def _keeps_copies(key: str, was: Any, now: Any) -> bool:
 def _task_of(key: str) -> str | None:
     first, _, rest = key.partition(".")
     return rest.partition(".")[0] if first == "tasks" else None
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
