@@ -74,7 +74,7 @@ if [ -z "${DS_ENV_FILE:-}" ] && [ ! -f .deepspeed_env ] && [ ! -f ~/.deepspeed_e
   export DS_ENV_FILE=$variables
 fi
 
-deepspeed --hostfile "$hostfile" --force_multi ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} \
+deepspeed --log_level error --hostfile "$hostfile" --force_multi ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} \
   --master_port "${MASTER_PORT:-$(python -m opd_ds.cluster.rendezvous)}" \
   --module opd_ds.cli train --resume auto --done-file "$done_file" "${arguments[@]}" &
 child=$!

@@ -232,7 +232,7 @@ def test_kill_9_while_checkpoints_are_written(tiny_world: Path, tmp_path: Path, 
     # Each attempt went on where the newest published checkpoint was: one round a kill, at the most.
     log = (tmp_path / "killed.log").read_text()
     resumed = [int(done) for done in re.findall(r" resumed from .*, (\d+) rounds done", log)]
-    assert log.count("starting at round 0") + len(resumed) == len(began)
+    assert log.count("starting with round 1") + len(resumed) == len(began)
     assert resumed == [start for start in began if start > 0]
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     assert not list((tmp_path / "killed" / "checkpoints").glob(".*"))

@@ -47,6 +47,17 @@ def test_a_line_every_half_minute_and_one_at_the_end(
     ]
 
 
+def test_what_is_done_at_once_has_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    log_to_terminal()
+    with work("reading base", 2, "weights") as reading:
+        reading.advance(2)
+    with work("training", 1, "rounds") as training:
+        training.advance(status="loss 1.0")
+    lines = [re.sub(f"^{STAMP}", "", line) for line in capsys.readouterr().out.splitlines()]
+    end = "training: 1 of 1 rounds, loss 1.0, in 0 s"
+    assert lines == ["reading base: 2 weights", "training: 1 rounds", end]
+
+
 def test_other_ranks_only_warn_and_say_who_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     log_to_terminal(3)
     with work("drawing base", 2, "images") as drawing:

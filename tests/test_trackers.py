@@ -24,6 +24,7 @@ from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.runs import trackers
 from opd_ds.runs.trackers import BackgroundTracker, TrackedRun, Tracker, background, check_trackers
+from opd_ds.runs.trackers.repeats import WithoutRepeats
 from opd_ds.runs.train import train
 from opd_ds.utils.secrets import without_secrets
 from tests.runs import metrics
@@ -34,13 +35,13 @@ Track = Callable[..., Path]
 
 @pytest.fixture
 def tracked(tiny_world: Path, tmp_path: Path, group: Group) -> Track:
-    """Two rounds with an image each, then one more in a resumed run."""
+    """Two rounds with an image each, then the second again and one more, in a run resumed after the first."""
 
     def start(name: str) -> Path:
         folder = tmp_path / "my-run"
         prompts = str(tiny_world / "prompts.txt")
         task = {"teacher": str(tiny_world / "other"), "prompts": prompts, "eval_prompts": prompts}
-        for rounds, resume in ((2, "never"), (3, "auto")):
+        for rounds, resume in ((2, "never"), (3, str(folder / "checkpoints" / "round-000001"))):
             settings = run_settings(
                 tiny_world,
                 folder,
@@ -56,12 +57,15 @@ def tracked(tiny_world: Path, tmp_path: Path, group: Group) -> Track:
     return start
 
 
-# Of the student after round 1, and of all models at the end of both starts.
+# Of the student after rounds 1 and 2, and of all models at the end of both starts.
 GRIDS = ("student", "models")
 
 
-def losses(folder: Path) -> dict[int, float]:
-    return {int(row["round"]): row["loss"] for row in metrics(folder)}
+def once(seen: list[tuple[int, float]], folder: Path) -> None:
+    """Every round's loss is there, the repeated one's too, and no second time."""
+    wanted = [(int(row["round"]), row["loss"]) for row in metrics(folder)]
+    assert [index for index, _ in wanted] == [1, 2, 3]
+    assert sorted(seen) == [(index, pytest.approx(loss)) for index, loss in wanted]
 
 
 # ---- each in its own reader ----
@@ -75,18 +79,18 @@ def test_wandb(tracked: Track) -> None:
     files = sorted((folder / "trackers" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 2
     assert len({file.name for file in files}) == 1, "a resumed run has another id"
-    seen: dict[int, float] = {}
+    seen: list[tuple[int, float]] = []
     images, config = 0, {}
     for file in files:
         for data in leveldb_log(file.read_bytes()):
             record = Record.FromString(data)
             row = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
             if "loss" in row:
-                seen[row["round"]] = row["loss"]
+                seen.append((row["round"], row["loss"]))
             images += sum(f"{grid}.path" in row for grid in GRIDS)
             config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
-    assert seen == pytest.approx(losses(folder))
-    assert images == 3
+    once(seen, folder)
+    assert images == 4
     assert config["optimizer"]["lr"] == 1e-3
 
 
@@ -105,8 +109,8 @@ def test_trackio(tracked: Track, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [name] = SQLiteStorage.get_runs("merging")
     assert name.startswith("my-run-")
     rows = SQLiteStorage.get_logs("merging", name)
-    assert {row["step"]: row["loss"] for row in rows if "loss" in row} == pytest.approx(losses(folder))
-    assert sum(grid in row for row in rows for grid in GRIDS) == 3
+    once([(row["step"], row["loss"]) for row in rows if "loss" in row], folder)
+    assert sum(grid in row for row in rows for grid in GRIDS) == 4
     assert SQLiteStorage.get_run_config("merging", name)["optimizer"]["lr"] == 1e-3
 
 
@@ -118,18 +122,19 @@ def test_swanlab(tracked: Track) -> None:
     folder = tracked("swanlab")
     files = sorted((folder / "trackers" / "swanlab").glob("run-*/run-*.swanlab"))
     assert len({file.name for file in files}) == 1, "a resumed run has another id"
-    seen, images = {}, 0
+    seen: list[tuple[int, float]] = []
+    images = 0
     for file in files:
         reader = DataStoreReader()
         reader.open(file)
         for data in reader:
             record = Record.FromString(data)
             if record.scalar.key == "loss":
-                seen[record.scalar.step] = record.scalar.value.number
+                seen.append((record.scalar.step, record.scalar.value.number))
             images += record.media.key in GRIDS
         reader.close()
-    assert seen == pytest.approx(losses(folder))
-    assert images == 3
+    once(seen, folder)
+    assert images == 4
     assert "lr: 0.001" in (files[0].parent / "files" / "config.yaml").read_text()
 
 
@@ -144,10 +149,10 @@ def test_mlflow(tracked: Track) -> None:
     [run] = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == ("my-run", "FINISHED")
     history = client.get_metric_history(run.info.run_id, "loss")
-    assert {point.step: point.value for point in history} == pytest.approx(losses(folder))
+    once([(point.step, point.value) for point in history], folder)
     assert run.data.params["optimizer.lr"] == "0.001"
     images = [file.path for file in client.list_artifacts(run.info.run_id, "images")]
-    assert sum(path.removeprefix("images/").startswith(GRIDS) and path.endswith(".png") for path in images) == 3
+    assert sum(path.removeprefix("images/").startswith(GRIDS) and path.endswith(".png") for path in images) == 4
 
 
 def leveldb_log(data: bytes) -> list[bytes]:
@@ -164,6 +169,49 @@ def leveldb_log(data: bytes) -> list[bytes]:
             records.append(part)
             part = b""
     return records
+
+
+# ---- what a resumed run repeats ----
+
+
+class Kept(Tracker):
+    """Keeps all it gets."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[int, str]] = []
+
+    def scalars(self, values: Mapping[str, float], round_index: int) -> None:
+        if "broken" in values:
+            raise ConnectionError("the network is gone")
+        self.records += [(round_index, name) for name in values]
+
+    def image(self, tag: str, image: Image, round_index: int) -> None:
+        self.records.append((round_index, tag))
+
+    def close(self, *, failed: bool) -> None: ...
+
+
+def test_what_a_resumed_run_repeats_is_not_recorded_twice(tmp_path: Path) -> None:
+    kept, file = Kept(), tmp_path / "trackers" / "kept.records"
+    first = WithoutRepeats(kept, file, goes_on=False)
+    first.scalars({"loss": 1.0, "grad_norm": 2.0}, 1)
+    first.scalars({"loss": 0.5, "grad_norm": 2.0}, 2)
+    first.image("student", new("RGB", (2, 2)), 2)
+    with pytest.raises(ConnectionError):
+        first.scalars({"broken": 1.0}, 2)  # not recorded, so a later attempt may try again
+    second = WithoutRepeats(kept, file, goes_on=True)  # killed, not closed
+    second.scalars({"loss": 0.5, "grad_norm": 2.0}, 2)
+    second.image("student", new("RGB", (2, 2)), 2)
+    second.scalars({"reward/text/ocr": 0.1}, 2)  # the first attempt did not come so far
+    second.scalars({"loss": 0.25, "grad_norm": 1.0}, 3)
+    with pytest.raises(ConnectionError):
+        second.scalars({"broken": 1.0}, 2)
+    second.close(failed=False)
+    once = [(1, "loss"), (1, "grad_norm"), (2, "loss"), (2, "grad_norm"), (2, "student")]
+    assert kept.records == [*once, (2, "reward/text/ocr"), (3, "loss"), (3, "grad_norm")]
+    anew = WithoutRepeats(Kept(), file, goes_on=False)  # another run in this folder
+    anew.close(failed=False)
+    assert file.read_text() == ""
 
 
 # ---- what goes wrong ----

@@ -24,6 +24,7 @@ from opd_ds.engine.replica import UnshardedReplica, fits
 from opd_ds.engine.schedule import Schedule
 from opd_ds.engine.state import ShardReader
 from opd_ds.models import leave_uncompiled, lora
+from opd_ds.utils.progress import work
 
 
 class StudentEngine:
@@ -66,6 +67,12 @@ class StudentEngine:
         self._whole: nn.Module | None = None  # the replica, while it has weights
         self.learning_rate = 0.0  # of the last step
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if group.world.is_main:
+            count = sum(math.prod(privates.whole_shape(parameter)) for parameter in trainable)
+            logging.getLogger("opd_ds").info(
+                "starting DeepSpeed: ZeRO stage %d, ranks: %d, trained parameters: %s",
+                self.zero_stage, group.world.size, f"{count:,}",
+            )  # fmt: skip
         self._engine = initialize(module, ds_config, trainable)
         self._engine.train()
         self._peaks = [group["lr"] for group in self._param_groups]  # Muon may have two
@@ -186,12 +193,13 @@ class StudentEngine:
     def gather_weights(self, *, trainable_only: bool) -> dict[str, Tensor]:
         """Full weights by name, on rank 0's CPU (empty elsewhere). Collective; one tensor at a time on the device."""
         weights = {}
-        for name, parameter in self.module.named_parameters():
-            if trainable_only and not parameter.requires_grad:
-                continue
-            with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
-                if self._group.world.is_main:
-                    weights[name] = parameter.detach().cpu().clone()
+        wanted = [pair for pair in self.module.named_parameters() if pair[1].requires_grad or not trainable_only]
+        with work("gathering the student", len(wanted), "weights") as gathering:
+            for name, parameter in wanted:
+                with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+                    if self._group.world.is_main:
+                        weights[name] = parameter.detach().cpu().clone()
+                gathering.advance()
         if self._group.world.is_main and not trainable_only:
             weights |= {name: buffer.detach().cpu().clone() for name, buffer in self._persistent_buffers()}
         return weights

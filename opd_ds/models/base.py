@@ -310,7 +310,7 @@ class ModelFamily(ABC):
             network = self._unfilled(config, stored)
             if adapter is not None:
                 stored = lora.merge_stored(stored, self.empty_transformer(), adapter, self.pipeline_class, self.dtype)
-            fill(network, stored, build, self.dtype)
+            fill(network, stored, build, self.dtype, source)
         return network.eval()
 
     def _open(self, source: Path) -> tuple[dict[str, Any], Stored]:

@@ -161,11 +161,14 @@ class ParametersElsewhere:
         return nn.Parameter(torch.empty(stored.shape, dtype=dtype, device="meta"))
 
 
-def fill(network: nn.Module, stored: Stored, build: ParameterBuilder, dtype: torch.dtype) -> None:
+def fill(network: nn.Module, stored: Stored, build: ParameterBuilder, dtype: torch.dtype, source: Path) -> None:
     """Give `network`, whose parameters are on meta, its weights in `dtype`, one after the other.
 
     diffusers leaves some layers in float32; DeepSpeed has one dtype for the weights of an engine. With one dtype
     everywhere a student that is its own teacher has loss 0. Stored buffers are of that dtype too, computed ones stay.
+
+    Args:
+        source: where they are from, for the log.
 
     Raises:
         UserError: a parameter is missing or of another shape.
@@ -177,7 +180,7 @@ def fill(network: nn.Module, stored: Stored, build: ParameterBuilder, dtype: tor
     wanted = {sources[id(parameter)]: tuple(parameter.shape) for parameter in network.parameters()}
     wanted |= {name: tuple(buffer.shape) for name, buffer in network.named_buffers() if name in stored}
     refuse_other_shapes(shapes_of({name: stored[name] for name in wanted if name in stored}), wanted)
-    with work(f"reading weights of {type(network).__name__}", len(aliases), "tensors") as reading:
+    with work(f"reading {source}", len(aliases), "weights") as reading:
         _fill(network, stored, build, dtype, sources, reading)
 
 

@@ -71,7 +71,7 @@ def train(
         # Only once it is certain that the run resumes from there.
         store.go_back_to(resumed.checkpoint, start, resumed.damaged)
     with Monitor(config, group.world, start, parts.benchmark.identities) as monitor:
-        monitor.tell(f"resumed from {resumed.checkpoint}, {start} rounds done" if resumed else "starting at round 0")
+        monitor.tell(f"resumed from {resumed.checkpoint}, {start} rounds done" if resumed else "starting with round 1")
         session = _Session(parts, store, monitor, stop, group, saved=start)
         baselines = _baselines(config, parts, session, fresh=resumed is None)
         watch = AsyncRewardEval(config, parts.rewards) if config.watch.every and group.world.is_main else None
@@ -135,6 +135,7 @@ class _Session:
             "run": parts.identity,
         }
         self.group.progress(f"the checkpoint of round {done}")
+        self.monitor.tell(f"saving {self.store.place(done)}")
         entries = parts.student.state_dict()
         for copy in parts.trainer.snapshots:
             entries |= copy.state_dict()

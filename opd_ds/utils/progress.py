@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 LINE_SECONDS = 30.0
+_AT_ONCE = 1.0  # what took less needs no line at its end
 # Looks for sys.stdout whenever it prints.
 CONSOLE = Console(soft_wrap=True)
 _LOG = logging.getLogger("opd_ds")
@@ -43,7 +44,7 @@ class Work:
             _BARS.update(self._bar, completed=self._done, status=status)
             return
         now, ended = time.monotonic(), self._done == self._total
-        if not ended and now - self._last_line < LINE_SECONDS:
+        if now - self._last_line < LINE_SECONDS if not ended else now - self._began < _AT_ONCE and not status:
             return
         self._last_line = now
         rest = (now - self._began) / (self._done - self._first) * (self._total - self._done)

@@ -77,7 +77,7 @@ class Survivor:
         There may be more starts than faults: SLURM clears away a dead node's step late, and ends the next one with it.
         """
         text = self.cluster.output(self.job)
-        said = re.findall(r"resumed from .*?, (\d+) rounds done|starting at round 0", text)
+        said = re.findall(r"resumed from .*?, (\d+) rounds done|starting with round 1", text)
         starts = [int(start or 0) for start in said]
         assert starts == sorted(starts), text
         assert starts.count(0) == 1

@@ -14,6 +14,7 @@ from opd_ds.config.sections import TrackerSection
 from opd_ds.errors import UserError, nearest
 from opd_ds.runs.trackers.background import BackgroundTracker
 from opd_ds.runs.trackers.base import TrackedRun, Tracker
+from opd_ds.runs.trackers.repeats import WithoutRepeats
 
 __all__ = ["BackgroundTracker", "TrackedRun", "Tracker", "check_trackers", "open_trackers", "places"]
 
@@ -28,6 +29,7 @@ class _Known:
         given: those that are ours.
         look: the command that shows the run; `look_offline` where the tracker is offline.
         needs: further modules.
+        forgets: a resumed run can make it forget the rounds after the checkpoint.
     """
 
     tracker: str
@@ -36,6 +38,7 @@ class _Known:
     look: str
     look_offline: str
     needs: tuple[str, ...] = ()
+    forgets: bool = False
 
 
 _OURS = frozenset({"project", "id", "resume", "mode", "dir", "log_dir", "config"})
@@ -46,6 +49,7 @@ _KNOWN = {
         frozenset({"log_dir", "purge_step"}),
         "tensorboard --logdir {folder}/tensorboard",
         "tensorboard --logdir {folder}/tensorboard",
+        forgets=True,
     ),
     "wandb": _Known(
         "opd_ds.runs.trackers.services:WandB",
@@ -107,9 +111,13 @@ def open_trackers(sections: Iterable[TrackerSection], run: TrackedRun) -> list[B
     """Start them; each opens in a thread of its own, so that this returns at once."""
 
     def start(section: TrackerSection) -> Tracker:
-        module, _, name = _KNOWN[section.name].tracker.partition(":")
+        known = _KNOWN[section.name]
+        module, _, name = known.tracker.partition(":")
+        goes_on = run.known_id(section.name) is not None
         tracker: Tracker = getattr(import_module(module), name)(section, run)
-        return tracker
+        return (
+            tracker if known.forgets else WithoutRepeats(tracker, run.kept / f"{section.name}.records", goes_on=goes_on)
+        )
 
     return [BackgroundTracker(section.name, partial(start, section)) for section in sections]
 
