@@ -7,11 +7,16 @@ import signal
 import socket
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from opd_ds.cluster.rendezvous import unused_port
+from opd_ds.cluster.store import wait_for_ranks
+from opd_ds.cluster.world import World
+from opd_ds.engine import comm
+from opd_ds.errors import UserError
 from tests.ranks import SET_BY_LAUNCHERS, Process, fork
 from tests.tiny import run_settings, write_config
 
@@ -87,3 +92,51 @@ def test_a_port_that_another_process_has_is_one_line(tiny_world: Path, tmp_path:
     (line,) = process.output.splitlines()
     assert line.startswith(f"opd-ds: error: MASTER_PORT = {port}: rank 0 on {socket.gethostname()} cannot use it (")
     assert "another process listens on this port" in line
+
+
+@pytest.mark.parametrize(
+    ("devices", "problem"),
+    [
+        (["GPU-1", "GPU-2"], None),
+        (["", ""], None),
+        (["GPU-1", "GPU-1"], "ranks 0 and 1 have the same GPU (GPU-1): start one process per GPU"),
+    ],
+)
+def test_two_ranks_on_one_gpu_are_refused_on_both(
+    devices: list[str], problem: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA_VISIBLE_DEVICES=0 left over in the shell: each rank sees one device, which may also be its own."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(unused_port()))
+
+    def arrive(rank: int) -> str | None:
+        try:
+            stores.append(wait_for_ranks(World(rank, rank, 2, 2), devices[rank], timeout=20))
+        except UserError as error:
+            return str(error).partition(",")[0]
+        return None
+
+    stores: list[object] = []
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(arrive, range(2))) == [problem, problem]
+
+
+def test_variables_that_would_be_a_traceback(tiny_world: Path, tmp_path: Path) -> None:
+    """A home that cannot be written to, and a device that DeepSpeed does not know."""
+    for variables, wanted in (
+        ({"TORCH_EXTENSIONS_DIR": "/proc/ops"}, "TORCH_EXTENSIONS_DIR = '/proc/ops': cannot be made ("),
+        ({"DS_ACCELERATOR": "gpu"}, "DS_ACCELERATOR = 'gpu': unset it, or choose one of cuda, cpu, "),
+    ):
+        process = start(tiny_world, tmp_path, variables)
+        assert process.wait(60) == 2, process.output
+        (line,) = [line for line in process.output.splitlines() if "error" in line]
+        assert line.startswith(f"opd-ds: error: {wanted}")
+
+
+def test_gpus_that_a_variable_hides_are_mentioned(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    comm._say_that_gpus_are_idle(World())
+    assert "the run is on CPUs although there are GPUs here: DS_ACCELERATOR=cpu" in caplog.text

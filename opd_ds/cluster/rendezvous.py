@@ -24,6 +24,7 @@ from opd_ds.errors import Interrupted, UserError
 START_TIMEOUT = 600.0
 SAID_AFTER = 30.0
 _ANSWER_SECONDS = 3.0
+_ACCELERATORS = ("cuda", "cpu", "xpu", "npu", "mps", "hpu", "mlu", "sdaa")  # of DeepSpeed 0.19.7
 _PORTS_TRIED = 32
 
 
@@ -171,7 +172,13 @@ def extensions_folder() -> Path:
 def prepare_environment(world: World) -> None:
     """Environment that DeepSpeed and torch read when they start; call before importing them. Ranks that have no port
     yet agree on one here.
+
+    Raises:
+        UserError: DS_ACCELERATOR names none; ranks do not find each other.
     """
+    accelerator = os.environ.get("DS_ACCELERATOR")
+    if accelerator is not None and accelerator not in _ACCELERATORS:
+        raise UserError(f"DS_ACCELERATOR = {accelerator!r}: unset it, or choose one of {', '.join(_ACCELERATORS)}")
     port = world.master_port
     if port is None:
         port = unused_port() if world.size == 1 else agree_on_port(world)

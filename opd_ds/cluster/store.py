@@ -15,6 +15,7 @@ from opd_ds.errors import UserError
 
 _TRY_SECONDS = 15.0  # for one connection: meanwhile nobody looks at signals
 _SHOWN_RANKS = 8
+_TELL_SECONDS = 5.0
 
 
 def open_store(world: World, timeout: float = START_TIMEOUT) -> TCPStore:
@@ -61,28 +62,52 @@ def _not_opened(world: World, port: int, error: Exception) -> str:
     )
 
 
-def wait_for_ranks(world: World, timeout: float = START_TIMEOUT) -> TCPStore:
+def wait_for_ranks(world: World, device: str = "", timeout: float = START_TIMEOUT) -> TCPStore:
     """Until all ranks are there; each calls this once. The store, which rank 0 must keep until the group is up.
 
+    Args:
+        device: names the device of this rank, the same for all ranks that would use it; empty: shared by right.
+        timeout: seconds.
+
     Raises:
-        UserError: the port is taken, or some ranks did not come within `timeout` seconds.
+        UserError: the port is taken, some ranks did not come in time, or two have one device.
         Interrupted: this process was asked to stop.
     """
     store = open_store(world, timeout)
     # torchrun keeps its store over restarts of the ranks.
     own = PrefixStore(f"opd_ds/arrival/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    waiting, missing = Waiting(world, timeout), list(range(world.size))
+    waiting, missing, problem = Waiting(world, timeout), list(range(world.size)), ""
     try:
-        own.set(str(world.rank), "")
+        own.set(str(world.rank), device)
         while world.is_main and (missing := [rank for rank in missing if not own.check([str(rank)])]):
             waiting.go_on(_names(missing), 0.05)
         if world.is_main:
-            own.set("all", "")
+            own.set("all", _shared_device([own.get(str(rank)).decode() for rank in range(world.size)]))
         while not own.check(["all"]):
             waiting.go_on("the other ranks", 0.05)
+        problem = own.get("all").decode()
+        if problem:
+            own.set(f"told/{world.rank}", "")
+            if world.is_main:  # the store goes with this rank
+                own.wait([f"told/{rank}" for rank in range(world.size)], timedelta(seconds=_TELL_SECONDS))
     except RuntimeError as error:
-        raise UserError(f"rank {world.rank} of {world.size}: rank 0 ended before all ranks were there") from error
+        if not problem:
+            raise UserError(f"rank {world.rank} of {world.size}: rank 0 ended before all ranks were there") from error
+    if problem:
+        raise UserError(problem)
     return store
+
+
+def _shared_device(devices: list[str]) -> str:
+    """What is wrong where two ranks have one device, or an empty string."""
+    first: dict[str, int] = {}
+    for rank, device in enumerate(devices):
+        if device and first.setdefault(device, rank) != rank:
+            return (
+                f"ranks {first[device]} and {rank} have the same GPU ({device}): start one process per GPU, and look "
+                "at CUDA_VISIBLE_DEVICES, which must show each process its own or all of them"
+            )
+    return ""
 
 
 def _names(ranks: list[int]) -> str:

@@ -26,6 +26,7 @@ from opd_ds.engine.build_lock import guard_builds
 from opd_ds.engine.memory import return_freed_memory
 from opd_ds.errors import Interrupted, UserError
 from opd_ds.utils.determinism import make_deterministic
+from opd_ds.utils.machine import allow_open_files
 
 HANG_FOLDER = "hang"
 
@@ -161,16 +162,20 @@ def init_group(world: World, timeout: timedelta = timedelta(minutes=30), *, dete
         deterministic: see `make_deterministic`.
 
     Raises:
-        UserError: on a CPU without a C++ compiler, which DeepSpeed needs there once; a rank that did not arrive; more
-            processes on this node than devices; MASTER_PORT is taken.
+        UserError: on a CPU without a C++ compiler, or a folder to compile in, which DeepSpeed needs there once; a rank
+            that did not arrive; more processes on this node than devices, or two on one; MASTER_PORT is taken.
         Interrupted: this process was asked to stop while it waited for other ranks.
     """
     if deterministic:
         make_deterministic()
     return_freed_memory()
-    if "OMP_NUM_THREADS" not in os.environ:
+    allow_open_files()
+    if not os.environ.get("OMP_NUM_THREADS", "")[:1].isdigit():  # empty, say: then each rank would take all cores
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+    if on_cpu:
+        _say_that_gpus_are_idle(world)
+        _require_ops_folder()
     if on_cpu and world.size > 1:
         _require_compiler()
     import deepspeed
@@ -183,14 +188,15 @@ def init_group(world: World, timeout: timedelta = timedelta(minutes=30), *, dete
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, once per call.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     accelerator = get_accelerator()
-    device = torch.device("cpu")
+    device, name = torch.device("cpu"), ""
     if not on_cpu:
         device = torch.device(accelerator.device_name(), _device_index(world, accelerator.device_count()))
         accelerator.set_device(device.index)
+        name = _name_of(device)
         set_local_rank(device.index)  # what DeepSpeed takes for the device (engine.py, comm/torch.py)
     guard_builds()
     privates.keep_op_loading_silent()
-    store = wait_for_ranks(world)  # torch would wait in silence, and for as long as for a collective
+    store = wait_for_ranks(world, name)  # torch would wait in silence, and for as long as for a collective
     deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, timeout=timeout)
     del store
     if on_cpu:
@@ -209,6 +215,31 @@ def _device_index(world: World, devices: int) -> int:
             "(--ntasks-per-node, --num_gpus, --nproc-per-node)"
         )
     return world.local_rank
+
+
+def _name_of(device: torch.device) -> str:
+    """Its UUID where it has one (CUDA), the same for all processes that use it; empty where it has none."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
+def _say_that_gpus_are_idle(world: World) -> None:
+    """On a CPU by what the shell says, and not because there is no GPU."""
+    shown = {name: os.environ[name] for name in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES") if name in os.environ}
+    hides = shown.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1") and Path("/dev/nvidia0").exists()
+    if world.is_main and (hides or torch.cuda.is_available()):
+        said = ", ".join(f"{name}={value}" for name, value in shown.items())
+        logging.getLogger("opd_ds").warning("the run is on CPUs although there are GPUs here: %s; unset it", said)
+
+
+def _require_ops_folder() -> None:
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"TORCH_EXTENSIONS_DIR = {str(folder)!r}: cannot be made ({error.strerror}); on CPU DeepSpeed compiles "
+            "a small communication op at its first start: set the variable to a folder that can be written"
+        ) from error
 
 
 def _compiler() -> str | None:
