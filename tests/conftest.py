@@ -76,6 +76,12 @@ def config_file(tiny_world: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def configured(tiny_world: Path, tmp_path: Path) -> Callable[..., DistilConfig]:
+    """A run config; keyword arguments as for `run_settings`."""
+    return lambda **changes: DistilConfig.model_validate(run_settings(tiny_world, tmp_path / "out", **changes))
+
+
+@pytest.fixture
 def build_run(tiny_world: Path, tmp_path: Path, group: Group) -> Callable[..., tuple[RunConfig, Parts]]:
     """Build a run in this process; keyword arguments as for `run_settings`."""
 

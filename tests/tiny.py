@@ -12,7 +12,10 @@ from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 from safetensors.torch import save_file
 
+from opd_ds.config.schema import RunConfig
 from opd_ds.models import lora
+from opd_ds.plan.costs import Costs
+from opd_ds.plan.network import find_model
 from opd_ds.testing.tiny.sd3 import PROMPTS
 from opd_ds.testing.tiny.sd3 import write as write_pipeline
 
@@ -84,3 +87,8 @@ def with_changes(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any
 def write_config(file: Path, data: dict[str, Any]) -> Path:
     file.write_text(yaml.safe_dump(data))
     return file
+
+
+def costs_of(config: RunConfig) -> Costs:
+    """What a plan of the run measures."""
+    return Costs(find_model(config), config)
