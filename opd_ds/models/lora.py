@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from opd_ds.models.adapter_keys import ADAPTER_KEY
 from opd_ds.models.stored_weights import Stored, StoredTensor
 
 _MERGED = "merged"
+_INJECTING = Lock()
 _PARTS = ("lora_A", "lora_B")
 
 
@@ -127,7 +129,8 @@ def _merge(layer: Any, base: StoredTensor, parts: dict[str, Tensor], dtype: torc
 
 def _inject(transformer: nn.Module, name: str, config: LoraConfig) -> None:
     try:
-        with warnings.catch_warnings():
+        # On meta PEFT (0.21) exchanges methods of torch's modules meanwhile; two threads would put back the wrong ones.
+        with _INJECTING, warnings.catch_warnings():
             # Several adapters on one network is what we want.
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             on_meta = next(transformer.parameters()).device.type == "meta"
