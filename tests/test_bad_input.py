@@ -25,7 +25,7 @@ def _without_a_hub() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if not name.startswith(("ds_config", "weights"))])
+@pytest.mark.parametrize("name", [name for name in KINDS if not name.startswith("weights")])
 def test_every_input_has_a_good_answer(name: str) -> None:
     tally = try_many(KINDS[name], EXAMPLES, 0)
     assert tally.answers.total() >= len(KINDS[name].known)

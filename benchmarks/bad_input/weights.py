@@ -132,7 +132,7 @@ def _ask(_: Files, folder: Path) -> None:
     student_module(config.student, config.run.seed, family, files.start)
     own = {name: spec for name, spec in files.teachers.items() if spec.settings.placement != "shared"}
     TeacherPool(family, own, device)
-    family.encode(["a red 3 on blue"])
+    family.load_encoders()
     family.decode(torch.zeros(1, *family.latent_shape))
     for name in files.teachers.keys() - own.keys():
         lora.read_adapter(files.teachers[name].path, family.pipeline_class)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -23,7 +23,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from opd_ds.errors import UserError, about
+from opd_ds.errors import UserError, about, shortened
 from opd_ds.models import lora, privates
 from opd_ds.models.host_weights import HostMemory, HostWeights
 from opd_ds.models.stored_weights import (
@@ -355,16 +355,22 @@ class ModelFamily(ABC):
         if self.encoded is not None:
             return self.encoded(prompts).to(self.device)
         if self._encoders is None:
-            self._load_encoders()
+            self.load_encoders()
         filled = prompts + prompts[-1:] * (-len(prompts) % ENCODED_AT_ONCE)
         blocks = [filled[first : first + ENCODED_AT_ONCE] for first in range(0, len(filled), ENCODED_AT_ONCE)]
         with torch.no_grad(), self._encoder_weights.on_device() if self._encoder_weights else nullcontext():
             cond = Conditioning.cat([self.encode_with(self._encoders, block) for block in blocks])
         return cond[slice(len(prompts))]
 
-    def _load_encoders(self) -> None:
+    def load_encoders(self) -> None:
+        """Read what `encode` needs, which its first call does otherwise.
+
+        Raises:
+            UserError: a file is damaged.
+        """
         pipeline = _diffusers_class(self.pipeline_class)
-        self._encoders = pipeline.from_pretrained(self.path, **self.pipeline_parts, dtype=self.dtype)
+        with _read_by_libraries(self.path, "text encoders or tokenizers"):
+            self._encoders = pipeline.from_pretrained(self.path, **self.pipeline_parts, dtype=self.dtype)
         if self._keep_encoders:
             self._encoders.to(self.device)
             return
@@ -375,7 +381,8 @@ class ModelFamily(ABC):
         """Latents [B, C, ...] to images [B, 3, H, W], float32 in [0, 1]; of a video its middle frame."""
         with self._vae_lock:
             if self._vae is None:
-                vae = _diffusers_class(self.vae_class).from_pretrained(self.path, subfolder="vae", dtype=self.dtype)
+                with _read_by_libraries(self.path, "vae"):
+                    vae = _diffusers_class(self.vae_class).from_pretrained(self.path, subfolder="vae", dtype=self.dtype)
                 self._vae = vae.requires_grad_(False).eval().to(self.device)
         with torch.no_grad():
             parts = latents.to(self.device, self.dtype).split(self._decoded_at_once or len(latents))
@@ -475,6 +482,16 @@ class ModelFamily(ABC):
                 f"model.path = {self.path}: no {file}; expected a diffusers folder in {self.pipeline_class} layout"
             )
         return json.loads((self.path / file).read_text())
+
+
+@contextmanager
+def _read_by_libraries(folder: Path, what: str) -> Iterator[None]:
+    """Whatever the loaders of tokenizers, transformers and diffusers make of damaged files is one line."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises plain Exception, a configuration can lead to anything
+        reason = shortened(" ".join(str(error).split()), 150)
+        raise UserError(f"{folder}: its {what} cannot be read ({type(error).__name__}: {reason})") from error
 
 
 def _diffusers_class(name: str) -> Any:
