@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from opd_ds.cli.main import app
 from opd_ds.cluster.world import World
 from opd_ds.config.algorithms import DistilConfig
+from opd_ds.config.loading import parse_config
 from opd_ds.config.paths import find_local, resolve_ds_config
 from opd_ds.config.sections import PromptsSection
 from opd_ds.data import PromptSet
@@ -286,3 +287,17 @@ def test_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x").mkdir()
     assert find_local("~/x/", "key") == tmp_path / "x"
     assert find_local("~/y", "key") is None
+
+
+def test_folders_that_are_written_to(tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No folder named `~` or `$SCRATCH` appears where the run was started."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = run_settings(tiny_world, tmp_path / "out", run__output_dir="~/runs", model__text_cache="~/texts")
+    config = DistilConfig.model_validate(data)
+    assert (config.run.output_dir, config.text_cache) == (tmp_path / "runs", tmp_path / "texts")
+    for value, message in (
+        ("$SCRATCH/runs", "variables are not replaced"),
+        ("~nobody_of_this_name/x", "home directory"),
+    ):
+        with pytest.raises(UserError, match=rf"run\.output_dir = .*{message}"):
+            parse_config(run_settings(tiny_world, tmp_path / "out", run__output_dir=value))

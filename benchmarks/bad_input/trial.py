@@ -24,6 +24,7 @@ from opd_ds.cluster.failures import message
 from opd_ds.errors import COLUMNS, LINES, UserError
 
 _BEGIN = "opd-ds: error: "
+_HANDLED = (signal.SIGALRM, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # `opd-ds train` takes the last three
 _SECONDS = 30  # for one input; an answer takes a fraction of a second
 
 
@@ -160,10 +161,12 @@ def _at_most(seconds: int) -> Iterator[None]:
     def late(number: int, frame: FrameType | None) -> None:
         raise _TooSlowError
 
-    before = signal.signal(signal.SIGALRM, late)
+    before = {number: signal.getsignal(number) for number in _HANDLED}
+    signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)
     try:
         yield
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
+
+
+def _in_full(folder: Path) -> Path:
+    if "$" in str(folder):
+        raise ValueError("variables are not replaced in a config; write the path in full")
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{error}; write the path in full") from error
+
+
+# A folder that is written to. `~` is the home folder, as a shell has it.
+Folder = Annotated[Path, AfterValidator(_in_full)]
 
 
 class Section(BaseModel):

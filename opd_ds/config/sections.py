@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from opd_ds.config.base import Section
+from opd_ds.config.base import Folder, Section
 from opd_ds.errors import UserError
 
 STOCHASTIC_KERNELS = ("flow", "dance", "ddim", "cps")
@@ -33,7 +32,7 @@ class RunSection(Section):
 
     rounds: PositiveInt = Field(description="optimizer rounds in all")
     seed: int = Field(0, description="names every prompt and noise draw together with round, task and sample index")
-    output_dir: Path = Field(description="metrics, TensorBoard, checkpoints and export go here")
+    output_dir: Folder = Field(description="metrics, TensorBoard, checkpoints and export go here")
     checkpoint_every: PositiveInt = Field(25, description="rounds between checkpoints")
     keep_checkpoints: PositiveInt = Field(2, description="how many of the newest checkpoints stay")
     checkpoint_in_background: bool = Field(
@@ -84,7 +83,7 @@ class ModelSection(Section):
         description="torch.compile of the network's blocks, student's and teachers'; minutes at the first round. Under "
         "ZeRO-3 only where weights are gathered once: DeepSpeed's hooks are not compiled",
     )
-    text_cache: Path | None = Field(
+    text_cache: Folder | None = Field(
         None, description="folder of encoded prompts; default: text_cache in run.output_dir"
     )
 
