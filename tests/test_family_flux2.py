@@ -10,6 +10,7 @@ import torch
 from opd_ds.config.loading import parse_config
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
+from opd_ds.models import ModelFamily
 from opd_ds.runs.setup import prepare
 from opd_ds.testing import family_checks as checks
 from opd_ds.testing.tiny import flux2 as tiny
@@ -48,9 +49,11 @@ def test_the_distilled_model_is_drawn_without_guidance(tmp_path: Path) -> None:
         checks.roll_out(family, family.load_transformer(), 4.0)
 
 
-def test_a_guidance_that_it_does_not_know_is_found_before_weights_load(tmp_path: Path, group: Group) -> None:
+def test_a_guidance_that_it_does_not_know_is_found_before_weights_load(
+    tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
     klein = tiny.write(tmp_path / "klein", is_distilled=True)
-    (klein / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    monkeypatch.setattr(ModelFamily, "load_transformer", lambda *_: pytest.fail("a network was loaded"))
     (tmp_path / "prompts.txt").write_text("a red 3\n")
     task = {"teacher": {"path": str(klein), "guidance": 2.0}, "prompts": str(tmp_path / "prompts.txt")}
     model = {"family": "flux2", "path": str(klein)}

@@ -31,6 +31,27 @@ def test_weights_are_hashed_by_meaning(tmp_path: Path) -> None:
     assert file_sha256(one) != file_sha256(two)
 
 
+def test_all_that_is_loaded_is_hashed(tmp_path: Path) -> None:
+    """A tokenizer's files, folders behind links, the configuration that PEFT keeps beside a file."""
+    model, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+    (model / "tokenizer").mkdir(parents=True)
+    elsewhere.mkdir()
+    (model / "transformer").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(model)  # a circle
+    changed = [model / "tokenizer" / "merges.txt", model / "tokenizer" / "spiece.model", elsewhere / "config.json"]
+    adapter = tmp_path / "lora" / "adapter_model.safetensors"
+    adapter.parent.mkdir()
+    for file in (*changed, adapter, adapter.with_name("adapter_config.json"), model / "README.md"):
+        file.write_bytes(b"1")
+    for file, hashed in (*((file, model) for file in changed), (adapter.with_name("adapter_config.json"), adapter)):
+        before = weights_sha256(hashed)
+        file.write_bytes(b"2")
+        assert weights_sha256(hashed) != before, file
+    before = weights_sha256(model)
+    (model / "README.md").write_bytes(b"2")
+    assert weights_sha256(model) == before
+
+
 def test_what_is_no_safetensors_file_is_hashed_all_the_same(tmp_path: Path) -> None:
     hashes = set()
     for content in (b"", b"short", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0{}rest"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -394,10 +395,10 @@ def test_only_a_number_after_the_last_colon_is_a_weight(name: str, weight: float
         (["A", "A", "--base", "BASE"], "--base = '.*': LoRAs are merged to a LoRA, which needs no base; leave it out"),
         (["A", "OTHER"], "--base: needed, as '.*other' is a full checkpoint; give the diffusers folder it came from"),
         (["A", "OTHER", "--base", "BASE", "--rank", "3"], "--rank = 3: '.*other' is a full checkpoint"),
-        (["A", "OTHER", "--base", "A"], "--base = '.*plain': .*expected a diffusers folder"),
+        (["A", "OTHER", "--base", "A"], "--base = '.*plain': a LoRA; expected a diffusers folder"),
         (["A", "OTHER", "--base", "BASE", "--family", "sd4"], "'sd4': unknown; allowed: sd3"),
         (["A", "./nowhere"], "source = './nowhere': no such file or folder"),
-        (["A", "WORLD"], "neither a LoRA nor a full checkpoint .*opd-ds export"),
+        (["A", "WORLD"], "neither a LoRA nor a checkpoint by itself, but it holds adapter/"),
     ],
 )
 def test_what_does_not_go_together(
@@ -443,10 +444,14 @@ def test_another_world_or_missing_weights(tiny_world: Path, base: Path, tmp_path
     file = "transformer/diffusion_pytorch_model.safetensors"
     state = load_file(tiny_world / "other" / file)
     del state["proj_out.bias"]
-    (tmp_path / "partial" / "transformer").mkdir(parents=True)
+    shutil.copytree(tiny_world / "other", tmp_path / "partial")
     save_file(state, tmp_path / "partial" / file)
-    with pytest.raises(UserError, match=r"source '.*partial': lacks 1 weights of the base, the first: 'proj_out.bias'"):
+    with pytest.raises(UserError, match=r"source '.*partial': .*1 missing, the first: 'proj_out.bias'"):
         run(tmp_path / "out", tmp_path / "partial", tiny_world / "adapter", "--base", base)
+    shallow = SD3Transformer2DModel.from_config(dict(other.config) | {"patch_size": 2, "num_layers": 1})
+    shallow.save_pretrained(tmp_path / "shallow" / "transformer")
+    with pytest.raises(UserError, match=r"source '.*shallow': .*(lacks \d+ weights of the base|has shape)"):
+        run(tmp_path / "out", tmp_path / "shallow", tiny_world / "adapter", "--base", base)
     assert not (tmp_path / "out").exists()
 
 

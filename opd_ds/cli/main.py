@@ -14,6 +14,7 @@ from opd_ds.cli.data import app as data_app
 from opd_ds.cli.doctor import doctor
 from opd_ds.cli.eval import evaluate
 from opd_ds.cli.export import export
+from opd_ds.cli.inspect import inspect
 from opd_ds.cli.launch import launch
 from opd_ds.cli.merge import merge
 from opd_ds.cli.models import models
@@ -49,6 +50,7 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(rewards_app, name="rewards")
 app.command("eval")(evaluate)
 app.command()(doctor)
+app.command()(inspect)
 app.command("launch")(launch)
 app.command()(export)
 app.command()(merge)

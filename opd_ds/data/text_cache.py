@@ -21,7 +21,7 @@ from opd_ds.config.schema import RunConfig
 from opd_ds.errors import UserError
 from opd_ds.models import Conditioning, family_class
 from opd_ds.utils.atomic_io import publish, write_whole
-from opd_ds.utils.hashing import weights_sha256
+from opd_ds.utils.hashing import files_below, weights_sha256
 
 FORMAT = 1  # also to be raised when a family encodes the same prompt to something else than before
 MANIFEST_FILE = "manifest.json"
@@ -42,8 +42,7 @@ def encoders_identity(config: RunConfig, model: Path) -> dict[str, Any]:
         str(file.relative_to(model)): weights_sha256(file)
         for part, loaded_by in sorted(json.loads(index.read_text(encoding="utf-8")).items())
         if isinstance(loaded_by, list) and loaded_by[0] and part not in left_out
-        for file in sorted((model / part).rglob("*"))
-        if file.is_file()
+        for file in files_below(model / part)
     }
     return {
         "format": FORMAT,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -15,16 +14,17 @@ from opd_ds.data.readers import FILES, locate
 from opd_ds.doctor.findings import Seen, attempt, size_text
 from opd_ds.errors import UserError
 from opd_ds.models import family_class
-from opd_ds.models.weight_files import read_header, read_shapes
+from opd_ds.models.inspection import check_base, inspect, network_folder, weight_files
+from opd_ds.models.weight_files import read_shapes
+from opd_ds.utils.hashing import files_below
 
 _HASHED = (".json", *FILES)  # small; large files are sampled
 _SAMPLES, _SAMPLE_BYTES = 16, 2**16
-_TRANSFORMER = "transformer"
 
 
 def look_at_files(config: RunConfig) -> list[Seen]:
     """Every model, teacher and prompt file of the run."""
-    values = {"model.path": config.model.path}
+    values: dict[str, str] = {}
     if config.student.start is not None:
         values["student.start"] = config.student.start
     for name, teacher in config.all_teachers.items():
@@ -33,7 +33,9 @@ def look_at_files(config: RunConfig) -> list[Seen]:
     for name, section in config.evaluated.items():
         if section.eval_prompts is not None:
             prompts[f"{config.place(name)}.eval_prompts"] = section.eval_prompts
-    looks = [(key, partial(_look, key, value)) for key, value in values.items()]
+    base = partial(check_base, family=family_class(config.model.family))
+    looks = [("model.path", partial(_look, "model.path", config.model.path, base))]
+    looks += [(key, partial(_look, key, value, _refuse_problem)) for key, value in values.items()]
     looks += [(key, partial(_look_at_prompts, key, chosen)) for key, chosen in prompts.items()]
     return [seen for key, look in looks for seen in attempt(key, look)]
 
@@ -46,27 +48,26 @@ def _look_at_prompts(key: str, chosen: PromptsSection) -> Iterator[Seen]:
         yield from _look(key, str(place) if chosen.path.startswith(PACKAGE_PREFIX) else chosen.path)
 
 
-def _look(key: str, value: str) -> Iterator[Seen]:
+def _refuse_problem(place: Path) -> None:
+    inspect(place).refuse_problem()
+
+
+def _look(key: str, value: str, refuse: Callable[[Path], None] | None = None) -> Iterator[Seen]:
+    """Args: refuse: raises UserError where what is there cannot be loaded as `key`."""
     try:
         place = find_local(value, key)
     except UserError as error:
         yield Seen(key, f"{value}: absent", str(error))
         return
-    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
-    for index in (file for file in files if file.name.endswith(".index.json")):
-        absent = sorted(set(json.loads(index.read_text())["weight_map"].values()) - set(_names(index.parent)))
-        if absent:
-            raise UserError(f"{index.parent} lacks {len(absent)} files that {index.name} lists, the first: {absent[0]}")
+    if refuse is not None:
+        refuse(place)
+    files = files_below(place)
     if not files:
         raise UserError(f"{value!r} is an empty folder")
     digest = fingerprint(files, place)
     size = size_text(sum(file.stat().st_size for file in files))
     count = f" in {len(files)} files" if len(files) > 1 else ""
     yield Seen(key, f"{value}: {size}{count}, fingerprint {digest}", agree=digest)
-
-
-def _names(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()]
 
 
 def find_local(value: str, key: str) -> Path:
@@ -97,17 +98,11 @@ def _not_downloaded(repository: str) -> UserError:
 
 
 def fingerprint(files: list[Path], root: Path) -> str:
-    """Names, sizes, contents of small files, samples of large ones: 12 hexadecimal digits. Weights would take minutes.
-
-    Raises:
-        UserError: a safetensors file is damaged.
-    """
+    """Names, sizes, contents of small files, samples of large ones, whose hash would take minutes: 12 hex digits."""
     digest = hashlib.sha256()
     for file in files:
         name = file.relative_to(root) if file != root else file.name
         digest.update(f"{name} {file.stat().st_size}\n".encode())
-        if file.suffix == ".safetensors":
-            read_header(file)
         digest.update(file.read_bytes() if file.suffix in _HASHED else _samples(file))
     return digest.hexdigest()[:12]
 
@@ -126,10 +121,7 @@ def _samples(file: Path) -> bytes:
 def trainable_parameters(config: RunConfig) -> int | None:
     """How many the student trains, from the headers of the model's transformer; None when they are not here."""
     try:
-        folder = find_local(config.model.path, "model.path") / _TRANSFORMER
-        # Variants (.fp16., .ema.) are the same weights again.
-        files = [file for file in folder.glob("*.safetensors") if file.name.count(".") == 1]
-        shapes = read_shapes(files)
+        shapes = read_shapes(weight_files(network_folder(find_local(config.model.path, "model.path"))))
     except UserError:
         return None
     targets = config.student.lora.targets or family_class(config.model.family).lora_targets

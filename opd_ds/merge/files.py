@@ -17,7 +17,8 @@ from opd_ds.config.paths import resolve_path
 from opd_ds.errors import UserError, about
 from opd_ds.models import ModelFamily, lora
 from opd_ds.models.adapter_config import exact_fields, scale
-from opd_ds.models.weight_files import Shapes, network_files, read_shapes
+from opd_ds.models.inspection import inspect, network_folder, weight_files
+from opd_ds.models.weight_files import Shapes, read_shapes
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 
@@ -60,7 +61,7 @@ class Network:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        names = network_files(path)
+        names = weight_files(network_folder(path))
         self.shapes: Shapes = read_shapes(names)
         files = [safe_open(name, framework="pt") for name in names]
         self._file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
@@ -120,21 +121,13 @@ def find_teacher(source: Source) -> tuple[Path, bool]:
     """Where it is, and whether it is a LoRA.
 
     Raises:
-        UserError: nothing there, neither a LoRA nor a full checkpoint, or a damaged file.
+        UserError: nothing there, neither a LoRA nor a full checkpoint, or one that cannot be loaded.
     """
     path = resolve_path(source.name, "source")
     with about(f"source {source.name!r}"):
-        if lora.is_adapter(path):
-            return path, True
-        try:
-            if path.is_dir():
-                network_files(path)
-        except UserError as error:
-            raise UserError(
-                f"neither a LoRA nor a full checkpoint (no {lora.PEFT_WEIGHTS}, {lora.DIFFUSERS_WEIGHTS}; {error}); a "
-                "run's checkpoint becomes one with `opd-ds export`"
-            ) from error
-    return path, False
+        found = inspect(path)
+        found.refuse_problem()
+    return path, found.is_adapter
 
 
 def read_teacher(name: str, path: Path, family: type[ModelFamily], model: ModelFamily | None) -> Adapter | Network:

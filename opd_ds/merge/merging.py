@@ -29,6 +29,7 @@ from opd_ds.merge.files import (
     write_lora,
 )
 from opd_ds.models import ModelFamily, build_family, family_class
+from opd_ds.models.inspection import check_base
 from opd_ds.utils.hashing import weights_sha256
 
 METHODS = ("linear", "ties", "dare_ties", "dare_linear")
@@ -163,6 +164,7 @@ def merge(
 def _open_base(base: str, family: str) -> tuple[Network, ModelFamily]:
     folder = resolve_path(base, "--base")
     with about(f"--base = {base!r}"):
+        check_base(folder, family_class(family))
         model = build_family(family, folder, dtype=torch.float32, device=torch.device("cpu"))
         return Network(folder), model
 

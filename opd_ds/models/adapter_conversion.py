@@ -17,6 +17,7 @@ from torch import Tensor
 from opd_ds.errors import UserError
 from opd_ds.models import privates
 from opd_ds.models.adapter_keys import ADAPTER_KEY, ALPHA, AUTHORS_NAMES, KOHYA_NAMES, partners, respelled
+from opd_ds.models.provenance import sources_of
 
 State = dict[str, Tensor]
 
@@ -27,10 +28,10 @@ class _Traced(Tensor):
     sources: frozenset[str]
 
     @classmethod
-    def of(cls, value: Tensor, sources: frozenset[str]) -> _Traced:
+    def of(cls, value: Tensor, keys: frozenset[str]) -> _Traced:
         with torch._C.DisableTorchFunctionSubclass():  # as torch's documentation does it
             traced = value.as_subclass(cls)
-        traced.sources = sources
+        traced.sources = keys
         return traced
 
     @classmethod
@@ -38,20 +39,14 @@ class _Traced(Tensor):
         cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        sources = _sources((*args, *kwargs.values()))
+        keys = sources_of((*args, *kwargs.values()))
         with torch._C.DisableTorchFunctionSubclass():
             found = function(*args, **kwargs)
         if isinstance(found, Tensor):
-            return cls.of(found, sources)
+            return cls.of(found, keys)
         if isinstance(found, (tuple, list)) and found and all(isinstance(part, Tensor) for part in found):
-            return tuple(cls.of(part, sources) for part in found)
+            return tuple(cls.of(part, keys) for part in found)
         return found
-
-
-def _sources(values: Any) -> frozenset[str]:
-    if isinstance(values, _Traced):
-        return values.sources
-    return frozenset().union(*map(_sources, values)) if isinstance(values, (tuple, list)) else frozenset()
 
 
 def without_alphas(name: str, raw: State) -> State:
@@ -126,7 +121,7 @@ def _converted(name: str, state: State, pipeline_class: str) -> State:
             "for another model or in another form"
         ) from error
     converted = tuple(v for key, v in found.items() if ADAPTER_KEY.match(key) and not key.startswith(AUTHORS_NAMES))
-    lost = state.keys() - _sources(converted)
+    lost = state.keys() - sources_of(converted)
     if lost:
         raise not_converted(name, lost, len(state), pipeline_class)
     with torch._C.DisableTorchFunctionSubclass():

@@ -35,6 +35,14 @@ _OTHER_KINDS = {
         r"\.diff(_[a-z]+)?$|\.set_weight$|\.[wb]_norm$": "weight differences",
     }.items()
 }
+_FORMS = {
+    "base_model.model.": "PEFT",
+    "lora_unet_": "kohya",
+    "lora_transformer_": "kohya",
+    "diffusion_model.": "ComfyUI",
+    ".processor.": "XLabs",
+    "lycoris_": "LyCORIS",
+}
 # What is added to a weight: where it is all zero it does nothing.
 _ADDED = re.compile(r"\.diff(_[a-z]+)?$|\.bias$|\.[wb]_norm$")
 
@@ -79,6 +87,15 @@ def partners(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
             ending = f"{_PARTNER[match['name']]}{match['adapter'] or ''}.weight"
             found[key[: match.start()]] = (key, key[: match.start("name")] + ending)
     return found
+
+
+def form_of(keys: Iterable[str]) -> str:
+    """In whose form an adapter's keys are written, for people."""
+    names = list(keys)
+    for mark, form in _FORMS.items():
+        if any(mark in key for key in names):
+            return form
+    return "diffusers"
 
 
 def respelled(key: str) -> str:

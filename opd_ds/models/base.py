@@ -6,7 +6,6 @@ guidance, offloaded text encoders, saving) is here.
 
 from __future__ import annotations
 
-import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,8 @@ from torch.nn.functional import pad
 from opd_ds.errors import UserError, about, shortened
 from opd_ds.models import lora, privates
 from opd_ds.models.host_weights import HostMemory, HostWeights
+from opd_ds.models.inspection import network_folder, read_config, weight_files
+from opd_ds.models.own_weights import check_own_weights
 from opd_ds.models.stored_weights import (
     ParameterBuilder,
     Stored,
@@ -36,7 +37,7 @@ from opd_ds.models.stored_weights import (
     open_weights,
     shapes_of,
 )
-from opd_ds.models.weight_files import network_files, read_header, read_shapes, refuse_other_shapes
+from opd_ds.models.weight_files import read_shapes, refuse_other_shapes
 
 # What makes two checkpoints comparable step by step: the same grid, beside the network interface and latents.
 SCHEDULER_KEYS = (
@@ -319,8 +320,8 @@ class ModelFamily(ABC):
             wanted = self.empty_transformer().state_dict()
             config = self._transformer_config
             return config, open_single_file(source, self.transformer_class, config, wanted)
-        files = network_files(source)
-        return json.loads((files[0].parent / "config.json").read_text(encoding="utf-8")), open_weights(files)
+        folder = network_folder(source)
+        return read_config(folder), open_weights(weight_files(folder))
 
     def _unfilled(self, config: dict[str, Any], stored: Stored) -> nn.Module:
         """A network with parameters on meta, as `from_pretrained` of diffusers makes it: its buffers in their dtypes.
@@ -370,7 +371,9 @@ class ModelFamily(ABC):
         """
         pipeline = _diffusers_class(self.pipeline_class)
         with _read_by_libraries(self.path, "text encoders or tokenizers"):
-            self._encoders = pipeline.from_pretrained(self.path, **self.pipeline_parts, dtype=self.dtype)
+            self._encoders = pipeline.from_pretrained(
+                self.path, **self.pipeline_parts, dtype=self.dtype, use_safetensors=True
+            )
         if self._keep_encoders:
             self._encoders.to(self.device)
             return
@@ -382,7 +385,9 @@ class ModelFamily(ABC):
         with self._vae_lock:
             if self._vae is None:
                 with _read_by_libraries(self.path, "vae"):
-                    vae = _diffusers_class(self.vae_class).from_pretrained(self.path, subfolder="vae", dtype=self.dtype)
+                    vae = _diffusers_class(self.vae_class).from_pretrained(
+                        self.path, subfolder="vae", dtype=self.dtype, use_safetensors=True
+                    )
                 self._vae = vae.requires_grad_(False).eval().to(self.device)
         with torch.no_grad():
             parts = latents.to(self.device, self.dtype).split(self._decoded_at_once or len(latents))
@@ -407,35 +412,36 @@ class ModelFamily(ABC):
         if path.is_file():
             found = shapes_of(open_single_file(path, self.transformer_class, self._transformer_config, wanted))
         else:
-            found = read_shapes(network_files(path))
-        refuse_other_shapes(found, wanted)
+            found = read_shapes(weight_files(network_folder(path)))
+        refuse_other_shapes(found, wanted, "the base")
 
     def check_compatible(self, path: Path) -> None:
-        """Raise UserError when the checkpoint at `path` has another scheduler, architecture or latent space.
+        """Raise UserError when the checkpoint at `path` has another scheduler, architecture or latent space, or not the
+        weights that its own configuration asks for.
 
         A single file says nothing about itself, so it must have the very weights of the network.
         """
         if path.is_file():
             self.check_same_weights(path)
             return
-        for weights in (*path.glob("*.safetensors"), *path.glob("transformer/*.safetensors")):
-            read_header(weights)  # whether it is whole
+        folder = network_folder(path)
+        transformer = f"{folder.relative_to(path) / 'config.json'}"
         checks = [
-            ("transformer/config.json", self.transformer_keys, self._transformer_config),
-            ("config.json", self.transformer_keys, self._transformer_config),
+            (transformer, ("_class_name", *self.transformer_keys), self._transformer_config),
             ("scheduler/scheduler_config.json", SCHEDULER_KEYS, self._scheduler_config),
             ("vae/config.json", self.vae_keys, self._vae_config),
         ]
         for file, keys, ours in checks:
             if not (path / file).is_file():
                 continue
-            theirs = json.loads((path / file).read_text())
+            theirs = read_config((path / file).parent, (path / file).name)
             for key in keys:
                 if theirs.get(key) != ours.get(key):
                     raise UserError(
                         f"{file} has {key} = {theirs.get(key)!r}, the student has {ours.get(key)!r}; teacher and "
                         "student must share scheduler, network interface and latent space"
                     )
+        check_own_weights(_diffusers_class(self.transformer_class), folder, transformer)
 
     def save_full(self, transformer_state: dict[str, Tensor], folder: Path) -> None:
         """The student's network beside copies of the base folder's other parts: a diffusers pipeline of its own."""
@@ -481,7 +487,8 @@ class ModelFamily(ABC):
             raise UserError(
                 f"model.path = {self.path}: no {file}; expected a diffusers folder in {self.pipeline_class} layout"
             )
-        return json.loads((self.path / file).read_text())
+        with about(f"model.path = {self.path}"):
+            return read_config((self.path / file).parent, (self.path / file).name)
 
 
 @contextmanager

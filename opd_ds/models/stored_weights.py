@@ -17,8 +17,19 @@ from torch import Tensor, nn
 
 from opd_ds.errors import UserError
 from opd_ds.models import privates
-from opd_ds.models.weight_files import Shapes, read_header, refuse_other_shapes, stored_dtype
+from opd_ds.models.provenance import sources_of
+from opd_ds.models.weight_files import (
+    DTYPES,
+    NOT_TRANSFORMER,
+    Shapes,
+    read_header,
+    refuse_other_shapes,
+    stored_dtype,
+)
 from opd_ds.utils.progress import Work, work
+
+# In the authors' files of Z-Image, which do not use it either; diffusers removes it.
+_UNUSED = ("norm_final.weight",)
 
 
 class StoredTensor(Tensor):
@@ -28,13 +39,14 @@ class StoredTensor(Tensor):
     """
 
     _read: Callable[[], Tensor]
+    sources: frozenset[str]  # the names, in the file, of what it is computed from
 
     @staticmethod
-    def of(shape: Tensor, read: Callable[[], Tensor]) -> StoredTensor:
-        """Shaped as the meta tensor `shape`; `read` gives the values, on the CPU."""
+    def of(shape: Tensor, read: Callable[[], Tensor], names: frozenset[str] = frozenset()) -> StoredTensor:
+        """Shaped as the meta tensor `shape`; `read` gives the values, on the CPU. `names` are its `sources`."""
         with torch._C.DisableTorchFunctionSubclass():  # as torch's documentation does it
             stored = shape.as_subclass(StoredTensor)
-        stored._read = read
+        stored._read, stored.sources = read, names
         return stored
 
     def read(self) -> Tensor:
@@ -54,11 +66,12 @@ class StoredTensor(Tensor):
             raise NotImplementedError(f"{name} would change weights in a file")
         with torch._C.DisableTorchFunctionSubclass():
             found = function(*args, **kwargs)
+        names = sources_of((*args, *kwargs.values()))
         if isinstance(found, Tensor):
-            return cls.of(found, partial(_evaluate, function, args, kwargs))
+            return cls.of(found, partial(_evaluate, function, args, kwargs), names)
         if isinstance(found, (tuple, list)) and found and isinstance(found[0], Tensor):
             parts = [partial(_evaluate, function, args, kwargs, index) for index in range(len(found))]
-            return type(found)(cls.of(part, read) for part, read in zip(found, parts, strict=True))
+            return type(found)(cls.of(part, read, names) for part, read in zip(found, parts, strict=True))
         return found  # a shape, a dtype
 
 
@@ -85,12 +98,24 @@ def open_weights(files: Iterable[Path]) -> Stored:
     stored: Stored = {}
     for file in files:
         header = read_header(file)
-        mapped = safe_open(file, framework="pt")
-        for name, entry in header.items():
-            if name != "__metadata__":
-                shape = torch.empty(entry["shape"], dtype=stored_dtype(name, entry), device="meta")
-                stored[name] = StoredTensor.of(shape, partial(mapped.get_tensor, name))
+        for name, tensor in _mapped(file, header).items():
+            stored_dtype(name, header[name])
+            stored[name] = tensor
     return stored
+
+
+def _mapped(file: Path, header: dict[str, Any]) -> Stored:
+    """All tensors of a file, of whatever type: which of them are wanted may not be known yet."""
+    mapped = safe_open(file, framework="pt")
+    return {
+        name: StoredTensor.of(
+            torch.empty(entry["shape"], dtype=DTYPES.get(entry["dtype"], torch.uint8), device="meta"),
+            partial(mapped.get_tensor, name),
+            frozenset([name]),
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def open_single_file(file: Path, transformer_class: str, config: dict[str, Any], wanted: Collection[str]) -> Stored:
@@ -103,11 +128,27 @@ def open_single_file(file: Path, transformer_class: str, config: dict[str, Any],
         wanted: the names of that network's weights.
 
     Raises:
-        UserError: not such a file, quantized, or in a layout that diffusers does not convert for this class.
+        UserError: not such a file, a quantized transformer, one with tensors that diffusers leaves out, or in a layout
+            that diffusers does not convert for this class.
     """
-    raw = open_weights([file])
-    if raw.keys() == set(wanted):  # diffusers' names already
-        return raw
+    header = read_header(file)
+    # A whole model has text encoders and a VAE beside it, which may be stored in any way.
+    raw = {name: tensor for name, tensor in _mapped(file, header).items() if not name.startswith(NOT_TRANSFORMER)}
+    found = raw if raw.keys() == set(wanted) else _renamed(raw, transformer_class, config, wanted)
+    used = sources_of([tensor for name, tensor in found.items() if name in wanted])
+    for name in sorted(used):
+        stored_dtype(name, header[name])
+    left_out = {name for name in raw.keys() - sources_of(list(found.values())) if not name.endswith(_UNUSED)}
+    if left_out:
+        raise UserError(
+            f"{len(left_out)} of {len(raw)} tensors of its transformer are not read by diffusers' conversion to "
+            f"{transformer_class}, the first: {min(left_out)!r}; it is another network"
+        )
+    return found
+
+
+def _renamed(raw: Stored, transformer_class: str, config: dict[str, Any], wanted: Collection[str]) -> Stored:
+    """Under diffusers' names, as far as they can be."""
     try:
         converted = _convert(dict(raw), transformer_class, config)
     except UserError:
@@ -179,7 +220,7 @@ def fill(network: nn.Module, stored: Stored, build: ParameterBuilder, dtype: tor
     sources = {id_: next((name for name in names if name in stored), names[0]) for id_, names in aliases.items()}
     wanted = {sources[id(parameter)]: tuple(parameter.shape) for parameter in network.parameters()}
     wanted |= {name: tuple(buffer.shape) for name, buffer in network.named_buffers() if name in stored}
-    refuse_other_shapes(shapes_of({name: stored[name] for name in wanted if name in stored}), wanted)
+    refuse_other_shapes(shapes_of({name: stored[name] for name in wanted if name in stored}), wanted, "the network")
     with work(f"reading {source}", len(aliases), "weights") as reading:
         _fill(network, stored, build, dtype, sources, reading)
 

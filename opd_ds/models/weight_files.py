@@ -12,21 +12,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from opd_ds.errors import UserError
 
-NETWORK_WEIGHTS = "diffusion_pytorch_model.safetensors"
 Shapes = dict[str, tuple[int, ...]]
 
 _LARGEST_HEADER = 100 * 2**20  # bytes, what safetensors allows
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PICKLE = "a pickle of torch; only safetensors files are read, convert it"
+_OTHER_FORMATS = {  # by their first bytes, in lower case
+    b"version https://git-lfs.github.com/spec": "a git-lfs pointer, not the file itself: run `git lfs pull` there",
+    b"gguf": "a GGUF file, and GGUF is not read; take the safetensors files of the same model in 16 bits",
+    b"pk\x03\x04": _PICKLE,
+    b"\x80\x02": _PICKLE,
+    b"\x89hdf": "an HDF5 file; only safetensors files are read, convert it",
+    b"<!doctype": "a web page; the download gave a page instead of the file, download it again",
+    b"<html": "a web page; the download gave a page instead of the file, download it again",
+}
+# Of a file with a whole model, by its authors' names: what is not its transformer.
+NOT_TRANSFORMER = ("first_stage_model.", "vae.", "text_encoders.", "cond_stage_model.", "conditioner.", "model_ema.")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_header(file: Path) -> dict[str, Any]:
     """Names, types and shapes in a safetensors file; `__metadata__` as well where there is any.
 
     Raises:
-        UserError: it is none, or cut off.
+        UserError: it is another kind of file, damaged, or cut off.
     """
     try:
         with file.open("rb") as stream:
@@ -37,16 +49,33 @@ def read_header(file: Path) -> dict[str, Any]:
         end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
         if file.stat().st_size < 8 + length + end:
             raise ValueError("cut off")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        safe_open(file, framework="pt")  # its own rules of what is whole
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        if instead := other_format(file):
+            raise UserError(f"{file} is {instead}") from error
         raise UserError(f"{file} is damaged or no safetensors file ({error}); copy or download it again") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror or error})") from error
     return header
+
+
+def other_format(file: Path) -> str | None:
+    """What a file is that people have in place of a safetensors or JSON file, with what to do; None: not known."""
+    with file.open("rb") as stream:
+        start = stream.read(512)
+    if not start:
+        return "empty; copy or download it again"
+    for begin, what in _OTHER_FORMATS.items():
+        if start.lstrip().lower().startswith(begin):
+            return what
+    return None
 
 
 def stored_dtype(name: str, entry: Mapping[str, Any]) -> torch.dtype:
     """Of the weight `name` by its header's `entry`; UserError for quantized ones."""
-    if entry["dtype"] not in _DTYPES:
-        raise UserError(f"{name!r} is stored as {entry['dtype']}; allowed are {', '.join(_DTYPES)}")
-    return _DTYPES[entry["dtype"]]
+    if entry["dtype"] not in DTYPES:
+        raise UserError(f"{name!r} is stored as {entry['dtype']}; allowed are {', '.join(DTYPES)}")
+    return DTYPES[entry["dtype"]]
 
 
 def read_shapes(files: Iterable[Path]) -> Shapes:
@@ -59,22 +88,14 @@ def read_shapes(files: Iterable[Path]) -> Shapes:
     }
 
 
-def network_files(path: Path) -> list[Path]:
-    """The files with the network's weights of a checkpoint folder: of `path/transformer` where there is one.
+def refuse_other_shapes(
+    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], owner: str
+) -> None:
+    """Raise UserError unless both name the same weights with the same shapes; it shows the first differences.
 
-    Raises:
-        UserError: there are none, or not all that the index lists.
+    Args:
+        owner: whose the wanted ones are.
     """
-    folder = path / "transformer" if (path / "transformer").is_dir() else path
-    index = folder / f"{NETWORK_WEIGHTS}.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {NETWORK_WEIGHTS}
-    if lacking := sorted(name for name in names if not (folder / name).is_file()):
-        raise UserError(f"{path}: no {(folder / lacking[0]).relative_to(path)}")
-    return [folder / name for name in sorted(names)]
-
-
-def refuse_other_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise UserError unless both name the same weights with the same shapes; it shows the first differences."""
     differences = []
     for kind, names in (("missing", wanted.keys() - found.keys()), ("unexpected", found.keys() - wanted.keys())):
         if names:
@@ -84,4 +105,4 @@ def refuse_other_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[st
         shapes = f"{found[wrong[0]]} instead of {wanted[wrong[0]]}"
         differences.append(f"{len(wrong)} of another shape, the first: {wrong[0]!r} is {shapes}")
     if differences:
-        raise UserError(f"its weights are not those of the base: {'; '.join(differences)}")
+        raise UserError(f"its weights are not those of {owner}: {'; '.join(differences)}")

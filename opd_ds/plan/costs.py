@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from opd_ds.config.paths import PACKAGE_PREFIX, resolve_ds_config, resolve_path
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import LoraSection
 from opd_ds.engine import NetworkSizes, read_ds_config
-from opd_ds.models import lora
+from opd_ds.errors import about
+from opd_ds.models.inspection import has_weights, inspect
+from opd_ds.models.weight_files import read_shapes
 from opd_ds.plan.inputs import network_inputs, squared_sum
 from opd_ds.plan.metering import Cost, Meter, forward_cost, held_tensors, training_cost
 from opd_ds.plan.network import Counts, Model, count, student_network
@@ -86,11 +87,14 @@ class Costs:
         if not self.on_disk(path):
             named = "lora" in path.lower() or "adapter" in path.lower()
             return self._count(LoraSection(rank=self._settings.lora.rank), 0).trained if named else None
-        file = lora.adapter_weights(resolve_path(path, "teacher.path"))
-        if file is None:
+        place = resolve_path(path, "teacher.path")
+        found = inspect(place)
+        if has_weights(place):
+            with about(f"teacher.path = {path!r}"):
+                found.refuse_problem()
+        if not found.is_adapter:
             return None
-        stored = safe_open(file, framework="pt")
-        return sum(prod(stored.get_slice(key).get_shape()) for key in stored.keys())  # noqa: SIM118  # not a dict
+        return sum(map(prod, read_shapes(file for file in found.files if file.suffix == ".safetensors").values()))
 
     def _count(self, adapter: LoraSection | None, threshold: float) -> Counts:
         key = (adapter, threshold)

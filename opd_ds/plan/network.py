@@ -13,14 +13,15 @@ from typing import Any
 import diffusers
 import torch
 from peft import LoraConfig
-from safetensors import safe_open
 from torch import nn
 
 from opd_ds.config.paths import PACKAGE_PREFIX, package_root, resolve_path
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import LoraSection, StudentSection
-from opd_ds.errors import UserError, nearest
+from opd_ds.errors import UserError, about, nearest
 from opd_ds.models import ModelFamily, family_class, lora
+from opd_ds.models.inspection import ENCODER_WEIGHTS, check_base, has_weights, weight_files
+from opd_ds.models.weight_files import read_shapes
 from opd_ds.training.networks import DTYPES, load_family
 
 _CLIP_TOKENS = 77
@@ -157,14 +158,14 @@ def _from_known(config: RunConfig, name: str) -> Model:
 
 
 def _from_folder(config: RunConfig, folder: Path) -> Model:
+    weights = has_weights(folder)
+    if weights:
+        with about(f"model.path = {config.model.path!r}"):
+            check_base(folder, family_class(config.model.family))
     family = load_family(config, folder, torch.device("cpu"))
     configs = {part: json.loads((folder / part / "config.json").read_text()) for part in ("transformer", "vae")}
-    encoders = sum(
-        prod(stored.get_slice(key).get_shape())
-        for file in sorted(folder.glob("text_encoder*/*.safetensors"))
-        for stored in [safe_open(file, framework="pt")]
-        for key in stored.keys()  # noqa: SIM118  # not a dict
-    )
+    parts = sorted(folder.glob("text_encoder*")) if weights else []
+    encoders = sum(sum(map(prod, read_shapes(weight_files(part, ENCODER_WEIGHTS)).values())) for part in parts)
     tokenizer = folder / "tokenizer" / "tokenizer_config.json"
     clip = json.loads(tokenizer.read_text())["model_max_length"] if tokenizer.is_file() else _CLIP_TOKENS
     return Model(f"configs in {folder}", family, configs, encoders, _tokens(family, configs, clip))

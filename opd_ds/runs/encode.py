@@ -6,13 +6,12 @@ from pathlib import Path
 
 import typer
 
-from opd_ds.config.paths import resolve_path
 from opd_ds.config.schema import RunConfig
 from opd_ds.data.text_cache import TextCache, encoders_identity
 from opd_ds.diffusion.rollout import chunks
 from opd_ds.engine import Group
 from opd_ds.runs.files import all_prompts, find_prompts
-from opd_ds.training.networks import load_family
+from opd_ds.training.networks import find_base, load_family
 
 _PER_SHARD = 256
 
@@ -25,7 +24,7 @@ def encode_prompts(config: RunConfig, group: Group, output: Path | None = None) 
     """
     world = group.world
     with group.raise_on_any_rank():
-        model = resolve_path(config.model.path, "model.path")
+        model = find_base(config)
         wanted = all_prompts(config, [found.prompts for sets in find_prompts(config) for found in sets.values()])
         cache = TextCache(output or config.text_cache)
         if world.is_main:

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from opd_ds.checkpoint.export_student import EXPORT_FOLDER
 from opd_ds.config.loading import named_prompts
-from opd_ds.config.paths import resolve_path
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import RewardSection
 from opd_ds.data import PromptSet
@@ -27,7 +26,7 @@ from opd_ds.runs.files import all_prompts, check_text_cache
 from opd_ds.runs.model_specs import Requests, contestants
 from opd_ds.runs.monitor import METRICS_FILE, read_metrics
 from opd_ds.runs.setup import EVALUATION_FOLDER, build_rewards
-from opd_ds.training.networks import load_family
+from opd_ds.training.networks import find_base, load_family
 from opd_ds.utils.hashing import weights_sha256
 
 
@@ -73,7 +72,7 @@ def evaluate(
         for label, section in chosen.items():
             check(section.name, f"reward {label}", section.options)
         prompts = _prompts(config, choice.prompts)
-        base = resolve_path(config.model.path, "model.path")
+        base = find_base(config)
         if group.world.is_main:
             drawn = [found.prompts[: choice.limit] for found in prompts.values()]
             check_text_cache(config, base, all_prompts(config, drawn))

@@ -24,9 +24,11 @@ from opd_ds.engine import (
     zero_stage,
 )
 from opd_ds.errors import UserError, about
-from opd_ds.models import family_class, lora
+from opd_ds.models import family_class
+from opd_ds.models.inspection import inspect
 from opd_ds.rewards import rehearse
 from opd_ds.runs.trackers import check_trackers
+from opd_ds.training.networks import find_base
 from opd_ds.training.teachers import TeacherSpec
 
 
@@ -69,7 +71,7 @@ def find_files(config: RunConfig, world: World) -> RunFiles:
     if world.is_main:
         check_trackers(config.trackers)
         _say_oddities(config, prompts, eval_prompts)
-    model = resolve_path(config.model.path, "model.path")
+    model = find_base(config)
     if world.is_main:
         texts = [found.prompts for found in (*prompts.values(), *eval_prompts.values())]
         check_text_cache(config, model, all_prompts(config, texts))
@@ -132,8 +134,9 @@ def _find_teacher(config: RunConfig, key: str, teacher: TeacherSection, world: W
     ds_config = None
     place = resolve_path(teacher.path, f"{key}.path")
     with about(f"{key}.path = {teacher.path!r}"):
-        is_lora = lora.is_adapter(place)
-    teacher = teacher.placed(key, config.student.kind, is_lora=is_lora)
+        found = inspect(place)
+        found.refuse_problem()
+    teacher = teacher.placed(key, config.student.kind, is_lora=found.is_adapter)
     if teacher.placement == "zero_inference":
         path = resolve_ds_config(teacher.deepspeed or "zero_inference_gpu", f"{key}.deepspeed")
         completed = frozen_ds_config(read_ds_config(path), config.precision, world.size, str(path))

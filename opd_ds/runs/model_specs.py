@@ -22,6 +22,7 @@ from opd_ds.errors import UserError, about
 from opd_ds.evaluation.benchmark import EvalModel
 from opd_ds.evaluation.evaluator import student_guidance
 from opd_ds.models import ModelFamily, lora
+from opd_ds.models.inspection import inspect
 from opd_ds.runs.export import checkpointed_student
 from opd_ds.utils.hashing import weights_sha256
 
@@ -158,7 +159,9 @@ def _loader(family: ModelFamily, path: Path, *, raw: bool) -> tuple[Callable[[],
         refuse_damaged(path)
         raw = raw and "ema" in read_state(path)["copies"]
         return partial(checkpointed_student, family, path, averaged=not raw), raw
-    if lora.is_adapter(path):
+    found = inspect(path)
+    found.refuse_problem()
+    if found.is_adapter:
         family.check_adapter(path)
         return partial(_with_adapter, family, path), False
     family.check_compatible(path)

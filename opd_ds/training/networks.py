@@ -9,12 +9,27 @@ from peft import LoraConfig
 from torch import nn
 
 from opd_ds.checkpoint.export_student import STUDENT_ADAPTER
+from opd_ds.config.paths import resolve_path
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import StudentSection
 from opd_ds.data.text_cache import TextCache
-from opd_ds.models import ModelFamily, ParameterBuilder, build_family, lora
+from opd_ds.errors import about
+from opd_ds.models import ModelFamily, ParameterBuilder, build_family, family_class, lora
+from opd_ds.models.inspection import check_base
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def find_base(config: RunConfig) -> Path:
+    """The folder of the run's base, with all parts that the family loads.
+
+    Raises:
+        UserError: nothing is there, or a part is missing, damaged or in another form.
+    """
+    folder = resolve_path(config.model.path, "model.path")
+    with about(f"model.path = {config.model.path!r}"):
+        check_base(folder, family_class(config.model.family))
+    return folder
 
 
 def load_family(config: RunConfig, path: Path, device: torch.device, dtype: torch.dtype | None = None) -> ModelFamily:

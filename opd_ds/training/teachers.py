@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,8 @@ from opd_ds.engine import StudentEngine, parameter_builder
 from opd_ds.errors import UserError, about
 from opd_ds.models import ModelFamily, ParameterBuilder, ParametersElsewhere, WholeParameters, compile_blocks, lora
 from opd_ds.models.host_weights import HostMemory
+from opd_ds.models.inspection import inspect
 from opd_ds.training.frozen_networks import FrozenNetwork, InStudent, Offloaded, Resident, Sharded, Streamed
-
-_CONFIGS = ("transformer/config.json", "config.json")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TeacherSpec:
     path: Path
     ds_config: dict[str, Any] | None = None
 
-    @property
+    @cached_property
     def is_lora(self) -> bool:
         return lora.is_adapter(self.path)
 
@@ -169,7 +169,9 @@ def check_weights(family: ModelFamily, key: str, value: str, path: Path, base: s
         UserError: not a checkpoint, another base, scheduler, architecture or latent shape; a damaged file.
     """
     with about(f"{key} = {value!r}"):
-        if lora.is_adapter(path):
+        found = inspect(path)
+        found.refuse_problem()
+        if found.is_adapter:
             theirs = lora.named_base(path)
             if theirs and not trust_base and not lora.same_base(theirs, base):
                 raise UserError(
@@ -178,6 +180,4 @@ def check_weights(family: ModelFamily, key: str, value: str, path: Path, base: s
                 )
             family.check_adapter(path)
             return
-        if not path.is_file() and not any((path / name).is_file() for name in _CONFIGS):
-            raise UserError("neither a LoRA nor a checkpoint (no adapter_config.json, no transformer/config.json)")
         family.check_compatible(path)

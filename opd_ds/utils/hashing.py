@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _LARGEST_HEADER = 1 << 27  # bytes; safetensors allows 100 MB
+# Weights, configurations, tokenizers: all that networks and tokenizers are loaded from. Cards and pictures are not.
+_READ = (".safetensors", ".json", ".model", ".txt", ".jinja", ".tiktoken")
+_BESIDE_WEIGHTS = "adapter_config.json"  # PEFT keeps the alpha of a LoRA in a file of its own
 
 
 def file_sha256(path: Path) -> str:
-    """Hash of a file, or of all weight and config files of a folder in name order."""
+    """Hash of a file, or of all files of a folder that a model is loaded from, in name order; links are followed. With
+    a safetensors file goes PEFT's configuration beside it.
+    """
     return _sha256(path, by_meaning=False)
 
 
@@ -28,11 +34,31 @@ def all_weights_sha256(paths: Iterable[Path]) -> dict[Path, str]:
         return dict(zip(distinct, pool.map(weights_sha256, distinct), strict=True))
 
 
+def files_below(path: Path) -> list[Path]:
+    """The file at `path`, or all in the folder, in order of their names. Links to folders are followed, each folder is
+    visited once, hidden ones are not.
+    """
+    if path.is_file():
+        return [path]
+    found, visited = [], set()
+    for folder, below, names in os.walk(path, followlinks=True):
+        visited.add(os.path.realpath(folder))
+        below[:] = [name for name in below if name[0] != "." and os.path.realpath(Path(folder, name)) not in visited]
+        found += [Path(folder, name) for name in names if Path(folder, name).is_file()]
+    return sorted(found)
+
+
+def _read_files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return [file for file in files_below(path) if file.suffix in _READ]
+    beside = path.with_name(_BESIDE_WEIGHTS)
+    return [path, beside] if path.suffix == ".safetensors" and beside.is_file() else [path]
+
+
 def _sha256(path: Path, *, by_meaning: bool) -> str:
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".json"))
-    for file in files:
-        digest.update(str(file.relative_to(path)).encode() if file != path else b"")
+    for file in _read_files(path):
+        digest.update(str(file.relative_to(path)).encode() if path.is_dir() else b"")
         with file.open("rb") as stream:
             if by_meaning and file.suffix == ".safetensors":
                 start = stream.read(8)
