@@ -98,7 +98,8 @@ def try_many(kind: Kind, count: int, number: int) -> Tally:
 
 def try_one(kind: Kind, described: Any) -> tuple[str, str]:
     """`accepted`, `refused`, or `failed` with the reason: what a user must not see, or see happen."""
-    with tempfile.TemporaryDirectory(prefix="opd_ds_bad_input_") as name, _working_in(Path(name)) as folder:
+    # Below a folder of its own: an input may name the folder above.
+    with tempfile.TemporaryDirectory(prefix="opd_ds_bad_input_") as name, _working_in(Path(name, "input")) as folder:
         kind.write(described, folder)
         before = _contents(folder)
         answer, reason = _asked(kind, described, folder)
@@ -149,6 +150,7 @@ def _contents(folder: Path) -> dict[str, str]:
 @contextmanager
 def _working_in(folder: Path) -> Iterator[Path]:
     before = Path.cwd()
+    folder.mkdir()
     os.chdir(folder)
     try:
         yield folder

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from opd_ds.errors import UserError
+from opd_ds.errors import UserError, shown
 
 LOCALHOST = "127.0.0.1"
 
@@ -74,8 +74,8 @@ def detect_world(environment: Mapping[str, str] = os.environ) -> World:
     for other in claims[1:]:
         _refuse_contradiction(environment, first, other)
     port = environment.get("MASTER_PORT")
-    if port is not None and not (port.isdigit() and 0 < int(port) < 65536):
-        raise UserError(f"MASTER_PORT = {port!r}: needs a port, 1 to 65535")
+    if port is not None and not (re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 65536):
+        raise UserError(f"MASTER_PORT = {shown(port)}: needs a port, 1 to 65535")
     address = environment.get("MASTER_ADDR") or _master_address(environment, first)
     job = _job(environment, first)
     told_by = " ".join(_UNSET[claim.source] for claim in claims)
@@ -108,7 +108,8 @@ def _open_mpi(environment: Mapping[str, str]) -> _Claim | None:
         return None
     names = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE")]
     rank, local_rank, size, local_size = (_number(environment, name) for name in names)
-    return _sensible(_Claim("OMPI_COMM_WORLD_RANK", rank, local_rank, size, local_size, -(-size // local_size)))
+    nodes = -(-size // max(local_size, 1))
+    return _sensible(_Claim("OMPI_COMM_WORLD_RANK", rank, local_rank, size, local_size, nodes))
 
 
 def _slurm(environment: Mapping[str, str]) -> _Claim | None:
@@ -117,15 +118,19 @@ def _slurm(environment: Mapping[str, str]) -> _Claim | None:
         return None
     size = _number(environment, "SLURM_STEP_NUM_TASKS")
     per_node = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", str(size)))
-    node = int(environment.get("SLURM_NODEID", "0"))
+    node = _number(environment, "SLURM_NODEID") if "SLURM_NODEID" in environment else 0
+    if node >= len(per_node):
+        raise UserError(
+            f"SLURM_NODEID = {node} does not fit SLURM_STEP_TASKS_PER_NODE, which has {len(per_node)} nodes"
+        )
     rank, local_rank = (_number(environment, name) for name in ("SLURM_PROCID", "SLURM_LOCALID"))
     return _sensible(_Claim("SLURM_PROCID", rank, local_rank, size, per_node[node], len(per_node)))
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
     value = environment.get(name, "")
-    if not value.isdigit():
-        raise UserError(f"{name} = {value!r}: needs a number; the launcher sets it")
+    if not re.fullmatch(r"[0-9]{1,9}", value):
+        raise UserError(f"{name} = {shown(value)}: needs a number; the launcher sets it")
     return int(value)
 
 
@@ -181,8 +186,8 @@ def tasks_per_node(text: str) -> list[int]:
     """SLURM's short form of task counts: '2(x3),1' is [2, 2, 2, 1]."""
     counts: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        match = re.fullmatch(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?", part.strip())
         if match is None:
-            raise UserError(f"SLURM_STEP_TASKS_PER_NODE = {text!r}: not in SLURM's form, for example 2(x3),1")
+            raise UserError(f"SLURM_STEP_TASKS_PER_NODE = {shown(text)}: not in SLURM's form, for example 2(x3),1")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts

@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from opd_ds.errors import UserError
+from opd_ds.errors import UserError, shown
 from opd_ds.models import privates
 
 # What `LoraConfig` is made again from.
@@ -83,6 +83,7 @@ def lora_config(fields: Mapping[str, Any], where: str) -> LoraConfig:
                 "are plain LoRAs: merge it into its base elsewhere and give the full checkpoint"
             )
     _refuse_numbers(fields, where)
+    _refuse_names(fields.get("target_modules"), where)
     try:
         config = LoraConfig(**{key: fields[key] for key in FIELDS if fields.get(key) is not None})
     except (TypeError, ValueError) as error:
@@ -105,9 +106,15 @@ def _refuse_numbers(fields: Mapping[str, Any], where: str) -> None:
                 raise UserError(f"{where}: {what} = {_short(value)}; allowed is a positive number")
 
 
+def _refuse_names(targets: Any, where: str) -> None:
+    if targets is None or isinstance(targets, str):
+        return
+    if not isinstance(targets, list | tuple | set) or not all(isinstance(name, str) for name in targets):
+        raise UserError(f"{where}: target_modules = {_short(targets)}; allowed are a list of names and one expression")
+
+
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shown(value, 60)
 
 
 def exact_fields(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:

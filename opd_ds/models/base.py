@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -22,10 +22,11 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from opd_ds.errors import UserError, about, shortened
+from opd_ds.errors import UserError, about, shown
 from opd_ds.models import lora, privates
 from opd_ds.models.host_weights import HostMemory, HostWeights
 from opd_ds.models.inspection import network_folder, read_config, weight_files
+from opd_ds.models.libraries import load
 from opd_ds.models.own_weights import check_own_weights
 from opd_ds.models.stored_weights import (
     ParameterBuilder,
@@ -369,11 +370,8 @@ class ModelFamily(ABC):
         Raises:
             UserError: a file is damaged.
         """
-        pipeline = _diffusers_class(self.pipeline_class)
-        with _read_by_libraries(self.path, "text encoders or tokenizers"):
-            self._encoders = pipeline.from_pretrained(
-                self.path, **self.pipeline_parts, dtype=self.dtype, use_safetensors=True
-            )
+        pipeline, what = _diffusers_class(self.pipeline_class), "text encoders or tokenizers"
+        self._encoders = load(pipeline, self.path, what, **self.pipeline_parts, dtype=self.dtype)
         if self._keep_encoders:
             self._encoders.to(self.device)
             return
@@ -384,10 +382,7 @@ class ModelFamily(ABC):
         """Latents [B, C, ...] to images [B, 3, H, W], float32 in [0, 1]; of a video its middle frame."""
         with self._vae_lock:
             if self._vae is None:
-                with _read_by_libraries(self.path, "vae"):
-                    vae = _diffusers_class(self.vae_class).from_pretrained(
-                        self.path, subfolder="vae", dtype=self.dtype, use_safetensors=True
-                    )
+                vae = load(_diffusers_class(self.vae_class), self.path, "vae", subfolder="vae", dtype=self.dtype)
                 self._vae = vae.requires_grad_(False).eval().to(self.device)
         with torch.no_grad():
             parts = latents.to(self.device, self.dtype).split(self._decoded_at_once or len(latents))
@@ -438,8 +433,8 @@ class ModelFamily(ABC):
             for key in keys:
                 if theirs.get(key) != ours.get(key):
                     raise UserError(
-                        f"{file} has {key} = {theirs.get(key)!r}, the student has {ours.get(key)!r}; teacher and "
-                        "student must share scheduler, network interface and latent space"
+                        f"{file} has {key} = {shown(theirs.get(key))}, the student has {shown(ours.get(key))}; "
+                        "teacher and student must share scheduler, network interface and latent space"
                     )
         check_own_weights(_diffusers_class(self.transformer_class), folder, transformer)
 
@@ -489,16 +484,6 @@ class ModelFamily(ABC):
             )
         with about(f"model.path = {self.path}"):
             return read_config((self.path / file).parent, (self.path / file).name)
-
-
-@contextmanager
-def _read_by_libraries(folder: Path, what: str) -> Iterator[None]:
-    """Whatever the loaders of tokenizers, transformers and diffusers make of damaged files is one line."""
-    try:
-        yield
-    except Exception as error:  # tokenizers raises plain Exception, a configuration can lead to anything
-        reason = shortened(" ".join(str(error).split()), 150)
-        raise UserError(f"{folder}: its {what} cannot be read ({type(error).__name__}: {reason})") from error
 
 
 def _diffusers_class(name: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from opd_ds.errors import UserError
+from opd_ds.errors import UserError, shortened
 from opd_ds.models.inspection import read_config, weight_files
 from opd_ds.models.weight_files import read_shapes, refuse_other_shapes
 
@@ -26,9 +26,10 @@ def check_own_weights(network_class: Any, folder: Path, config_file: str) -> Non
     try:
         with torch.device("meta"):
             network = network_class.from_config(read_config(folder))
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+    except Exception as error:  # a number that makes no sense leads to anything in a network's constructor
+        reason = shortened(" ".join(str(error).split()), 120)
         raise UserError(
-            f"{config_file} does not describe a {network_class.__name__} ({str(error).splitlines()[0][:120]})"
+            f"{config_file} does not describe a {network_class.__name__} ({type(error).__name__}: {reason})"
         ) from error
     found, known = read_shapes(weight_files(folder)), network.state_dict()
     unread = network_class._keys_to_ignore_on_load_unexpected or ()
