@@ -46,7 +46,7 @@ def test_the_page_has_every_algorithm_and_bound() -> None:
         assert page.count(f": {name}\n") == 1
     assert "| `decay` | number >= 0, &lt; 1 | `0.9` |" in page
     assert "| `micro_batch` | integer > 0 or `auto` |  |" in page
-    assert "| `rounds` | integer > 0 | required |" in page
+    assert "| `rounds` | integer > 0, &lt;= 1e+07 | required |" in page
 
 
 @pytest.mark.parametrize("file", sorted((package_root() / "recipes").glob("*.yaml")), ids=lambda file: file.stem)

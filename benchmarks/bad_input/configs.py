@@ -136,7 +136,7 @@ _spoiled_ds_configs = st.sampled_from(_DS_CONFIGS).flatmap(spoiled)
 KINDS = (
     Kind("run config: settings", _settings(), _write_text, _dry_run),
     Kind("run config: file", _files(), _write_text, _dry_run),
-    Kind("run config: --set", _overrides(), _write_recipe, _dry_run_with),
+    Kind("run config: --set", _overrides(), _write_recipe, _dry_run_with, known=(("run.rounds=24333867207155",),)),
     Kind("ds_config: settings", _spoiled_ds_configs, _write_ds_config, _dry_run, known=_REPORTED),
     Kind("ds_config: file", _damaged_ds_configs, _write_ds_config, _dry_run),
 )

@@ -30,7 +30,7 @@ class ProfileSection(Section):
 class RunSection(Section):
     """How long a run is, and what it writes when."""
 
-    rounds: PositiveInt = Field(description="optimizer rounds in all")
+    rounds: PositiveInt = Field(le=10_000_000, description="optimizer rounds in all")
     seed: int = Field(0, description="names every prompt and noise draw together with round, task and sample index")
     output_dir: Folder = Field(description="metrics, TensorBoard, checkpoints and export go here")
     checkpoint_every: PositiveInt = Field(25, description="rounds between checkpoints")
