@@ -259,6 +259,10 @@ def test_an_initialisation_that_changed_the_base_is_refused(tiny_world: Path, tm
         (keys(attn__to_q__alpha=torch.tensor([1.0, 2.0])), r"to_q\.alpha' is \[1\.0, 2\.0\]; allowed"),
         (keys(attn__to_k__alpha=torch.tensor(4.0)), r"to_k\.alpha' is the alpha of a module without both factors"),
         (keys(attn__to_q__lora_B__weight=None), "half a LoRA"),
+        (
+            keys(attn__to_q__lora_A__two__weight=torch.ones(4, 8), attn__to_q__lora_B__two__weight=torch.ones(8, 4)),
+            r"holds several LoRAs of one module \('.*to_q\.lora_A\.two\.weight' and '.*to_q\.lora_A\.weight'\)",
+        ),
         (keys(attn__to_q__lora_B__weight=torch.full((8, 4), torch.nan)), "32 values are NaN or infinite, the first in"),
         (keys(attn__to_q__lora_A__weight=torch.zeros(4, 8, dtype=torch.int8)), "is stored as I8; allowed"),
         (keys(attn__to_q__lora_A__weight=torch.zeros(0, 8), attn__to_q__lora_B__weight=torch.zeros(8, 0)), "r = 0;"),

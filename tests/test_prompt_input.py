@@ -93,6 +93,7 @@ def test_files_that_were_put_together(tmp_path: Path) -> None:
     assert PromptSet.read(text).prompts == ("one", "two", "three")
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 FILES: dict[str, tuple[str, bytes, str]] = {
     "UTF-16": ("a.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), "line 1: not UTF-8"),
     "Latin-1 further down": ("a.txt", b"good\n" * 9 + b"caf\xe9\n", "line 10: not UTF-8"),
@@ -103,6 +104,9 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "a column twice": ("a.csv", b"prompt,prompt\na,b\n", "line 1: .*the column 'prompt' stands there 2 times"),
     "semicolons": ("a.csv", b"prompt;tag\na;b\n", "line 2: needs a non-empty text .* under 'prompt;tag'"),
     "an open quote": ("a.csv", b'prompt\n"a\nb\n', "not CSV"),
+    "a git-lfs pointer": ("a.txt", LFS_POINTER, "a.txt: a git-lfs pointer, .*run `git lfs pull`"),
+    "a git-lfs pointer to a table": ("a.parquet", LFS_POINTER, "a.parquet: a git-lfs pointer"),
+    "a web page": ("a.txt", b"\n<!DOCTYPE html>\n<html>404</html>\n", "a.txt: a web page; .*download it again"),
     "an empty table": ("a.parquet", b"", "not readable as parquet"),
 }
 

@@ -22,6 +22,7 @@ from typing import Any
 from opd_ds.config.paths import PACKAGE_PREFIX, find_local, looked_for, resolve_path
 from opd_ds.config.sections import PromptsSection
 from opd_ds.errors import UserError, nearest, shown
+from opd_ds.utils.stand_ins import stand_in
 
 FILES = (".txt", ".jsonl", ".parquet", ".csv")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -88,6 +89,9 @@ def rows(source: Path | str, chosen: PromptsSection) -> Iterator[Row | Problem]:
     seen: set[str] = set()
     kept = 0
     try:
+        if isinstance(source, Path) and source.is_file() and (instead := stand_in(source)):
+            yield Problem(instead)
+            return
         for row in map(_without_flaw, _prompts(source, chosen)):
             if isinstance(row, Row) and chosen.unique:
                 if row.prompt in seen:

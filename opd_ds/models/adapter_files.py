@@ -86,7 +86,9 @@ def read_adapter(path: Path, pipeline_class: str | None = None) -> tuple[LoraCon
     matches = {key: ADAPTER_KEY.match(_PREFIX.sub("", key)) for key in raw}
     if strange := [key for key, match in matches.items() if match is None]:
         raise not_converted(file.name, strange, len(raw), pipeline_class)
-    state = {f"{match['module']}.{match['part']}.weight": raw[key] for key, match in matches.items() if match}
+    stored = {key: f"{match['module']}.{match['part']}.weight" for key, match in matches.items() if match}
+    _refuse_several(file.name, stored)
+    state = {ours: raw[key] for key, ours in stored.items()}
     modules = _complete_modules(file.name, state)
     if config is None:
         ranks = {module: state[f"{module}.lora_A.weight"].shape[0] for module in modules}
@@ -194,6 +196,22 @@ def _without_text_encoders(name: str, raw: dict[str, Tensor]) -> dict[str, Tenso
             "encoded by the base's; a LoRA without these keys can be read"
         )
     return {key: value for key, value in raw.items() if not of_text_encoder(key)}
+
+
+def _refuse_several(name: str, stored: dict[str, str]) -> None:
+    """Two keys of one meaning are two adapters that were saved together; of these one would be read.
+
+    Args:
+        stored: by the keys in the file, what they are here.
+    """
+    first: dict[str, str] = {}
+    for key in sorted(stored):
+        other = first.setdefault(stored[key], key)
+        if other != key:
+            raise UserError(
+                f"{name}: holds several LoRAs of one module ({other!r} and {key!r}); save one of them, or merge them "
+                "with `opd-ds merge`"
+            )
 
 
 def _complete_modules(name: str, state: dict[str, Tensor]) -> list[str]:

@@ -15,19 +15,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from opd_ds.errors import UserError
+from opd_ds.utils.stand_ins import STAND_INS
 
 Shapes = dict[str, tuple[int, ...]]
 
 _LARGEST_HEADER = 100 * 2**20  # bytes, what safetensors allows
 _PICKLE = "a pickle of torch; only safetensors files are read, convert it"
 _OTHER_FORMATS = {  # by their first bytes, in lower case
-    b"version https://git-lfs.github.com/spec": "a git-lfs pointer, not the file itself: run `git lfs pull` there",
+    **STAND_INS,
     b"gguf": "a GGUF file, and GGUF is not read; take the safetensors files of the same model in 16 bits",
     b"pk\x03\x04": _PICKLE,
     b"\x80\x02": _PICKLE,
     b"\x89hdf": "an HDF5 file; only safetensors files are read, convert it",
-    b"<!doctype": "a web page; the download gave a page instead of the file, download it again",
-    b"<html": "a web page; the download gave a page instead of the file, download it again",
 }
 # Of a file with a whole model, by its authors' names: what is not its transformer.
 NOT_TRANSFORMER = ("first_stage_model.", "vae.", "text_encoders.", "cond_stage_model.", "conditioner.", "model_ema.")
