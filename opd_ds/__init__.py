@@ -13,9 +13,26 @@ __version__ = "0.1.0"
 TORCHVISION_PROBLEM = hide_broken_torchvision()
 
 # Loaded when they are asked for: `import opd_ds` loads neither torch nor diffusers.
-_API = ("load_config", "train", "teach", "evaluate", "export_checkpoint", "merge_weights", "plan_run")
+_API = (
+    "load_config",
+    "train",
+    "teach",
+    "evaluate",
+    "export_checkpoint",
+    "merge_weights",
+    "plan_run",
+    "load_family",
+    "find",
+)
 _DIFFUSION = ("Coefficients", "gaussian_kl", "kernel", "kernel_names", "kl_weight", "step_weights", "velocity_error")
-_PLACES = dict.fromkeys(_API, "opd_ds.api") | dict.fromkeys(_DIFFUSION, "opd_ds.diffusion")
+_PLACES = {
+    **dict.fromkeys(_API, "opd_ds.api"),
+    "Choice": "opd_ds.runs.evaluate",
+    "Requests": "opd_ds.runs.model_specs",
+    "Method": "opd_ds.merge.merging",
+    **dict.fromkeys(_DIFFUSION, "opd_ds.diffusion"),
+}
+__all__ = [*_PLACES]
 
 
 def __getattr__(name: str) -> Any:

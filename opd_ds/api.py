@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from opd_ds.engine import Group
     from opd_ds.evaluation.results import Results
     from opd_ds.merge.merging import Method
+    from opd_ds.models import ModelFamily
     from opd_ds.plan.devices import Devices
     from opd_ds.plan.planner import Comparison
     from opd_ds.runs.evaluate import Choice
@@ -192,6 +193,35 @@ def plan_run(config: RunConfig, devices: str | Devices = "8xH100-80GB") -> Compa
 
     quiet_libraries()
     return compare(config, asked)
+
+
+def load_family(config: RunConfig, device: str = "cpu") -> ModelFamily:
+    """The config's base as a model family, for loops of one's own: it loads networks, encodes prompts, asks networks
+    for velocities and decodes latents.
+
+    Raises:
+        UserError: the base is not there, or of another family.
+    """
+    from opd_ds.utils.logging import quiet_libraries
+
+    quiet_libraries()
+    from torch import device as torch_device
+
+    from opd_ds.training.networks import load_family as load
+
+    return load(config, find(config.model.path), torch_device(device))
+
+
+def find(place: str) -> Path:
+    """The folder or file that configs name like this: a path, `package:...`, or a repository of the Hugging Face Hub,
+    which is downloaded.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    from opd_ds.config.paths import resolve_path
+
+    return resolve_path(place, "place")
 
 
 @contextmanager

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +30,37 @@ def test_importing_it_loads_neither_torch_nor_diffusers() -> None:
     assert said == "[]\n"
 
 
+PAGE = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
+
+
+def signature(name: str) -> str:
+    """As the page shows it, without types."""
+    whole = inspect.signature(getattr(opd_ds, name))
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in whole.parameters.values()]
+    return f"{name}{whole.replace(parameters=bare, return_annotation=inspect.Signature.empty)}"
+
+
+def test_the_page_shows_every_name_with_its_signature_and_an_example() -> None:
+    shown = dict(re.findall(r"^### `([^\n]+)`\n(.*?)(?=^##)", PAGE, re.MULTILINE | re.DOTALL))
+    assert sorted(shown) == sorted(map(signature, opd_ds.__all__))
+    for heading, text in shown.items():
+        [example] = re.findall(r"(?:^    .*\n)+", text, re.MULTILINE)
+        name = heading.split("(")[0]
+        compile(textwrap.dedent(example), name, "exec")
+        assert name in example or name == "Coefficients"
+
+
+def test_the_pages_own_loop_and_examples_on_tensors_run() -> None:
+    loop = PAGE.split("## Your own loop with our kernels")[1].split("## Reference")[0]
+    code = textwrap.dedent("".join(re.findall(r"^(?:    .*)?\n", loop, re.MULTILINE)))
+    names: dict[str, Any] = {}
+    exec(code, names)  # the page is ours
+    assert names["network"].weight.grad.norm() > 0
+    assert names["student"].config.num_layers == names["teacher"].config.num_layers == 4
+
+
 def test_every_name_is_there_and_no_other() -> None:
-    for name in opd_ds._PLACES:
+    for name in opd_ds.__all__:
         assert callable(getattr(opd_ds, name))
         assert name in dir(opd_ds)
     with pytest.raises(AttributeError, match="no attribute 'trian'"):

@@ -58,6 +58,17 @@ def test_what_is_done_at_once_has_one_line(capsys: pytest.CaptureFixture[str]) -
     assert lines == ["reading base: 2 weights", "training: 1 rounds", end]
 
 
+def test_a_notebook_gets_lines_and_no_bars(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as ipykernel does
+    log_to_terminal()
+    with work("training", 1, "rounds") as training:
+        training.advance(status="loss 1.0")
+    assert [re.sub(f"^{STAMP}", "", line) for line in capsys.readouterr().out.splitlines()] == [
+        "training: 1 rounds",
+        "training: 1 of 1 rounds, loss 1.0, in 0 s",
+    ]
+
+
 def test_other_ranks_only_warn_and_say_who_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     log_to_terminal(3)
     with work("drawing base", 2, "images") as drawing:

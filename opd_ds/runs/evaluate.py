@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-
 from opd_ds.checkpoint.export_student import EXPORT_FOLDER
 from opd_ds.config.loading import named_prompts
 from opd_ds.config.schema import RunConfig
@@ -28,6 +26,7 @@ from opd_ds.runs.monitor import METRICS_FILE, read_metrics
 from opd_ds.runs.setup import EVALUATION_FOLDER, build_rewards
 from opd_ds.training.networks import find_base, load_family
 from opd_ds.utils.hashing import weights_sha256
+from opd_ds.utils.progress import CONSOLE
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,8 @@ class Choice:
 
 def show_table(results: Results, folder: Path) -> None:
     """For people: the table, and where the rest is."""
-    console = Console(soft_wrap=True)
-    print_results(console, results)
-    console.print(f"scores:  {folder / RESULTS_FILE}\nreport:  {folder / REPORT_FILE}", highlight=False)
+    print_results(CONSOLE, results)
+    CONSOLE.print(f"scores:  {folder / RESULTS_FILE}\nreport:  {folder / REPORT_FILE}", highlight=False)
 
 
 def evaluate(

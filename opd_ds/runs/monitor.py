@@ -142,6 +142,8 @@ class Monitor:
         told = [f"{task} kl {means['kl']:.2e}" for task, means in report.losses.means.items() if "kl" in means]
         told += [f"{key} {value:.3f}" for key, value in report.scores.items() if key.endswith("/mean")]
         self._training.advance(status=f"{seconds:.3g} s/round, loss {report.losses.loss:.3e}  {'  '.join(told)}")
+        if report.round == self._rounds:
+            self._shown.close()
 
 
 def _metrics_row(report: RoundReport, rate: float) -> dict[str, Any]:

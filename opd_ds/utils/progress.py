@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 LINE_SECONDS = 30.0
 _AT_ONCE = 1.0  # what took less needs no line at its end
-# Looks for sys.stdout whenever it prints.
-CONSOLE = Console(soft_wrap=True)
+# Looks for sys.stdout whenever it prints; text in notebooks too, which would get a frame of HTML per line.
+CONSOLE = Console(soft_wrap=True, force_jupyter=False)
 _LOG = logging.getLogger("opd_ds")
 _BARS = Progress(
     TextColumn("{task.description}"),
@@ -40,10 +40,11 @@ class Work:
     def advance(self, count: int = 1, status: str = "") -> None:
         """`count` more are done; `status` says how it goes."""
         self._done = min(self._done + count, self._total)
+        now, ended = time.monotonic(), self._done == self._total
         if self._bar is not None:
             _BARS.update(self._bar, completed=self._done, status=status)
-            return
-        now, ended = time.monotonic(), self._done == self._total
+            if not ended:  # the bar goes away then, the line stays
+                return
         if now - self._last_line < LINE_SECONDS if not ended else now - self._began < _AT_ONCE and not status:
             return
         self._last_line = now
@@ -72,7 +73,7 @@ def work(what: str, total: int, unit: str, done: int = 0) -> Iterator[Work]:
         yield _Silent()
         return
     _LOG.info("%s: %d %s", what, total - done, unit)
-    if not CONSOLE.is_terminal:
+    if not CONSOLE.file.isatty():  # rich also takes a notebook for a terminal
         yield Work(what, total, unit, None, done)
         return
     _BARS.start()
