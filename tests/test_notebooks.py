@@ -19,8 +19,8 @@ import json
 models = json.loads((folder / "run" / "summary.json").read_text())["models"]
 for task in recipe.tasks:  # each LoRA is better at its task than the base, as its full teacher is
     assert min(mean(f"teacher:{task}", task), mean(f"full-{task}", task)) > mean("base", task)
-assert sum(losses[-4:]) < sum(losses[:4])
-assert sum(models["student"].values()) > sum(mean("base", task) for task in recipe.tasks)
+assert len(losses) == config.run.rounds
+assert all(models["student"][task] > mean("base", task) for task in recipe.tasks)
 """,
 }
 
