@@ -14,7 +14,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "docs" / "notebooks"
 
 def store(file: Path) -> None:
     """Without times of cells, which change with every run, and without what libraries tell the terminal."""
-    notebook = nbformat.read(file, as_version=4)  # type: ignore[no-untyped-call]
+    notebook = nbformat.read(file, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder}}).execute()
     for cell in notebook.cells:
@@ -23,7 +23,7 @@ def store(file: Path) -> None:
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
             for output in cell.outputs:
                 output.get("data", {}).pop("image/jpeg", None)  # IPython shows PIL's images in both formats
-    nbformat.write(notebook, file)  # type: ignore[no-untyped-call]
+    nbformat.write(notebook, file)
 
 
 if __name__ == "__main__":
