@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -315,7 +316,7 @@ def test_a_checkpoint_is_its_export(
     train(config, group)
     models = Requests(defaults=False, models=["student", "last=checkpoint:latest", "base"])
     evaluate(config, Choice(models, limit=3), group)
-    images = tmp_path / "out" / "eval" / "images"
+    images = tmp_path / "out" / "eval-2" / "images"  # the run has evaluated itself into eval/
 
     def pictures(model: str) -> np.ndarray[Any, Any]:
         files = [images / model / task / f"0000{number}-0.png" for task in ("one", "two") for number in range(3)]
@@ -402,8 +403,7 @@ def test_mistakes_are_one_line_before_anything_is_drawn(
 
 def test_a_model_of_another_architecture_is_refused(eval_run: Evaluate, tiny_world: Path, tmp_path: Path) -> None:
     config = json.loads((tiny_world / "other" / "transformer" / "config.json").read_text())
-    folder = tmp_path / "odd" / "transformer"
-    folder.mkdir(parents=True)
+    folder = shutil.copytree(tiny_world / "other", tmp_path / "odd") / "transformer"
     (folder / "config.json").write_text(json.dumps(config | {"patch_size": 1}))
     with pytest.raises(UserError, match="patch_size"):
         eval_run(Choice(Requests(models=[f"odd={folder.parent}"])))

@@ -115,7 +115,7 @@ def test_a_tied_parameter_stays_tied_and_a_stored_tensor_is_not_written() -> Non
     stored = StoredTensor.of(torch.empty(2, 2, device="meta"), lambda: values)
     with torch.device("meta"):
         network = Tied()
-    fill(network, {"two.weight": stored}, WholeParameters(CPU), torch.float64)
+    fill(network, {"two.weight": stored}, WholeParameters(CPU), torch.float64, Path("a file"))
     assert network.one.weight is network.two.weight
     assert torch.equal(network.one.weight, values.double())
     up, down = torch.chunk(stored, 2)

@@ -81,7 +81,7 @@ def test_cached_prompts_train_the_same_without_text_encoders(
     offloaded = two_rounds(config, group)
     encode_prompts(config, group)
     forbid_text_encoders(monkeypatch)
-    with pytest.raises(AssertionError, match="text encoders were loaded"):
+    with pytest.raises(UserError, match="text encoders were loaded"):
         load_family(config, Path(config.model.path), group.device).encode(["a red 3 on blue"])
     assert two_rounds(cached(settings), group) == offloaded
 

@@ -23,7 +23,6 @@ from opd_ds.models.adapter_files import (
 from opd_ds.models.adapter_keys import does_nothing_at_zero, form_of, is_factor, of_text_encoder, other_kind, partners
 from opd_ds.models.inspection.parts import (
     CONFIG,
-    ENCODER_WEIGHTS,
     NETWORK_WEIGHTS,
     WEIGHT_SUFFIXES,
     Part,
@@ -210,7 +209,7 @@ def _pipeline(path: Path) -> Inspection:
 def _part(folder: Path, name: str, library: str, its_class: str) -> Part:
     if any(kind in its_class for kind in _WITHOUT_WEIGHTS):
         return look_at_other(folder, name)
-    return look_at_network(folder, name, ENCODER_WEIGHTS if library == "transformers" else NETWORK_WEIGHTS)
+    return look_at_network(folder, name, library)
 
 
 def _nothing_here(path: Path) -> str:

@@ -18,7 +18,7 @@ NETWORK_WEIGHTS = "diffusion_pytorch_model.safetensors"  # as diffusers names th
 ENCODER_WEIGHTS = "model.safetensors"  # as transformers does
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx")
 _QUANTIZATIONS = ("quantization_config", "compression_config")
-# Buffers of text encoders: positions and masks.
+# Buffers of text encoders and VAEs: positions, masks, counts of batches.
 _INTEGERS = ("I64", "I32", "BOOL")
 
 
@@ -41,17 +41,19 @@ class Part:
     problem: str | None = None
 
 
-def look_at_network(folder: Path, name: str, weights: str = NETWORK_WEIGHTS) -> Part:
+def look_at_network(folder: Path, name: str, library: str | None = None) -> Part:
     """A folder with a network's configuration and weights.
 
     Args:
-        weights: how its library names them.
+        library: `transformers` or `diffusers` where it loads the network, integer buffers included; None: a
+            transformer, which is read here.
     """
+    weights = ENCODER_WEIGHTS if library == "transformers" else NETWORK_WEIGHTS
     try:
         config = read_config(folder)
         kind = str(config.get("_class_name") or next(iter(config.get("architectures") or ()), "network"))
         files = weight_files(folder, weights)
-        stored = _stored_as(files, integers=weights == ENCODER_WEIGHTS)
+        stored = _stored_as(files, integers=library is not None)
     except UserError as error:
         return Part(name, "network", problem=str(error))
     others = sorted(set(folder.iterdir()) - set(files))
