@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from opd_ds.cluster.failures import message
 from opd_ds.cluster.rendezvous import unused_port
+from opd_ds.utils.disk_errors import disk_error
 from tests.ranks import SET_BY_LAUNCHERS, fork
 from tests.tiny import run_settings, write_config
 
@@ -82,3 +88,15 @@ def test_ranks_that_are_ended_all_say_failure(
     assert codes == [1, 1], outputs
     assert "".join(outputs).count("EndedEarlyError: ") == 1
     assert not (tmp_path / "done").exists()
+
+
+def test_a_full_disk_is_one_line_whoever_writes(tmp_path: Path) -> None:
+    """safetensors does not raise OSError: an export to a full disk must not end with a traceback."""
+    with pytest.raises(SafetensorError) as caught:
+        save_file({"a": torch.ones(2)}, tmp_path / "no folder" / "a.safetensors")
+    found = disk_error(caught.value)
+    assert found is not None
+    assert found.errno == errno.ENOENT
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert message(full) == "opd-ds: error: could not write: No space left on device; the last checkpoint is intact"
+    assert "failed" in message(SafetensorError("Error while deserializing header"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from shutil import copytree, rmtree
 from typing import Any, ClassVar
 
 import pytest
@@ -62,7 +64,12 @@ IDLE: dict[str, tuple[dict[str, Any], str]] = {
     "trusted base": ({"tasks__one__teacher__trust_base": True}, "tasks.one.teacher.trust_base is for LoRAs"),
 }  # fmt: skip
 # Of the settings that the other tests share.
-USUAL = {"evaluation: no task", "student.lora is not read", "run.checkpoint_every = 100 is more"}
+USUAL = {
+    "evaluation: no task",
+    "student.lora is not read",
+    "run.checkpoint_every = 100 is more",
+    "/other' has another text_encoder, text_encoder_2, text_encoder_3, vae than model.path",
+}
 
 
 def said(data: dict[str, Any], caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -80,7 +87,7 @@ def test_a_setting_without_effect_is_named(
     lines = said(run_settings(tiny_world, tmp_path / "out", **changes), caplog)
     assert any(line.startswith(expected) for line in lines), lines
     assert all(len(line) <= 345 for line in lines)
-    others = [line for line in lines if not line.startswith((expected, *USUAL))]
+    others = [line for line in lines if not any(part in line for part in (expected, *USUAL))]
     assert not others
 
 
@@ -97,6 +104,49 @@ def test_weights_that_are_the_bases_own_are_named(
     assert any("tasks.one.teacher.path = " in line and "is model.path itself" in line for line in lines)
     assert any("student.start = " in line and "all its lora_B are zero" in line for line in lines)
     assert not any("tasks.two" in line for line in lines)
+
+
+def test_parts_of_a_teacher_that_are_not_read_are_named(
+    tiny_world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A text encoder that was trained along; the same one in half precision is no other."""
+    lines = {}
+    for name, change in {"trained": lambda v: v * 1.01, "half": lambda v: v.half()}.items():
+        teacher = copytree(tiny_world / "other", tmp_path / name)
+        file = teacher / "text_encoder_2" / "model.safetensors"
+        state = load_file(tiny_world / "base" / "text_encoder_2" / "model.safetensors")
+        save_file({key: change(v) if v.is_floating_point() else v for key, v in state.items()}, file, {"format": "pt"})
+        for part in ("text_encoder", "text_encoder_3", "vae"):
+            rmtree(teacher / part)
+            (teacher / part).symlink_to(tiny_world / "base" / part)
+        lines[name] = said(run_settings(tiny_world, tmp_path / "out", tasks__one__teacher__path=str(teacher)), caplog)
+    (named,) = (line for line in lines["trained"] if "has another text_encoder_2 than model.path" in line)
+    assert named.startswith("tasks.one.teacher.path = ")
+    assert not any("has another" in line for line in lines["half"])
+
+
+def test_targets_that_a_start_overrules_are_named(
+    tiny_world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = run_settings(tiny_world, tmp_path / "out", student__kind="lora", student__start=str(tiny_world / "adapter"))
+    assert not any("student.lora.targets" in line for line in said(data, caplog))
+    data["student"]["lora"]["targets"] = ["attn.to_q"]
+    assert any("student.lora.targets is not read with student.start" in line for line in said(data, caplog))
+    data["student"]["lora"]["targets"] = ["attn.to_qq"]
+    with pytest.raises(UserError, match=r"student\.lora\.targets: .* match no module"):
+        said(data, caplog)
+
+
+def test_rounds_without_a_learning_rate_are_counted(
+    tiny_world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A scheduler that was written for a shorter run."""
+    params = {"warmup_max_lr": 1e-3, "warmup_num_steps": 2, "total_num_steps": 4}
+    ds_config = tmp_path / "ds.json"
+    ds_config.write_text(json.dumps({"scheduler": {"type": "WarmupDecayLR", "params": params}}))
+    for rounds, idle in ((4, None), (9, "has the learning rate 0 in 6 of 9 rounds")):
+        lines = said(run_settings(tiny_world, tmp_path / "out", deepspeed=str(ds_config), run__rounds=rounds), caplog)
+        assert any((idle or "learning rate 0") in line for line in lines) == bool(idle)
 
 
 def test_no_recipe_has_settings_without_effect() -> None:

@@ -16,6 +16,7 @@ from opd_ds.errors import UserError
 from opd_ds.runs.files import RunFiles
 from opd_ds.runs.preflight import preflight
 from opd_ds.runs.resume import Start
+from opd_ds.runs.without_effect import idle_rounds
 
 
 def planned_world(text: str) -> World:
@@ -100,7 +101,7 @@ def describe(config: RunConfig, world: World, start: Start) -> str:
 def _rates(config: RunConfig, files: RunFiles) -> str:
     steps = config.train.inner_epochs
     rates = learning_rates(files.schedule, files.student_ds_config, config.run.rounds * steps)
-    idle = sum(not any(rates[first : first + steps]) for first in range(0, len(rates), steps))
+    idle = idle_rounds(config, files)
     text = f"{rates[0]:.3g} in the first step, {max(rates):.3g} at most, {rates[-1]:.3g} in the last"
     return f"{text}; 0 in {idle} of {config.run.rounds} rounds, which train nothing" if idle else text
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from opd_ds.cluster.signals import exit_code_on_sigterm, ignore_signals
 from opd_ds.errors import Interrupted, NonFiniteError, UserError, fitted
+from opd_ds.utils.disk_errors import disk_error
 
 if TYPE_CHECKING:
     from opd_ds.cluster.watchdog import Watchdog
@@ -95,9 +96,10 @@ def message(error: BaseException, where: str = "") -> str:
     """What a person is told of `error`, as it is printed; `where` says which rank it was."""
     if isinstance(error, UserError | NonFiniteError):
         return fitted(str(error).splitlines() or [""], f"opd-ds: error: {where}")
-    if isinstance(error, OSError) and error.errno in _DISK:
-        file = f" {error.filename}" if error.filename else ""
-        return f"opd-ds: error: {where}could not write{file}: {error.strerror}; the last checkpoint is intact"
+    disk = disk_error(error)
+    if disk is not None and disk.errno in _DISK:
+        file = f" {disk.filename}" if disk.filename else ""
+        return f"opd-ds: error: {where}could not write{file}: {disk.strerror}; the last checkpoint is intact"
     trace = "".join(traceback.format_exception(error)).rstrip()
     return f"opd-ds: {where}failed:\n{trace}"
 

@@ -6,8 +6,6 @@ A tensor entry is keyed `kind/start/parameter`: the elements from `start` on of 
 
 from __future__ import annotations
 
-import os
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -24,6 +22,7 @@ from opd_ds.engine import privates
 from opd_ds.engine.fragments import Fragment, in_memory, moments
 from opd_ds.engine.privates import inner_optimizer
 from opd_ds.errors import DamagedCheckpointError
+from opd_ds.utils.disk_errors import disk_error
 
 MASTER, EMA, OLD_POLICY, START = "master", "ema", "old_policy", "start"
 COPIES = {EMA, OLD_POLICY, START}
@@ -131,16 +130,16 @@ def write_shard(entries: dict[str, Tensor], folder: Path, rank: int, size: int) 
     """This rank's entries as one safetensors file; returns it.
 
     Raises:
-        OSError: as the disk does; safetensors wraps it in an error of its own, with the number in the text only.
+        OSError: as the disk does.
     """
     file = folder / f"shard-{rank:05d}-of-{size:05d}.safetensors"
     try:
         save_file(entries, file)
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
+        disk = disk_error(error, file)
+        if disk is None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
+        raise disk from error
     return file
 
 

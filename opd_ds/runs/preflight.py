@@ -6,7 +6,6 @@ The dry run, `launch`, `doctor` and the start itself call the same function.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -16,12 +15,13 @@ from peft import LoraConfig
 from opd_ds.cluster.world import World
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.without_effect import settings_without_effect
-from opd_ds.engine import Group, zero_stage
+from opd_ds.engine import Group
 from opd_ds.errors import UserError, about
 from opd_ds.models import ModelFamily, lora
 from opd_ds.runs.files import RunFiles, find_files
 from opd_ds.runs.identity import run_identity
 from opd_ds.runs.resume import ResumePoint, Start, find_resume_point, refuse_other_changes, refuse_other_run
+from opd_ds.runs.without_effect import files_without_effect
 from opd_ds.training.networks import load_family
 from opd_ds.training.teachers import check_weights
 from opd_ds.training.trainer import Trainer
@@ -70,7 +70,7 @@ def preflight(config: RunConfig, group: Group, world: World, start: Start | None
         _check_student(config, files, family)
         trainer_class(config).check(config, family)
         if world.is_main:
-            for line in (*settings_without_effect(config), *_files_without_effect(config, files, family)):
+            for line in (*settings_without_effect(config), *files_without_effect(config, files, family)):
                 logging.getLogger("opd_ds").warning("%s", line)
     resumed = None if start is None else find_resume_point(config, start, group)
     identity = None
@@ -80,24 +80,6 @@ def preflight(config: RunConfig, group: Group, world: World, start: Start | None
                 identity = run_identity(config, files, family)
                 refuse_other_run(config, identity, resumed, start.allowed)
     return Checked(config, files, family, resumed, identity)
-
-
-def _files_without_effect(config: RunConfig, files: RunFiles, family: ModelFamily) -> Iterator[str]:
-    """As `settings_without_effect`, of what lies at the paths."""
-    stage, gather = zero_stage(files.student_ds_config), config.rollout.gather
-    if stage < 3 and gather != "auto":
-        yield f"rollout.gather = {gather!r} is read under ZeRO-3 only, and deepspeed = {config.deepspeed!r} is {stage}"
-    placed = {"student.start": (str(config.student.start), files.start)} if files.start is not None else {}
-    for name, spec in files.teachers.items():
-        key = config.teacher_key(name)
-        placed[f"{key}.path"] = (spec.settings.path, spec.path)
-        if spec.settings.trust_base and not spec.is_lora:
-            yield f"{key}.trust_base is for LoRAs, and {key}.path = {spec.settings.path!r} is a full checkpoint"
-    for key, (value, path) in placed.items():
-        if path == files.model:
-            yield f"{key} = {value!r} is model.path itself"
-        elif lora.is_adapter(path) and lora.is_empty(path, family.pipeline_class):
-            yield f"{key} = {value!r} changes nothing: all its lora_B are zero, as before the first step of a training"
 
 
 def trainer_class(config: RunConfig) -> type[Trainer]:
@@ -137,9 +119,9 @@ def _check_teachers(config: RunConfig, files: RunFiles, family: ModelFamily) -> 
 def _check_student(config: RunConfig, files: RunFiles, family: ModelFamily) -> None:
     """What the student starts from, and where its LoRA adapts."""
     value, chosen = str(config.student.start), config.student
+    if chosen.kind == "lora":
+        _check_targets(chosen.lora.targets, family)
     if files.start is None:
-        if chosen.kind == "lora":
-            _check_targets(chosen.lora.targets, family)
         return
     check_weights(family, "student.start", value, files.start, config.model.path, trust_base=True)
     is_adapter = lora.is_adapter(files.start)
