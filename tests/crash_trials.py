@@ -28,6 +28,7 @@ from opd_ds.cluster.world import World
 from opd_ds.config.loading import load_config
 from opd_ds.engine import init_group
 from opd_ds.runs.train import train
+from opd_ds.utils.logging import log_to_terminal
 
 SLOWED = 0.02  # seconds before each flush
 WINDOW = 0.35  # seconds; about what a slowed checkpoint takes
@@ -45,6 +46,7 @@ def attempt(file: Path) -> None:
     try:
         world = World()
         prepare_environment(world)
+        log_to_terminal()
         train(load_config(None, file, []), init_group(world), "auto")
         os._exit(0)
     except BaseException as error:
