@@ -43,6 +43,10 @@ def _command(only_teach: bool, text: str) -> Callable[..., None]:
     ) -> None:
         if processes is not None and not dry_run:
             raise UserError(f"--processes {processes}: is for --dry-run; a launcher starts processes, see launchers/")
+        if not dry_run:
+            from opd_ds.cluster.signals import listen
+
+            listen()  # first of all: a signal that comes while libraries and models load must not be lost
         settings = _load(recipe, config, overrides or [], only_teach=only_teach)
         if dry_run:
             _check(settings, resume, allow_change or [], processes)
@@ -54,10 +58,8 @@ def _command(only_teach: bool, text: str) -> Callable[..., None]:
 
 
 def _load(recipe: str | None, config: Path | None, overrides: list[str], *, only_teach: bool) -> RunConfig:
-    from opd_ds.cluster.signals import listen
     from opd_ds.config.loading import load_config
 
-    listen()  # first of all: a signal that comes while libraries and models load must not be lost
     settings = load_config(recipe, config, overrides)
     if only_teach and not settings.learns_from_rewards:
         raise UserError(f"{config or recipe}: has no section `teach`; distillations start with `opd-ds train`")
