@@ -195,6 +195,7 @@ def test_a_skipped_round_is_said(
     settings.write_text('{"zero_optimization": {"stage": 1}, "fp16": {"initial_scale_power": 40}}')
     wanted, parts = build_run(precision="fp16", deepspeed=str(settings))
     with caplog.at_level(logging.WARNING, "opd_ds"), Monitor(wanted, World(), 0) as monitor:
+        monitor.start_rounds(0)
         monitor.round(parts.trainer.run_round(0))
     assert "round 1: a gradient overflowed in fp16, 1 optimizer step(s) were skipped" in caplog.text
     assert [row["skipped_steps"] for row in read_metrics(tmp_path / "out" / "metrics.jsonl")] == [1]

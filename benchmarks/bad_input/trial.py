@@ -114,7 +114,7 @@ def _asked(kind: Kind, described: Any, folder: Path) -> tuple[str, str]:
             kind.ask(described, folder)
     except UserError as error:
         long = [line for line in str(error).splitlines() if len(line) > LINES * COLUMNS - len(_BEGIN)]
-        return "refused", _too_long(message(error)) or "".join(f"a problem is cut: {line[:60]}" for line in long)
+        return "refused", _too_long(message(error)) or "".join(f"a problem is cut: {line}" for line in long)
     except RefusedError as error:
         return "refused", _too_long(str(error))
     except _TooSlowError:

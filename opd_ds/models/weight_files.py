@@ -101,7 +101,8 @@ def refuse_other_shapes(
             differences.append(f"{len(names)} {kind}, the first: {min(names)!r}")
     wrong = sorted(key for key in wanted.keys() & found.keys() if wanted[key] != found[key])
     if wrong:
-        shapes = f"{found[wrong[0]]} instead of {wanted[wrong[0]]}"
-        differences.append(f"{len(wrong)} of another shape, the first: {wrong[0]!r} is {shapes}")
+        example = f", the first: {wrong[0]!r} is {found[wrong[0]]} instead of {wanted[wrong[0]]}"
+        # Three examples are longer than a message may be.
+        differences.append(f"{len(wrong)} of another shape{example if len(differences) < 2 else ''}")
     if differences:
         raise UserError(f"its weights are not those of {owner}: {'; '.join(differences)}")

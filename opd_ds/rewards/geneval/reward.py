@@ -39,6 +39,12 @@ DETECTOR = Weights(
 CLIP = Weights(folder="clip-vit-large-patch14", source="openai/clip-vit-large-patch14", file=None, size="1.7 GB")
 
 
+def _known_mode(mode: Any) -> Mode:
+    if mode not in get_args(Mode):
+        raise UserError(f"reward 'geneval': mode = {mode!r}; allowed: {', '.join(get_args(Mode))}")
+    return mode
+
+
 class GenEval(CountsGaps):
     """Whether the image holds the objects that the prompt asks for, in number, colour and place (arXiv 2310.11513).
 
@@ -74,7 +80,7 @@ class GenEval(CountsGaps):
         batch_size: int = 4,
         unsafe_load: bool = False,
     ) -> None:
-        self._mode = mode
+        self._mode = _known_mode(mode)
         self._batch_size = batch_size
         self._clip_path = located(CLIP, clip_weights)
         self._detector = Detector(located(DETECTOR, weights), device, unsafe_load)
@@ -95,9 +101,7 @@ class GenEval(CountsGaps):
         Raises:
             UserError: an unknown mode.
         """
-        mode = options.get("mode", "strict")
-        if mode not in get_args(Mode):
-            raise UserError(f"reward 'geneval': mode = {mode!r}; allowed: {', '.join(get_args(Mode))}")
+        _known_mode(options.get("mode", "strict"))
         return still_needed(cls.needs, options, "weights", "clip_weights")
 
     def identity(self) -> dict[str, Any]:
