@@ -232,8 +232,10 @@ def test_what_cannot_be_exported_is_refused(trained: Any, tmp_path: Path) -> Non
         state.write_text(kept)
     with pytest.raises(UserError, match="is not an empty folder"):
         export(checkpoint, run)
-    with pytest.raises(UserError, match=r"no state\.json there"):
+    with pytest.raises(UserError, match=r"^\S+: no state\.json there; give a folder named round-NNNNNN$"):
         export(tmp_path, tmp_path / "out")
+    with pytest.raises(UserError, match=r"this is a run; name a checkpoint, as \S+/round-000003$"):
+        export(run, tmp_path / "out")
     shard = checkpoint / "shard-00000-of-00001.safetensors"
     whole = shard.read_bytes()
     cut_off(shard)

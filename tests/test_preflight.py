@@ -239,7 +239,7 @@ def _cut_off_checkpoint(data: dict[str, Any], folder: Path) -> None:
 
 NOT_RESUMED: dict[str, tuple[Broken, Start, str]] = {
     "occupied": (changed(), Start("never"), r"run\.output_dir already holds .*round-000002; give --resume auto"),
-    "no checkpoint": (changed(), Start("/nowhere"), r"--resume /nowhere: no state\.json there"),
+    "no checkpoint": (changed(), Start("/nowhere"), r"--resume: /nowhere: no state\.json there"),
     "all damaged": (_cut_off_checkpoint, Start("auto"), r"all 2 checkpoints are damaged, the newest first: round-0000"),
     "fewer rounds": (changed(run__rounds=1), Start("auto"), r"2 rounds are done, and run\.rounds = 1; set it to 2 to"),
     "setting": (

@@ -286,7 +286,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     file = checkpoint / STATE_FILE
     if not file.is_file():
-        raise UserError(f"--resume {checkpoint}: no {STATE_FILE} there; give a folder named round-NNNNNN, or 'auto'")
+        inside = latest_checkpoint(checkpoint / CHECKPOINTS_FOLDER)
+        instead = f"this is a run; name a checkpoint, as {inside}" if inside else "give a folder named round-NNNNNN"
+        raise UserError(f"{checkpoint}: no {STATE_FILE} there; {instead}")
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -19,7 +19,7 @@ from opd_ds.checkpoint.store import (
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import ANCHOR, OptimizerSection
 from opd_ds.engine import Group
-from opd_ds.errors import UserError, nearest, shown
+from opd_ds.errors import UserError, about, nearest, shown
 from opd_ds.utils.nested import flat
 
 JOB_VARIABLE, RESTARTS_VARIABLE = "SLURM_JOB_ID", "SLURM_RESTART_COUNT"
@@ -107,7 +107,7 @@ def _find(store: CheckpointStore, resume: str, group: Group) -> tuple[Path | Non
     if requeued and (made := store.made_by(os.environ[JOB_VARIABLE])):
         return made, []  # a requeued job has the arguments of its first start, and is further than they say
     checkpoint = Path(resume)
-    with group.raise_on_any_rank():
+    with group.raise_on_any_rank(), about("--resume"):
         read_state(checkpoint)
     problems = store.problems(checkpoint)
     if problems:
