@@ -45,7 +45,6 @@ def attempt(file: Path) -> None:
     opd_ds.checkpoint.store.sync = opd_ds.utils.atomic_io.sync = slow
     try:
         world = World()
-        log_to_terminal()
         prepare_environment(world)
         log_to_terminal()
         train(load_config(None, file, []), init_group(world), "auto")
