@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from opd_ds.cluster.failures import message
+from opd_ds.cluster import failures
+from opd_ds.cluster.failures import message, report_and_exit
 from opd_ds.cluster.rendezvous import unused_port
+from opd_ds.errors import UserError
 from opd_ds.utils.disk_errors import disk_error
 from tests.ranks import SET_BY_LAUNCHERS, fork
 from tests.tiny import run_settings, write_config
@@ -100,3 +103,15 @@ def test_a_full_disk_is_one_line_whoever_writes(tmp_path: Path) -> None:
     full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert message(full) == "opd-ds: error: could not write: No space left on device; the last checkpoint is intact"
     assert "failed" in message(SafetensorError("Error while deserializing header"))
+
+
+def test_a_rank_that_is_no_number_does_not_hide_the_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "x")
+    monkeypatch.setattr(failures, "_watchdog", lambda: None)
+    monkeypatch.setattr(failures, "_end", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        report_and_exit(UserError("RANK = 'x': needs a number"))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "opd-ds: error: RANK = 'x': needs a number\n"

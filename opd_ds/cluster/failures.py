@@ -46,8 +46,8 @@ def report_and_exit(error: BaseException) -> None:
         _end(_settle(error, watchdog))
     # No group yet: all ranks read the same config and fail alike. Rank 0 speaks, and the launcher ends the others;
     # only one that is still there after that, because it failed alone, speaks for itself.
-    names = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
-    rank = int(next((os.environ[name] for name in names if name in os.environ), "0"))
+    values = (os.environ.get(name, "") for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"))
+    rank = int(next(filter(str.isdecimal, values), "0"))  # no number may be what the error is about
     if rank > 0:
         exit_code_on_sigterm(_code(error))
         time.sleep(SECONDS_TO_BE_ENDED)
