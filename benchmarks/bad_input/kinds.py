@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from benchmarks.bad_input import configs, environments, prompts, requests, weights
+from benchmarks.bad_input import configs, environments, hostfiles, prompts, requests, weights
 from benchmarks.bad_input.trial import Kind
 
 KINDS: dict[str, Kind] = {
-    kind.name: kind for module in (configs, prompts, weights, environments, requests) for kind in module.KINDS
+    kind.name: kind
+    for module in (configs, prompts, weights, environments, hostfiles, requests)
+    for kind in module.KINDS
 }
