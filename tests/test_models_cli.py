@@ -26,4 +26,4 @@ def test_every_family_says_what_it_is() -> None:
 def test_the_list_for_people_names_the_same() -> None:
     text = CliRunner().invoke(app, ["models"]).stdout
     assert "StableDiffusion3Pipeline, for example stabilityai/stable-diffusion-3.5-medium" in text
-    assert "latents of a video; classifier-free guidance (2 passes, 1 at guidance 1)" in text
+    assert "latents of videos; classifier-free guidance (2 passes, 1 at guidance 1)" in text

@@ -146,8 +146,8 @@ def _teach(data: dict[str, Any], **rollout: Any) -> None:
 BROKEN: dict[str, tuple[Broken, str]] = {
     "no model": (changed(model__path="./gone"), r"model\.path = './gone': no such file"),
     "unknown family": (changed(model__family="sd33"), r"model\.family = 'sd33'.*Did you mean 'sd3'"),
-    "folder of another family": (_base_of_another_family, r"model\.path = .*its transformer is a FluxTransf"),
-    "family of another folder": (changed(model__family="flux"), r"model\.path = .*its transformer is a SD3Transf"),
+    "folder of another family": (_base_of_another_family, r"model\.path = .*its transformer is FluxTransf"),
+    "family of another folder": (changed(model__family="flux"), r"model\.path = .*its transformer is SD3Transf"),
     "size": (changed(model__height=13), r"model\.height x model\.width = 13x\d+: both must be multiples of"),
     "frames of images": (changed(model__frames=9), r"model\.frames = 9: SD3 draws images"),
     "base without weights": (_base_without_weights, r"model\.path = .*no .*/transformer/diffusion_pytorch_model"),

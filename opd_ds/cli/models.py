@@ -19,7 +19,7 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="for programs")]
     for row in rows:
         passes = f"{row['passes']} pass" + ("es, 1 at guidance 1" if row["passes"] > 1 else "")
         typer.echo(f"{row['family']:12} {row['pipeline']}, for example {row['example']}")
-        typer.echo(f"{'':12} latents of a {row['latents']}; {row['guidance']} guidance ({passes})")
+        typer.echo(f"{'':12} latents of {row['latents']}s; {row['guidance']} guidance ({passes})")
         typer.echo(f"{'':12} LoRA: {', '.join(row['lora_targets'])}")
 
 

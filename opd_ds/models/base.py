@@ -179,7 +179,7 @@ class ModelFamily(ABC):
         self._transformer_config = self._read_config("transformer/config.json")
         found = self._transformer_config.get("_class_name")
         if found != self.transformer_class:
-            raise UserError(f"model.path = {path}: its transformer is a {found}, not a {self.transformer_class}")
+            raise UserError(f"model.path = {path}: its transformer is {found}, not {self.transformer_class}")
         self._vae_config = self._read_config("vae/config.json")
         self._scheduler_config = self._read_config("scheduler/scheduler_config.json")
         default = self.default_size()

@@ -29,7 +29,7 @@ def check_own_weights(network_class: Any, folder: Path, config_file: str) -> Non
     except Exception as error:  # a number that makes no sense leads to anything in a network's constructor
         reason = shortened(" ".join(str(error).split()), 120)
         raise UserError(
-            f"{config_file} does not describe a {network_class.__name__} ({type(error).__name__}: {reason})"
+            f"{config_file} does not describe {network_class.__name__} ({type(error).__name__}: {reason})"
         ) from error
     found, known = read_shapes(weight_files(folder)), network.state_dict()
     unread = network_class._keys_to_ignore_on_load_unexpected or ()

@@ -35,7 +35,7 @@ def network_inputs(
     """
     if transformer_class not in _INPUTS:
         raise UserError(
-            f"the plan does not know what a {transformer_class} takes; it knows {', '.join(_INPUTS)}; add it to "
+            f"the plan does not know what {transformer_class} takes; it knows {', '.join(_INPUTS)}; add it to "
             "opd_ds/plan/inputs.py"
         )
     with torch.device("meta"):

@@ -72,7 +72,7 @@ def read_state(path: Path) -> dict[str, Any]:
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise WrongWeightsError(f"{path} is no PyTorch checkpoint of plain tensors: {one_line(error)}") from error
     if not isinstance(found, dict):
-        raise WrongWeightsError(f"{path} holds a {type(found).__name__}, not a dictionary of tensors")
+        raise WrongWeightsError(f"{path} holds an object of type {type(found).__name__}, not a dictionary of tensors")
     return found
 
 

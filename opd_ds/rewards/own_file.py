@@ -160,7 +160,7 @@ def _check(found: Any, problem: str) -> None:
         raise UserError(f"{problem} is a class without a method score(self, {called})")
     if not is_class and not inspect.isfunction(found):
         raise UserError(
-            f"{problem} is a {type(found).__name__}; a reward is a class with score, or a function of {called}"
+            f"{problem} has the type {type(found).__name__}; a reward is a class with score, or a function of {called}"
         )
     asked = found.score if is_class else found
     expected = [*(["self"] if is_class else []), *_ASKED]

@@ -80,7 +80,7 @@ def test_arrays_tensors_and_none_are_scores_and_a_wrong_count_is_not(own: Path) 
         ("import torch", "my_rewards.py:f", "has no 'f'; it has no class and no function"),
         ("def f(:\n", "my_rewards.py:f", r"does not run: SyntaxError: .* \(line 1\)"),
         ("x = 1\nimport not_there", "my_rewards.py:f", r"ModuleNotFoundError: No module named 'not_there' \(line 2\)"),
-        ("f = 3", "my_rewards.py:f", "f is a int; a reward is a class with score, or a function"),
+        ("f = 3", "my_rewards.py:f", "f has the type int; a reward is a class with score, or a function"),
         ("class f: pass", "my_rewards.py:f", r"is a class without a method score\(self, images, prompts, metadata\)"),
         (
             "def f(images): ...",
