@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def test_ranks_that_are_ended_all_say_failure(
 
 
 def test_a_full_disk_is_one_line_whoever_writes(tmp_path: Path) -> None:
-    """safetensors does not raise OSError: an export to a full disk must not end with a traceback."""
+    """Neither safetensors nor copytree has the disk's errno: an export to a full disk must not end with a traceback."""
     with pytest.raises(SafetensorError) as caught:
         save_file({"a": torch.ones(2)}, tmp_path / "no folder" / "a.safetensors")
     found = disk_error(caught.value)
@@ -102,6 +103,8 @@ def test_a_full_disk_is_one_line_whoever_writes(tmp_path: Path) -> None:
     assert found.errno == errno.ENOENT
     full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert message(full) == "opd-ds: error: could not write: No space left on device; the last checkpoint is intact"
+    copied = shutil.Error([("a", "b", str(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a")))])
+    assert message(copied) == message(full)
     assert "failed" in message(SafetensorError("Error while deserializing header"))
 
 
