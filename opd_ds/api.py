@@ -119,10 +119,11 @@ def export_checkpoint(
     merge: bool = False,
     form: str = "diffusers",
     dtype: str | None = None,
-) -> None:
-    """Write a checkpoint in the form that diffusers loads, with a model card, as `opd-ds export`.
+) -> Path:
+    """Write a checkpoint in the form that diffusers loads, with a model card, as `opd-ds export`; returns which one.
 
     Args:
+        checkpoint: a folder round-NNNNNN, or the output folder of a run, whose newest checkpoint is taken.
         config: default: config.yaml of the checkpoint's run.
         averaged: the averaged weights instead of the last ones.
         merge: add a LoRA to its base and write a whole pipeline.
@@ -132,15 +133,16 @@ def export_checkpoint(
     Raises:
         UserError: the checkpoint is damaged, or `out` exists.
     """
-    from opd_ds.checkpoint.store import read_state
+    from opd_ds.checkpoint.store import find_checkpoint, read_state
     from opd_ds.runs.export import export_checkpoint as export
     from opd_ds.utils.logging import quiet_libraries
 
     quiet_libraries()
-    place = Path(checkpoint).resolve()
+    place = find_checkpoint(Path(checkpoint).resolve())
     read_state(place)
     settings = config or load_config(file=place.parents[1] / "config.yaml")
     export(settings, place, Path(out), averaged=averaged, merge=merge, form=form, dtype=dtype)
+    return place
 
 
 def merge_weights(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 import opd_ds
 from opd_ds.checkpoint.model_card import model_card
+from opd_ds.checkpoint.store import read_state
 from opd_ds.cli.main import app
 from opd_ds.config.algorithms import DistilConfig
 from opd_ds.diffusion import kernel
@@ -24,6 +26,7 @@ from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.diffusion.rollout import rollout
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
+from opd_ds.merge.files import write_lora
 from opd_ds.models import ModelFamily, lora
 from opd_ds.models.sd3 import SD3
 from opd_ds.runs.export import checkpointed_student
@@ -34,6 +37,14 @@ from tests.tiny import PROMPTS, TARGETS, run_settings
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 FULL_FILE = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _umask() -> Iterator[None]:
+    """One that is nobody's default, so that a fixed mode is noticed."""
+    before = os.umask(0o026)
+    yield
+    os.umask(before)
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +156,28 @@ def test_a_dtype_is_that_of_the_weights(trained: Any, tmp_path: Path, dtype: str
     assert f"dtype=torch.{str(expected).removeprefix('torch.')})" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_files_have_the_mode_that_the_umask_allows(trained: Any, tmp_path: Path) -> None:
+    written = [folder for kind in ("full", "lora") for folder in trained(kind)]
+    for name, options in (("peft", ["--format", "peft"]), ("merged", ["--merge"]), ("lora", [])):
+        export(written[-1], tmp_path / name, *options)
+    export(written[1], tmp_path / "full")
+    write_lora(tmp_path / "source", {"x.weight": (torch.ones(1, 2), torch.ones(2, 1))}, None)
+    for folder in (*written, tmp_path):
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        assert any(file.suffix == ".safetensors" for file in files)
+        assert {(file, oct(file.stat().st_mode & 0o777)) for file in files} == {(file, "0o640") for file in files}
+
+
+def test_a_run_stands_for_its_newest_checkpoint(trained: Any, tmp_path: Path) -> None:
+    run, checkpoint = trained("lora")
+    assert opd_ds.export_checkpoint(run, tmp_path / "run") == checkpoint
+    with pytest.raises(UserError, match=r"this is a run; name a checkpoint, as \S+/round-000003$"):
+        read_state(run)  # of a resume
+    opd_ds.export_checkpoint(checkpoint, tmp_path / "checkpoint")
+    first, second = (load_file(tmp_path / name / LORA_FILE) for name in ("run", "checkpoint"))
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
 def front_matter(folder: Path) -> dict[str, Any]:
     return yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
 
@@ -234,8 +267,8 @@ def test_what_cannot_be_exported_is_refused(trained: Any, tmp_path: Path) -> Non
         export(checkpoint, run)
     with pytest.raises(UserError, match=r"^\S+: no state\.json there; give a folder named round-NNNNNN$"):
         export(tmp_path, tmp_path / "out")
-    with pytest.raises(UserError, match=r"this is a run; name a checkpoint, as \S+/round-000003$"):
-        export(run, tmp_path / "out")
+    with pytest.raises(UserError, match=r"round-000005: no state\.json there; there are round-.*000003$"):
+        export(checkpoint.with_name("round-000005"), tmp_path / "out")
     shard = checkpoint / "shard-00000-of-00001.safetensors"
     whole = shard.read_bytes()
     cut_off(shard)

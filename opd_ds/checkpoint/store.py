@@ -278,6 +278,11 @@ def _set_aside_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("abandoned-*round-*")) + sorted(folder.glob("damaged-*round-*"))
 
 
+def find_checkpoint(place: Path) -> Path:
+    """`place` itself, or the newest published checkpoint of the run there, unchecked."""
+    return latest_checkpoint(place / CHECKPOINTS_FOLDER) or place
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The checkpoint's `state.json`.
 
@@ -286,9 +291,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     file = checkpoint / STATE_FILE
     if not file.is_file():
-        inside = latest_checkpoint(checkpoint / CHECKPOINTS_FOLDER)
-        instead = f"this is a run; name a checkpoint, as {inside}" if inside else "give a folder named round-NNNNNN"
-        raise UserError(f"{checkpoint}: no {STATE_FILE} there; {instead}")
+        raise UserError(f"{checkpoint}: no {STATE_FILE} there; {_named_instead(checkpoint)}")
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -296,6 +299,16 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     if state.get("format") != FORMAT:
         raise UserError(f"{file}: format {state.get('format', 1)}; this version of opd-ds reads format {FORMAT}")
     return state
+
+
+def _named_instead(place: Path) -> str:
+    """What to name where `place` is no checkpoint."""
+    if inside := latest_checkpoint(place / CHECKPOINTS_FOLDER):
+        return f"this is a run; name a checkpoint, as {inside}"
+    if beside := _published(place.parent):
+        more = f" and {len(beside) - 5} older" if len(beside) > 5 else ""
+        return f"there are {', '.join(path.name for path in beside[-5:])}{more}"
+    return "give a folder named round-NNNNNN"
 
 
 def _job_of(checkpoint: Path) -> str | None:

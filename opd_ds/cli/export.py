@@ -9,7 +9,7 @@ import typer
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="a folder round-NNNNNN of a run")],
+    checkpoint: Annotated[Path, typer.Argument(help="a folder round-NNNNNN, or a run: its newest checkpoint")],
     out: Annotated[Path, typer.Argument(help="a new folder")],
     ema: Annotated[bool, typer.Option("--ema/--raw", help="averaged weights, or the last")] = True,
     merge: Annotated[bool, typer.Option("--merge", help="add a LoRA to its base and write a whole pipeline")] = False,
@@ -29,5 +29,5 @@ def export(
     from opd_ds.config.loading import load_config
 
     settings = load_config(None, config, []) if config is not None else None
-    export_checkpoint(checkpoint, out, settings, averaged=ema, merge=merge, form=form, dtype=dtype)
-    typer.echo(f"wrote {out}")
+    exported = export_checkpoint(checkpoint, out, settings, averaged=ema, merge=merge, form=form, dtype=dtype)
+    typer.echo(f"wrote {out} from {exported.name}")

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from opd_ds.config.schema import RunConfig
 from opd_ds.errors import UserError
 from opd_ds.models import Conditioning, family_class
-from opd_ds.utils.atomic_io import publish, write_whole
+from opd_ds.utils.atomic_io import apply_umask, publish, write_whole
 from opd_ds.utils.hashing import files_below, weights_sha256
 
 FORMAT = 1  # also to be raised when a family encodes the same prompt to something else than before
@@ -109,7 +109,7 @@ class TextCache:
         shard = self.folder / f"shard-{_digest(''.join(digests))[:16]}.safetensors"
         draft = shard.with_name(f".{shard.name}.tmp")
         save_file(entries, draft)
-        draft.chmod((self.folder / MANIFEST_FILE).stat().st_mode)  # safetensors: the owner's alone
+        apply_umask(draft)
         publish(draft, shard)
         self._rows.update(_opened(shard))
 

@@ -22,6 +22,7 @@ from opd_ds.engine import privates
 from opd_ds.engine.fragments import Fragment, in_memory, moments
 from opd_ds.engine.privates import inner_optimizer
 from opd_ds.errors import DamagedCheckpointError
+from opd_ds.utils.atomic_io import apply_umask
 from opd_ds.utils.disk_errors import disk_error
 
 MASTER, EMA, OLD_POLICY, START = "master", "ema", "old_policy", "start"
@@ -135,6 +136,7 @@ def write_shard(entries: dict[str, Tensor], folder: Path, rank: int, size: int) 
     file = folder / f"shard-{rank:05d}-of-{size:05d}.safetensors"
     try:
         save_file(entries, file)
+        apply_umask(file)
     except SafetensorError as error:
         disk = disk_error(error, file)
         if disk is None:

@@ -19,6 +19,7 @@ from opd_ds.models import ModelFamily, lora
 from opd_ds.models.adapter_config import exact_fields, scale
 from opd_ds.models.inspection import inspect, network_folder, weight_files
 from opd_ds.models.weight_files import Shapes, read_shapes
+from opd_ds.utils.atomic_io import apply_umask
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 
@@ -200,3 +201,4 @@ def write_lora(folder: Path, factors: Factors, base: str | None) -> None:
     packed = json.dumps({f"transformer.{key}": value for key, value in config.items()})
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / lora.DIFFUSERS_WEIGHTS, {"format": "pt", "lora_adapter_metadata": packed})
+    apply_umask(folder / lora.DIFFUSERS_WEIGHTS)

@@ -39,6 +39,7 @@ from opd_ds.models.stored_weights import (
     shapes_of,
 )
 from opd_ds.models.weight_files import read_shapes, refuse_other_shapes
+from opd_ds.utils.atomic_io import apply_umask
 
 # What makes two checkpoints comparable step by step: the same grid, beside the network interface and latents.
 SCHEDULER_KEYS = (
@@ -444,6 +445,7 @@ class ModelFamily(ABC):
         transformer = _diffusers_class(self.transformer_class).from_config(self._transformer_config)
         transformer.load_state_dict(transformer_state)
         transformer.to(self.dtype).save_pretrained(folder / "transformer")
+        apply_umask(*(file for file in folder.rglob("*") if file.is_file()))  # copies keep the mode of the base's
 
     def save_lora(self, adapter_state: dict[str, Tensor], lora_config: Any, folder: Path) -> None:
         """Write `pytorch_lora_weights.safetensors` that the pipeline's `load_lora_weights` reads."""
@@ -452,6 +454,7 @@ class ModelFamily(ABC):
             transformer_lora_layers=adapter_state,
             transformer_lora_adapter_metadata=lora_config.to_dict(),
         )
+        apply_umask(folder / lora.DIFFUSERS_WEIGHTS)
 
     @property
     def _vae_factor(self) -> int:

@@ -35,6 +35,7 @@ from opd_ds.models.adapter_files import (
 )
 from opd_ds.models.adapter_keys import ADAPTER_KEY
 from opd_ds.models.stored_weights import Stored, StoredTensor
+from opd_ds.utils.atomic_io import apply_umask
 
 _MERGED = "merged"
 _INJECTING = Lock()
@@ -243,6 +244,7 @@ def save_peft(adapter_state: dict[str, Tensor], config: LoraConfig, folder: Path
     folder.mkdir(parents=True, exist_ok=True)
     save_file({f"base_model.model.{key}": value.contiguous() for key, value in adapter_state.items()},
               folder / PEFT_WEIGHTS, {"format": "pt"})  # fmt: skip
+    apply_umask(folder / PEFT_WEIGHTS)
     recorded = copy.copy(config)
     recorded.base_model_name_or_path, recorded.inference_mode = base, True
     recorded.save_pretrained(str(folder))

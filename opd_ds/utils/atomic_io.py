@@ -20,6 +20,19 @@ def publish(draft: Path, file: Path) -> None:
     sync(file.parent)
 
 
+def apply_umask(*files: Path) -> None:
+    """Give files the mode of any new file: safetensors 0.8 writes its own for their owner alone.
+
+    The mode is that of a new file in the same folder, as the umask can only be read by changing it for all threads.
+    """
+    for file in files:
+        probe = file.with_name(f".{file.name}.mode")
+        probe.touch()
+        mode = probe.stat().st_mode
+        probe.unlink()
+        file.chmod(mode)
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

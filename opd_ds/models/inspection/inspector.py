@@ -1,7 +1,7 @@
 """What a name stands for when weights are wanted: a pipeline, a network, a LoRA, one file, or something else.
 
-Only headers and configurations are read, so a folder of 40 GB takes a fraction of a second. Who loads weights asks
-here first; what is loaded and what was looked at are the same files.
+Only headers and configurations are read, whatever the size of the weights. Who loads weights asks here first; what is
+loaded and what was looked at are the same files.
 """
 
 from __future__ import annotations
