@@ -17,6 +17,10 @@ class NonFiniteError(RuntimeError):
     """The loss or the gradient norm stopped being a finite number; the last checkpoint is intact."""
 
 
+class IncompleteError(RuntimeError):
+    """All is written, but a part of what was asked for could not be done; the message is one line."""
+
+
 class DamagedCheckpointError(UserError):
     """A checkpoint is not what was written: a file is missing, cut off or changed."""
 

@@ -20,9 +20,9 @@ from opd_ds.config.algorithms import DistilConfig
 from opd_ds.data import PromptSet
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.engine import Group
-from opd_ds.errors import UserError
+from opd_ds.errors import IncompleteError, UserError
 from opd_ds.evaluation.pictures import Painter, items
-from opd_ds.evaluation.results import Results, read_results
+from opd_ds.evaluation.results import RESULTS_FILE, Results, read_results
 from opd_ds.evaluation.store import PictureStore
 from opd_ds.models.sd3 import SD3
 from opd_ds.runs import setup as preparation
@@ -279,13 +279,17 @@ def test_a_picture_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert store.read(file).getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_a_reward_that_breaks_leaves_a_gap(eval_run: Evaluate, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+def test_a_reward_that_breaks_leaves_a_gap(
+    eval_run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
     def broken(*_: Any) -> torch.Tensor:
         raise RuntimeError("the server is gone")
 
     with monkeypatch.context() as patch:
         patch.setattr("opd_ds.miniature.rewards.LookReward.score", broken)
-        results = eval_run()
+        with pytest.raises(IncompleteError, match="no image has a score by miniature_look"):
+            eval_run()
+    results = read_results(tmp_path / "out" / "eval" / RESULTS_FILE)
     entry = results["scores"]["base"]["one"]["miniature_look"]
     assert (entry["n"], entry["nan"], entry["mean"], entry["ci95"]) == (0, len(PROMPTS), None, [None, None])
     assert "the server is gone" in caplog.text

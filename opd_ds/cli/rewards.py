@@ -57,10 +57,10 @@ def check_rewards(
     """
     if bool(names) == bool(recipe or config):
         raise UserError("give names of rewards, or a run with --recipe or --config")
-    from opd_ds.rewards.needs import problems, run_needs
+    from opd_ds.rewards.needs import reward_needs, run_needs
 
     if names:
-        rows = [{"reward": name, "asked_by": [], "absent": problems(name)} for name in names]
+        rows = [reward_needs(name) for name in names]
     else:
         from opd_ds.config.loading import load_config
 
@@ -77,7 +77,8 @@ def check_rewards(
 def _print_check(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         asked_by = f" ({', '.join(row['asked_by'])})" if row["asked_by"] else ""
-        for line in row["absent"] or ["ready"]:
+        notes = [f"warning: {row['note']}; right if it needs that metadata"] if row["note"] else []
+        for line in (row["absent"] or ["ready"]) + notes:
             typer.echo(f"{row['reward']}{asked_by}: {line}")
     if not rows:
         typer.echo("no rewards: this run needs none")

@@ -11,7 +11,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from opd_ds.cluster.signals import exit_code_on_sigterm, ignore_signals
-from opd_ds.errors import Interrupted, NonFiniteError, UserError, fitted
+from opd_ds.errors import IncompleteError, Interrupted, NonFiniteError, UserError, fitted
 from opd_ds.utils.disk_errors import disk_error
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ _LOST_PEER = (
     "ncclRemoteError",
     "remote process exited",
 )
+_ONE_LINE = UserError | NonFiniteError | IncompleteError  # the message says all; a traceback would only hide it
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
@@ -60,7 +61,7 @@ def _settle(error: BaseException, watchdog: Watchdog) -> int:
     from opd_ds.cluster.watchdog import BEAT_SECONDS, LOST_EXIT_CODE
 
     rank = int(os.environ["RANK"])
-    where = "" if isinstance(error, UserError | NonFiniteError) else f"[rank {rank} on {socket.gethostname()}] "
+    where = "" if isinstance(error, _ONE_LINE) else f"[rank {rank} on {socket.gethostname()}] "
     code, text = _code(error), message(error, where)
     try:
         if _is_consequence(error):
@@ -94,7 +95,7 @@ def _is_consequence(error: BaseException) -> bool:
 
 def message(error: BaseException, where: str = "") -> str:
     """What a person is told of `error`, as it is printed; `where` says which rank it was."""
-    if isinstance(error, UserError | NonFiniteError):
+    if isinstance(error, _ONE_LINE):
         return fitted(str(error).splitlines() or [""], f"opd-ds: error: {where}")
     disk = disk_error(error)
     if disk is not None and disk.errno in _DISK:

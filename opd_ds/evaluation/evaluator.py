@@ -16,6 +16,7 @@ from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import WEIGHTED_SUM
 from opd_ds.data import PromptSet, Shard, shard
 from opd_ds.engine import Group
+from opd_ds.errors import UserError
 from opd_ds.evaluation.pictures import Item, Painter, items
 from opd_ds.rewards import Reward
 
@@ -115,9 +116,11 @@ def score_images(reward: Reward, label: str, images: list[Image.Image], asked: l
         if scores.shape != (len(images),):
             raise ValueError(f"{len(images)} images got scores of shape {tuple(scores.shape)}")
         return scores.double()
+    except UserError as error:  # says by itself what is wrong
+        logging.getLogger("opd_ds").error("%d images have no score by %s: %s", len(images), label, error)
     except Exception:  # a reward only monitors: it must not end the run or the evaluation it watches
         logging.getLogger("opd_ds").exception("reward %s failed on %d images; they have no score", label, len(images))
-        return torch.full((len(images),), math.nan, dtype=torch.float64)
+    return torch.full((len(images),), math.nan, dtype=torch.float64)
 
 
 def with_sum(scores: dict[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from opd_ds.config.sections import WEIGHTED_SUM
-from opd_ds.errors import UserError
+from opd_ds.errors import IncompleteError, UserError
 from opd_ds.evaluation.benchmark import Benchmark, EvalModel, Scores
 from opd_ds.evaluation.evaluator import Means
 from opd_ds.evaluation.statistics import bootstrap_interval, normalised_average
@@ -146,6 +146,21 @@ def _entry(scores: list[float], prompts: int) -> dict[str, Any]:
 
 def _plain(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
+
+
+def require_scores(results: Results) -> None:
+    """Raise IncompleteError when a reward that was asked has scored none of the images."""
+    scored: dict[str, int] = {}
+    for by_set in results["scores"].values():
+        for labels in by_set.values():
+            for label, entry in labels.items():
+                scored[label] = scored.get(label, 0) + entry["n"]
+    without = [label for label, count in scored.items() if not count and label != WEIGHTED_SUM]
+    if without:
+        raise IncompleteError(
+            f"no image has a score by {', '.join(without)}, the log says why; all else is done and written. "
+            "Once that is mended, `opd-ds eval` scores the same images"
+        )
 
 
 def means(results: Results) -> dict[str, Means]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -13,6 +12,8 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
+
+from opd_ds.utils.json_lines import json_line
 
 _PNG_KEY = "opd_ds"
 
@@ -87,9 +88,7 @@ class ScoreStore:
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Rows whose score is not finite are kept as null: the next start asks again."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        text = "".join(
-            json.dumps(row | {"score": row["score"] if math.isfinite(row["score"]) else None}) + "\n" for row in rows
-        )
+        text = "".join(map(json_line, rows))
         with self._own.open("ab+") as stream:
             if stream.tell() and not _ends_a_line(stream):  # a line cut off by a kill
                 stream.write(b"\n")

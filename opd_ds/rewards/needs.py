@@ -4,13 +4,14 @@ nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from opd_ds.config.schema import RunConfig
 from opd_ds.errors import UserError
 from opd_ds.rewards.base import Needs, missing
-from opd_ds.rewards.own_file import is_own, load
+from opd_ds.rewards.own_file import OwnReward, is_own, load
 from opd_ds.rewards.registry import check, needs_of, reward_class
 
 
@@ -23,7 +24,8 @@ class RewardNeeds:
         extra: of opd-ds, if it needs one.
         weights: published files, with the place where each was found.
         sha256: of a user's own file.
-        absent: one line for each thing that is not there, or for what is wrong with its settings.
+        absent: one line for each thing that is not there, or for what is wrong with its settings or scores.
+        note: what a user's own code raised for two blank images, which may be right.
     """
 
     label: str
@@ -33,6 +35,7 @@ class RewardNeeds:
     weights: dict[str, str | None]
     sha256: str | None
     absent: list[str]
+    note: str = ""
 
 
 def run_needs(config: RunConfig) -> list[RewardNeeds]:
@@ -59,15 +62,34 @@ def _needs(config: RunConfig, label: str) -> RewardNeeds:
             check(section.name, key, section.options)
         except UserError as error:
             absent = [str(error)]
-    return RewardNeeds(label, section.name, asked_by, needs.extra, _places(needs), sha256, absent)
+    note = ""
+    if not absent:
+        absent, note = _tried(section.name, section.options)
+    return RewardNeeds(label, section.name, asked_by, needs.extra, _places(needs), sha256, absent, note)
 
 
-def problems(name: str) -> list[str]:
+def reward_needs(name: str) -> dict[str, Any]:
+    """The same of the reward `name` by itself, without options, as far as these decide nothing."""
+    absent, note = _problems(name), ""
+    if not absent and is_own(name) and not load(name).required:
+        absent, note = _tried(name, {})
+    return {"reward": name, "asked_by": [], "absent": absent, "note": note}
+
+
+def _problems(name: str) -> list[str]:
     """One line for each thing that the reward `name` needs and that is not there, or what is wrong with the name."""
     try:
         return [str(problem) for problem in missing(name, needs_of(name))]
     except UserError as error:
         return [str(error)]
+
+
+def _tried(name: str, options: Mapping[str, Any]) -> tuple[list[str], str]:
+    """What is wrong with the scores of a user's own reward, and a note where two blank images do not tell."""
+    try:
+        return [], OwnReward(load(name), options).note if is_own(name) else ""
+    except UserError as error:
+        return [str(error)], ""
 
 
 def described(name: str) -> dict[str, Any]:

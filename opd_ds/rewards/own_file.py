@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from opd_ds.config.paths import looked_for
 from opd_ds.config.sections import OWN_REWARD
-from opd_ds.errors import UserError, nearest
+from opd_ds.errors import UserError, nearest, shown
 from opd_ds.rewards.base import Metadata, Needs
 
 if TYPE_CHECKING:  # as in base.py
@@ -27,6 +27,20 @@ _ASKED = ("images", "prompts", "metadata")
 def is_own(name: str) -> bool:
     """Whether `name` is FILE.py:NAME."""
     return OWN_REWARD in name
+
+
+def same_own(one: str, other: str) -> bool:
+    """Whether two names, of which a config gives one with its whole path, are of the same file and attribute."""
+
+    def parts(name: str) -> tuple[Path, str]:
+        path, _, attribute = name.rpartition(":")
+        return _file(path), attribute
+
+    return is_own(one) and is_own(other) and parts(one) == parts(other)
+
+
+def _file(path: str) -> Path:
+    return Path(path).expanduser().resolve()
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,15 @@ class OwnCode:
             return signature
         return signature.replace(parameters=list(signature.parameters.values())[len(_ASKED) :])
 
+    @property
+    def required(self) -> bool:
+        """Whether some option has to be given."""
+        try:
+            self.signature.bind()
+        except TypeError:
+            return True
+        return False
+
 
 def load(name: str, key: str = "reward") -> OwnCode:
     """Run the file of FILE.py:NAME and take NAME from it. A file that has not changed is run once.
@@ -63,7 +86,7 @@ def load(name: str, key: str = "reward") -> OwnCode:
         UserError: no such file, it does not run, or NAME is not what a reward is; `key` says where it stood.
     """
     path, _, attribute = name.rpartition(":")
-    file = Path(path).expanduser().resolve()
+    file = _file(path)
     problem = f"{key} = {name!r}: "
     try:
         source = file.read_bytes()
@@ -87,7 +110,7 @@ class OwnReward:
     without a score.
 
     Raises:
-        UserError: at construction, when the class's own constructor raises.
+        UserError: at construction, when the class's own constructor raises or its scores are none.
     """
 
     needs: ClassVar[Needs] = Needs()
@@ -104,6 +127,21 @@ class OwnReward:
             except Exception as error:  # a user's code may raise anything
                 what = _told(error, code.file)
                 raise UserError(f"reward {code.file.name}:{code.attribute} cannot be built: {what}") from error
+        self.note = self._try_out()
+
+    def _try_out(self) -> str:
+        """Score two blank images, and raise UserError where that gives no scores. What the code itself raises is only
+        a note, for `note`: it may need metadata that nobody can make up.
+        """
+        from PIL import Image
+
+        images = [Image.new("RGB", (64, 64)) for _ in range(2)]
+        try:
+            found = self._ask(images, ["a blank image"] * 2, [{}, {}])
+        except Exception as error:  # a user's code may raise anything
+            return f"raises for two blank images without metadata: {_told(error, self._code.file)}"
+        self._tensor(found, 2)
+        return ""
 
     def identity(self) -> dict[str, Any]:
         """The file's hash, the options, and what the class itself says."""
@@ -116,17 +154,28 @@ class OwnReward:
         """[B] float32.
 
         Raises:
-            ValueError: not one score per image.
+            UserError: not one number per image.
         """
+        found = self._ask(images, prompts, [{} for _ in images] if metadata is None else list(metadata))
+        return self._tensor(found, len(images))
+
+    def _ask(self, *asked: Any) -> Any:
+        return self._code.found(*asked, **self._options) if self._made is None else self._made.score(*asked)
+
+    def _tensor(self, found: Any, count: int) -> Tensor:
         import torch
 
-        asked = (images, prompts, [{} for _ in images] if metadata is None else list(metadata))
-        found = self._code.found(*asked, **self._options) if self._made is None else self._made.score(*asked)
+        returned, expected = f"{self._code.file.name}:{self.name} returned", "expected one number per image"
         if not isinstance(found, torch.Tensor):
-            found = torch.tensor([torch.nan if value is None else float(value) for value in found])
-        if found.shape != (len(images),):
-            shape = tuple(found.shape)
-            raise ValueError(f"{self._code.file.name}:{self.name} gave scores of shape {shape} to {len(images)} images")
+            try:
+                values = [torch.nan if value is None else float(value) for value in found]
+            except (TypeError, ValueError, RuntimeError) as error:
+                kind = type(found).__name__
+                raise UserError(f"{returned} {kind} ({' '.join(shown(found).split())}); {expected}") from error
+            found = torch.tensor(values)
+        if found.shape != (count,):
+            numbers = f"{len(found)} numbers" if found.dim() == 1 else f"a tensor of shape {tuple(found.shape)}"
+            raise UserError(f"{returned} {numbers} for {count} images; {expected}")
         return found.detach().to("cpu", torch.float32)
 
 

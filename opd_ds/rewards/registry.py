@@ -88,10 +88,15 @@ def check(name: str, key: str = "reward", options: Mapping[str, Any] | None = No
 def rehearse(name: str, key: str = "reward", options: Mapping[str, Any] | None = None) -> None:
     """`check`, and whatever else a start would refuse that can be found out without loading a network.
 
-    A reward that has more to ask, such as whether its server answers, offers a `rehearse(options)` class method.
+    A reward that has more to ask, such as whether its server answers, offers a `rehearse(options)` class method. A
+    user's own function is tried; a class of theirs may hold a network, and is tried where a start builds it.
     """
     check(name, key, options or {})
-    asks = None if own_file.is_own(name) else getattr(reward_class(name), "rehearse", None)
+    if own_file.is_own(name):
+        if inspect.isfunction(own_file.load(name, key).found):
+            build(name, **(options or {}))
+        return
+    asks = getattr(reward_class(name), "rehearse", None)
     if asks is not None:
         asks(options or {})
 

@@ -18,8 +18,9 @@ from opd_ds.evaluation.folders import next_folder, own_folder
 from opd_ds.evaluation.pictures import Painter
 from opd_ds.evaluation.publish import publish
 from opd_ds.evaluation.report import REPORT_FILE
-from opd_ds.evaluation.results import RESULTS_FILE, Results, outline, print_results
+from opd_ds.evaluation.results import RESULTS_FILE, Results, outline, print_results, require_scores
 from opd_ds.rewards import check
+from opd_ds.rewards.own_file import same_own
 from opd_ds.runs.files import all_prompts, check_text_cache
 from opd_ds.runs.model_specs import Requests, contestants
 from opd_ds.runs.monitor import METRICS_FILE, read_metrics
@@ -63,6 +64,7 @@ def evaluate(
 
     Raises:
         UserError: on every rank, before any network loads.
+        IncompleteError: after all is written and shown, when a reward has scored none of the images.
     """
     group.watch_hangs(config.run.hang_minutes, config.run.output_dir)
     with group.raise_on_any_rank():
@@ -90,6 +92,7 @@ def evaluate(
     results = publish(benchmark, models, group, read_metrics(run / METRICS_FILE))
     if group.world.is_main:
         show(results, folder)
+    require_scores(results)
     return results
 
 
@@ -109,7 +112,7 @@ def _rewards(config: RunConfig, requested: list[str]) -> dict[str, RewardSection
     sections = [known.get(name) or RewardSection.model_validate(name) for name in requested]
     for section in sections:
         of_config = known.get(section.label, section)
-        if of_config.name != section.name:
+        if of_config.name != section.name and not same_own(of_config.name, section.name):
             raise UserError(
                 f"--reward {section.name}: the config calls {of_config.name!r} {section.label!r} already; give that "
                 "reward another `label` in the config"

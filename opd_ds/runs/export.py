@@ -198,5 +198,5 @@ def _results(config: RunConfig, state: dict[str, Any], run: Path, *, averaged: b
             return "Mean reward on held-out prompts, ± half the 95 % bootstrap interval.\n\n" + as_markdown(results)
     rows = [row for row in read_metrics(run / SCORES_FILE) if row["round"] == state["round"]]
     means = {key: value for key, value in rows[-1].items() if key != "round"} if rows else {}
-    table = [(key, f"{value:.3f}") for key, value in means.items()]
+    table = [(key, "-" if value is None else f"{value:.3f}") for key, value in means.items()]
     return "Mean reward on held-out prompts.\n\n" + markdown_table(["", "student"], table) if table else ""

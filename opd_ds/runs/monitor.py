@@ -24,6 +24,7 @@ from opd_ds.evaluation.evaluator import Means
 from opd_ds.runs.reward_eval import RewardRecord
 from opd_ds.runs.trackers import BackgroundTracker, TrackedRun, open_trackers
 from opd_ds.training.trainer import RoundReport
+from opd_ds.utils.json_lines import json_line
 from opd_ds.utils.progress import CONSOLE, work
 from opd_ds.utils.secrets import without_secrets
 
@@ -96,7 +97,7 @@ class Monitor:
         if not self._active:
             return
         row = _metrics_row(report, report.samples / elapsed)
-        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.write(json_line(row))
         self._metrics.flush()
         self._track({key: value for key, value in row.items() if key != "round"} | _by_step(report), report.round)
         self._show(report, elapsed)
@@ -112,7 +113,7 @@ class Monitor:
             return
         with self._rewards.open("a", encoding="utf-8") as stream:
             for record in records:
-                stream.write(json.dumps(asdict(record)) + "\n")
+                stream.write(json_line(asdict(record)))
                 if record.mean is not None:
                     self._track({f"watch/{record.source}/{record.task}/{record.label}": record.mean}, record.round)
 
@@ -123,7 +124,7 @@ class Monitor:
             return
         if self._active:
             with self._scores.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"round": round_index} | flat) + "\n")
+                stream.write(json_line({"round": round_index} | flat))
             self._track({f"reward/{key}": value for key, value in flat.items()}, round_index)
         shown = ", ".join(f"{key} {value:.3f}" for key, value in flat.items())
         self.tell(f"round {round_index}: held-out rewards of the student: {shown}")
@@ -190,5 +191,5 @@ def _drop_rounds_after(file: Path, last_round: int) -> None:
     if file.is_file():
         kept = [row for row in read_metrics(file) if row["round"] <= last_round]
         draft = file.with_suffix(".tmp")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        draft.write_text("".join(map(json_line, kept)), encoding="utf-8")
         draft.replace(file)

@@ -21,7 +21,7 @@ from opd_ds.evaluation.benchmark import Benchmark, EvalModel
 from opd_ds.evaluation.evaluator import Means, Shown, student_guidance
 from opd_ds.evaluation.publish import publish
 from opd_ds.evaluation.report import REPORT_FILE
-from opd_ds.evaluation.results import means
+from opd_ds.evaluation.results import Results, means, require_scores
 from opd_ds.evaluation.tables import comparison_grid, print_table, summary
 from opd_ds.models import log_compiled, lora
 from opd_ds.runs.monitor import METRICS_FILE, Monitor, read_metrics
@@ -51,6 +51,7 @@ def train(
         UserError: something the user can fix, before the first round.
         Interrupted: a signal asked for it; the state is saved.
         NonFiniteError: loss or gradient norm is not finite; the last checkpoint is intact.
+        IncompleteError: at the very end, when a reward has scored none of the final images.
     """
     stop = listen()
     settings = config.run
@@ -251,12 +252,14 @@ def _finish(config: RunConfig, parts: Parts, baselines: list[EvalModel], session
         monitor.say("the average of the weights was never updated: the last weights are exported")
     with _final_student(parts) as student:
         export_student(student, parts.family, config.student.kind, folder / EXPORT_FOLDER, group)
+    results: Results | None = None
     scores: dict[str, Means] = {}
     if benchmark.sets:
         identity = group.broadcast(weights_sha256(folder / EXPORT_FOLDER) if group.world.is_main else None)
         guidance = student_guidance(config, list(benchmark.sets))
         models = [*baselines, EvalModel("student", identity, guidance, partial(_drawing_student, parts))]
-        scores = _evaluate(config, benchmark, models, session)
+        results = _evaluate(config, benchmark, models, session)
+        scores = means(results)
     if group.world.is_main:
         data: dict[str, Any] = summary(scores, {name: section.headline for name, section in config.evaluated.items()})
         (folder / "summary.json").write_text(json.dumps(data, indent=1) + "\n")
@@ -270,15 +273,16 @@ def _finish(config: RunConfig, parts: Parts, baselines: list[EvalModel], session
         monitor.say(f"{name + ':':13} {place}")
     monitor.say(f"scores:       {folder / 'summary.json'}")
     monitor.say(f"model:        {folder / EXPORT_FOLDER}")
+    if results is not None:
+        require_scores(results)
 
 
-def _evaluate(config: RunConfig, benchmark: Benchmark, models: list[EvalModel], session: _Session) -> dict[str, Means]:
-    """The final evaluation, as `opd-ds eval` makes it; mean rewards by model."""
+def _evaluate(config: RunConfig, benchmark: Benchmark, models: list[EvalModel], session: _Session) -> Results:
+    """The final evaluation, as `opd-ds eval` makes it."""
     group, monitor = session.group, session.monitor
     pause = partial(session.stop_if_asked, config.run.rounds)
     results = publish(benchmark, models, group, read_metrics(config.run.output_dir / METRICS_FILE), pause)
-    scores = means(results)
-    monitor.scores(config.run.rounds, scores["student"])
+    monitor.scores(config.run.rounds, means(results)["student"])
     if group.world.is_main:
         count = config.evaluation.grid_prompts
         pictures = {model.name: benchmark.first_pictures(model, count) for model in models}
@@ -287,4 +291,4 @@ def _evaluate(config: RunConfig, benchmark: Benchmark, models: list[EvalModel], 
         if grid is not None:
             monitor.picture("models", grid, config.run.rounds)
             grid.save(config.run.output_dir / "grid.png")
-    return scores
+    return results

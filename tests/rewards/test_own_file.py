@@ -13,10 +13,11 @@ import torch
 from typer.testing import CliRunner
 
 from opd_ds.cli.main import app
+from opd_ds.cluster.failures import message
 from opd_ds.config.loading import load_config, parse_config
 from opd_ds.engine import Group
-from opd_ds.errors import UserError
-from opd_ds.rewards import build, check
+from opd_ds.errors import IncompleteError, UserError
+from opd_ds.rewards import build, check, rehearse
 from opd_ds.rewards.needs import run_needs
 from opd_ds.runs.evaluate import Choice, evaluate
 from opd_ds.runs.train import train
@@ -57,15 +58,67 @@ def test_arrays_tensors_and_none_are_scores_and_a_wrong_count_is_not(own: Path) 
         "def array(images, prompts, metadata): return numpy.arange(len(images))\n"
         "def double(images, prompts, metadata): return torch.ones(len(images), dtype=torch.float64).requires_grad_()\n"
         "def gaps(images, prompts, metadata): return [None if m.get('skip') else 1 for m in metadata]\n"
-        "def short(images, prompts, metadata): return [1.0]\n"
     )
     images = [flat("red")] * 2
     assert build("my_rewards.py:array").score(images, ["a", "b"]).tolist() == [0.0, 1.0]
     assert build("my_rewards.py:double").score(images, ["a", "b"]).dtype == torch.float32
     gaps = build("my_rewards.py:gaps").score(images, ["a", "b"], [{"skip": True}, {}])
     assert gaps.isnan().tolist() == [True, False]
-    with pytest.raises(ValueError, match=r"my_rewards.py:short gave scores of shape \(1,\) to 2 images"):
-        build("my_rewards.py:short").score(images, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ("1.0", "float (1.0)"),
+        ("None", "NoneType (None)"),
+        ("['good', 'bad']", "list (['good', 'bad'])"),
+        ("[1.0]", "1 numbers for 2 images"),
+        ("numpy.ones((2, 3))", "ndarray (array([[1., 1., 1.], [1., 1., 1.]]))"),
+        ("torch.ones(2, 3)", "a tensor of shape (2, 3) for 2 images"),
+        ("torch.tensor(1.0)", "a tensor of shape () for 2 images"),
+        ("[torch.ones(3)] * 2", "list ([tensor([1., 1., 1.]), tensor([1., 1., 1.])])"),
+    ],
+)
+def test_what_is_no_score_is_refused_before_a_run(own: Path, returned: str, said: str) -> None:
+    own.write_text(f"import numpy, torch\ndef f(images, prompts, metadata): return {returned}\n")
+    message = f"my_rewards.py:f returned {said}; expected one number per image"
+    with pytest.raises(UserError) as caught:
+        rehearse("my_rewards.py:f", "tasks.one.rewards")
+    assert str(caught.value) == message
+    result = CliRunner().invoke(app, ["rewards", "check", "my_rewards.py:f"])
+    assert (result.exit_code, result.output) == (1, f"my_rewards.py:f: {message}\n")
+
+
+def test_code_that_needs_metadata_is_not_refused(own: Path) -> None:
+    own.write_text(
+        "def f(images, prompts, metadata):\n return [m['size'] for m in metadata]\n"
+        "class Late:\n"
+        " def __init__(self, size): self.size = size\n"
+        " def score(self, images, prompts, metadata): return self.size\n"
+    )
+    rehearse("my_rewards.py:f")
+    result = CliRunner().invoke(app, ["rewards", "check", "my_rewards.py:f", "my_rewards.py:Late"])
+    assert result.exit_code == 0
+    assert result.output.splitlines() == [
+        "my_rewards.py:f: ready",
+        "my_rewards.py:f: warning: raises for two blank images without metadata: KeyError: 'size' (line 2); "
+        "right if it needs that metadata",
+        "my_rewards.py:Late: ready",
+    ]
+    with pytest.raises(UserError, match=r"my_rewards.py:Late returned int"):
+        build("my_rewards.py:Late", size=3)
+
+
+def test_a_run_that_a_reward_has_not_scored_says_so_at_its_end(own: Path, tiny_world: Path, group: Group) -> None:
+    own.write_text("def blueness(images, prompts, metadata): return [m['absent'] for m in metadata]")
+    folder = own.parent / "out"
+    with pytest.raises(IncompleteError, match="no image has a score by blueness"):
+        train(parse_config(settings(tiny_world, folder, run__rounds=1)), group)
+    assert json.loads((folder / "summary.json").read_text())["tasks"]["one"]["student"] is None
+    assert (folder / "eval" / "report.html").is_file()
+    assert message(IncompleteError("no image")) == "opd-ds: error: no image"
+    for line in (folder / "scores.jsonl").read_text().splitlines():
+        assert json.loads(line, parse_constant=pytest.fail)["one/blueness"] is None
 
 
 @pytest.mark.parametrize(
@@ -136,6 +189,8 @@ def test_a_distillation_and_an_evaluation_are_scored_by_it(own: Path, tiny_world
     results = evaluate(config, Choice(rewards=["my_rewards.py:Contrast"], limit=1), group)
     assert results["rewards"]["Contrast"]["sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
     assert results["scores"]["student"]["one"]["Contrast"]["n"] == 1
+    whole = evaluate(config, Choice(rewards=[f"{own}:blueness"], limit=1), group)
+    assert list(whole["rewards"]) == ["blueness"]
 
 
 def test_a_teacher_is_made_with_two_of_them_and_their_sum_is_the_headline(
