@@ -78,12 +78,24 @@ def test_what_a_line_may_hold(tmp_path: Path) -> None:
     rows = [{"prompt": prompt, "x": 10**30, "y": [{"z": [None, {}]}]} for prompt in prompts]
     file.write_text("".join(json.dumps(row) + "\r\n" for row in rows))
     read = PromptSet.read(file)
-    assert read.prompts == tuple(prompts)
+    assert read.prompts == tuple(prompt.strip() for prompt in prompts)
     assert read.metadata[0] == {"x": 10**30, "y": [{"z": [None, {}]}]}
     outcome = CliRunner().invoke(app, ["data", "check", str(file)])
     assert outcome.exit_code == 0
-    assert "longest       100000 characters, line 4" in outcome.output
+    assert "longest       99999 characters, line 4" in outcome.output
     assert len(outcome.output) < 500
+
+
+def test_spaces_around_a_prompt_make_no_other_prompt(tmp_path: Path) -> None:
+    texts = ["a cat", "a cat ", "\ta cat"]
+    (tmp_path / "p.txt").write_text("\n".join(texts))
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
+    (tmp_path / "p.csv").write_text("\n".join(["prompt", *(f'"{text}"' for text in texts)]))
+    for name in ("p.txt", "p.jsonl", "p.csv"):
+        found = PromptSet.read(PromptsSection(path=str(tmp_path / name)), "prompts")
+        assert (list(found.prompts), found.repeats) == (["a cat"] * 3, 2)
+        once = PromptSet.read(PromptsSection(path=str(tmp_path / name), unique=True), "prompts")
+        assert list(once.prompts) == ["a cat"]
 
 
 def test_files_that_were_put_together(tmp_path: Path) -> None:

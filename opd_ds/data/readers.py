@@ -147,7 +147,7 @@ def _row(record: _Record, chosen: PromptsSection) -> Row | Problem:
     if absent:
         return Problem(f"has no {shown(absent[0], 40)}, which `metadata` names", record.place)
     names = [name for name in columns if name != chosen.column] if wanted is None else wanted
-    return Row(prompt, {name: columns[name] for name in names}, record.place)
+    return Row(prompt.strip(), {name: columns[name] for name in names}, record.place)
 
 
 def _where(records: Iterable[_Record | Problem], chosen: PromptsSection) -> Iterator[_Record | Problem]:
