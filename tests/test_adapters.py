@@ -20,11 +20,12 @@ from opd_ds.config.paths import resolve_path
 from opd_ds.config.sections import StudentSection, TeacherSection
 from opd_ds.errors import UserError
 from opd_ds.models import lora
+from opd_ds.models.inspection.fitting import check_weights
 from opd_ds.models.sd3 import SD3
 from opd_ds.runs.model_specs import Requests, contestants
 from opd_ds.testing.tiny.sd3 import SIZES
 from opd_ds.training.networks import student_module
-from opd_ds.training.teachers import TeacherPool, TeacherSpec, check_weights
+from opd_ds.training.teachers import TeacherPool, TeacherSpec
 from tests.test_lora import answer
 from tests.tiny import run_settings, write_lora
 

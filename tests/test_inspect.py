@@ -22,10 +22,10 @@ from opd_ds.errors import UserError
 from opd_ds.merge.files import Source, find_teacher
 from opd_ds.models import lora
 from opd_ds.models.inspection import check_base, inspect
+from opd_ds.models.inspection.fitting import check_weights
 from opd_ds.models.sd3 import SD3
 from opd_ds.runs.files import find_files
 from opd_ds.runs.model_specs import Requests, contestants
-from opd_ds.training.teachers import check_weights
 from tests.test_adapters import original_layout
 from tests.test_lora import answer
 from tests.tiny import run_settings, write_lora
@@ -386,8 +386,9 @@ def test_inspect_says_what_it_is(tiny_world: Path, tmp_path: Path) -> None:
     for line in (
         r"kind +diffusers pipeline",
         r"transformer +SD3Transformer2DModel, F32",
+        "not used as teacher +vae/",
         "as base +yes",
-        "as teacher +yes",
+        "as teacher +readable; keys and shapes are checked against a base: give --base",
     ):
         assert re.search(line, text)
     code, text = said(tiny_world / "adapter", "--json")
@@ -402,8 +403,38 @@ def test_inspect_says_what_it_is(tiny_world: Path, tmp_path: Path) -> None:
     with_config(quantization_config=BNB)(folder / "text_encoder_3")
     code, text = said(folder)
     assert code == 0
-    assert "as base      no: " in text
+    assert re.search("as base +no: ", text)
     (folder / "transformer" / WEIGHTS).write_text(POINTER)
     code, text = said(folder, "--json")
     assert code == 1
     assert "git lfs pull" in json.loads(text)["as_teacher"]["problem"]
+
+
+def test_inspect_says_no_more_than_it_checked(tiny_world: Path, tmp_path: Path) -> None:
+    """What a run refuses is not called good: other families, other shapes, a folder with a transformer only."""
+    base = tiny_world / "base"
+    code, text = said(tiny_world / "adapter", "--family", "sd3", "--base", base)
+    assert (code, text.splitlines()[-1].split()) == (0, ["as", "teacher", "yes"])
+    assert "as teacher readable; which keys can be converted depends on the family" in said(tiny_world / "adapter")[1]
+    found = json.loads(said(tiny_world / "adapter", "--family", "flux", "--json")[1])["as_teacher"]
+    assert (found["ok"], found["problem"]) == (None, None)
+    assert "checked against a base" in found["unchecked"]
+    folder = shutil.copytree(tiny_world / "adapter", tmp_path / "adapter")
+    state = load_file(folder / lora.PEFT_WEIGHTS)
+    key = min(name for name in state if "lora_A" in name)
+    save_file(state | {key: state[key][:, :-1].contiguous()}, folder / lora.PEFT_WEIGHTS)
+    code, text = said(folder, "--family", "sd3", "--base", base)
+    assert code == 1
+    assert re.search(r"as teacher +no: .* has shape .*, this base needs ", text)
+    assert said(base, "--family", "sd3", "--base", base)[1].endswith("yes\n")
+    assert re.search("as base +no: .*SD3Transformer2DModel, not FluxTr", said(base, "--family", "flux")[1])
+    assert re.search("as base +readable; .*--family", said(base)[1])
+    (shutil.copytree(base, tmp_path / "bare") / "model_index.json").unlink()
+    for options in ([], ["--family", "sd3"]):
+        assert re.search(r"as base +no: .*: no model_index\.json", said(tmp_path / "bare", *options)[1])
+    for options, message in (
+        (["--base", base], "give --family too"),
+        (["--family", "sd3", "--base", tiny_world / "adapter"], "--base = .*: a LoRA; expected a diffusers folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            CliRunner().invoke(app, ["inspect", str(folder), *map(str, options)], catch_exceptions=False)

@@ -18,12 +18,12 @@ from opd_ds.config.without_effect import settings_without_effect
 from opd_ds.engine import Group
 from opd_ds.errors import UserError, about
 from opd_ds.models import ModelFamily, lora
+from opd_ds.models.inspection.fitting import check_weights
 from opd_ds.runs.files import RunFiles, find_files
 from opd_ds.runs.identity import run_identity
 from opd_ds.runs.resume import ResumePoint, Start, find_resume_point, refuse_other_changes, refuse_other_run
 from opd_ds.runs.without_effect import files_without_effect
 from opd_ds.training.networks import load_family
-from opd_ds.training.teachers import check_weights
 from opd_ds.training.trainer import Trainer
 from opd_ds.utils.folders import try_to_write
 

@@ -93,8 +93,11 @@ class Family(Protocol):
     pipeline_parts: ClassVar[Mapping[str, None]]
 
 
-def check_base(path: Path, family: type[Family]) -> None:
+def check_base(path: Path, family: type[Family] | None) -> None:
     """Refuse a base folder of which a part that is loaded is missing, damaged, quantized or in another form.
+
+    Args:
+        family: None: every part is taken to be loaded.
 
     Raises:
         UserError: the first problem.
@@ -103,7 +106,8 @@ def check_base(path: Path, family: type[Family]) -> None:
     if found.is_pipeline:
         used = {TRANSFORMER, "vae", "scheduler"}
         for part in found.parts:
-            if part.problem is not None and (part.name in used or part.name not in family.pipeline_parts):
+            unused = family is not None and part.name not in used and part.name in family.pipeline_parts
+            if part.problem is not None and not unused:
                 raise UserError(part.problem)
         if not (path / PIPELINE_INDEX).is_file():
             raise UserError(f"{path}: no {PIPELINE_INDEX}, which names the parts of a diffusers folder; copy it")
