@@ -502,3 +502,9 @@ def test_weights_that_do_not_fit(
     with pytest.raises(UserError, match=message):
         run(tmp_path / "out", tiny_world / "adapter2", folder, *rest)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_is_no_number_is_named(tmp_path: Path) -> None:
+    (tmp_path / "grey.safetensors").touch()
+    with pytest.raises(UserError, match=r"grey\.safetensors:x': the weight 'x' is no number"):
+        parse_sources([f"{tmp_path}/grey.safetensors:x", "other"])

@@ -191,10 +191,10 @@ def test_a_scheduler_of_the_ds_config_is_deepspeeds_own(config_file: Path) -> No
     ("override", "message"),
     [
         ("optimizer.min_lr=0.1", r"min_lr = 0\.1 is read only with schedule = 'cosine'"),
-        ("optimizer.min_lr=-1", r"optimizer\.min_lr = -1: .*greater than or equal to 0"),
+        ("optimizer.min_lr=-1", r"optimizer\.min_lr = -1: .*at least 0"),
         ("optimizer.lr=.inf", r"optimizer\.lr = inf: .*finite"),
         ("optimizer.lr=.nan", r"optimizer\.lr = nan"),
-        ("optimizer.lr=0", r"optimizer\.lr = 0: .*greater than 0"),
+        ("optimizer.lr=0", r"optimizer\.lr = 0: .*more than 0"),
         ("optimizer.betas=[0.9]", r"optimizer\.betas: has 1 entries and needs more"),
         ("optimizer.betas=[0.9, 1.0]", r"optimizer\.betas\.1 = 1\.0: .*less than 1"),
     ],

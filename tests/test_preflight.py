@@ -21,9 +21,9 @@ import opd_ds.runs.identity
 import opd_ds.runs.preflight
 import opd_ds.runs.resume
 import opd_ds.runs.setup
-from opd_ds.cli.dry_run import describe, planned_world
+from opd_ds.cli.dry_run import describe
 from opd_ds.cli.main import app
-from opd_ds.cluster.world import World
+from opd_ds.cluster.world import World, planned_world
 from opd_ds.config.loading import load_config, parse_config
 from opd_ds.config.schema import RunConfig
 from opd_ds.doctor.examination import Local, Subject

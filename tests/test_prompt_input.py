@@ -66,9 +66,9 @@ def test_a_line_that_no_later_stage_can_take(case: str, tmp_path: Path) -> None:
     file.write_text(f'{{"prompt": "good"}}\n{line}\n')
     with pytest.raises(UserError, match=message) as caught:
         PromptSet.read(file)
-    assert str(caught.value).startswith(f"prompt file {file}, line 2: ")
+    assert str(caught.value).startswith(f"prompts: prompt file {file}, line 2: ")
     assert len(str(caught.value)) < 350
-    assert str(caught.value).partition(": ")[2] in checked(file)
+    assert str(caught.value).partition(", line 2: ")[2] in checked(file)
 
 
 def test_what_a_line_may_hold(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_prompts_in_a_config(tiny_world: Path, tmp_path: Path) -> None:
     assert load_config(None, file, ["tasks.one.prompts=z.txt"]).tasks["one"].prompts.where == {}
     with pytest.raises(UserError, match=r"tasks\.one\.prompts\.colum = 'a': unknown key; allowed here: path, column"):
         load_config(None, file, ["tasks.one.prompts.colum=a"])
-    with pytest.raises(UserError, match=r"limit = 0: Input should be greater than 0"):
+    with pytest.raises(UserError, match=r"limit = 0: allowed: more than 0"):
         parse_prompts("x.txt", ["limit=0"])
 
 

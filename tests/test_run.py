@@ -160,6 +160,7 @@ def test_a_cut_off_last_metrics_line_is_left_out(run: Run) -> None:
 
 def test_gain_kept() -> None:
     assert gain_kept({"base": 0.2, "teacher": 0.6, "student": 0.5}) == pytest.approx(0.75)
+    assert gain_kept({"base": 0.2, "teacher": 0.6, "student": 0.5}, uncertain=0.5) is None
     assert gain_kept({"base": 0.6, "teacher": 0.6, "student": 0.5}) is None
     assert gain_kept({"base": None, "teacher": 0.6, "student": 0.5}) is None
 

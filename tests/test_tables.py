@@ -34,7 +34,7 @@ def test_a_narrow_table_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     tasks = {f"task_{k}": {"base": 0.1, "teacher": 0.5, "student": 0.4} for k in range(9)}
     models = {model: dict.fromkeys(tasks, 0.25) for model in ("base", "teacher:task_3", "student")}
     console = Console(file=io.StringIO(), width=80)
-    print_table(console, {"tasks": tasks, "models": models})
+    print_table(console, {"tasks": tasks, "models": models}, {})
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert text.count("gain kept") == text.count("teacher:task_3") > 1
     assert max(map(len, text.splitlines())) <= 80

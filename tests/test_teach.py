@@ -332,7 +332,7 @@ def test_recipes_of_both_kinds_are_complete() -> None:
     [
         ({"rollout__samples": 6}, "rollout.samples = 6 is no multiple of teach.group = 4"),
         ({"rollout__mode": "fused"}, "rewards come after a rollout"),
-        ({"teach__beta": -1}, "teach.beta = -1: Input should be greater than 0"),
+        ({"teach__beta": -1}, "teach.beta = -1: allowed: more than 0"),
         ({"teach__betta": 1}, "teach.betta = 1: unknown key; allowed here: algorithm, group, .*Did you mean 'beta'"),
         ({"teach__algorithm": "ppo"}, "teach.algorithm = 'ppo': allowed are nft, guard"),
         ({"tasks__bright__rewards": []}, "tasks.bright.rewards"),

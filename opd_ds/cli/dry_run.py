@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 
 import yaml
 
@@ -12,24 +11,10 @@ from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import TrainedSection
 from opd_ds.data import shard
 from opd_ds.engine import Alone, learning_rates
-from opd_ds.errors import UserError
 from opd_ds.runs.files import RunFiles
 from opd_ds.runs.preflight import preflight
 from opd_ds.runs.resume import Start
 from opd_ds.runs.without_effect import idle_rounds
-
-
-def planned_world(text: str) -> World:
-    """Rank 0 of as many processes as `text` says: `8` on one node, `4x8` on four.
-
-    Raises:
-        UserError: it says neither.
-    """
-    match = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", text)
-    if match is None:
-        raise UserError(f"--processes {text!r}: expected a number, or NODESxPROCESSES as in 4x8")
-    local = int(match[2])
-    return World(size=int(match[1] or 1) * local, local_size=local)
 
 
 def check_start(config: RunConfig, nodes: int, tasks: int, allowed: list[str]) -> None:

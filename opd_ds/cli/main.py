@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,6 +75,9 @@ def common(
     ] = False,
 ) -> None:
     """Teach diffusion models tasks; distil several such teachers into one student."""
+    # transformers (5.x) and diffusers (0.42) name the optional packages that they miss as soon as they are imported.
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     # The deepspeed launcher puts --local_rank before the sub-command; LOCAL_RANK says the same and is what we read.
 
 

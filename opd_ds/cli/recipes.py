@@ -17,11 +17,17 @@ Name = Annotated[str, typer.Argument(help="as `opd-ds recipes` lists it")]
 @app.callback(invoke_without_command=True)
 def recipes(context: typer.Context) -> None:
     """List the shipped recipes."""
+    if context.invoked_subcommand is None:
+        list_recipes()
+
+
+@app.command("list")
+def list_recipes() -> None:
+    """The same: every shipped recipe and what it is."""
     from opd_ds.config.files import recipe_header, recipe_names
 
-    if context.invoked_subcommand is None:
-        for name in recipe_names():
-            typer.echo(f"{name:27} {recipe_header(name)[0].lstrip('# ')}")
+    for name in recipe_names():
+        typer.echo(f"{name:27} {recipe_header(name)[0].lstrip('# ')}")
 
 
 @app.command()

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from opd_ds.cluster.world import World, planned_world
 from opd_ds.config.schema import RunConfig
 from opd_ds.errors import UserError
 
@@ -47,9 +48,10 @@ def _command(only_teach: bool, text: str) -> Callable[..., None]:
             from opd_ds.cluster.signals import listen
 
             listen()  # first of all: a signal that comes while libraries and models load must not be lost
+        planned = planned_world(processes) if processes is not None else None
         settings = _load(recipe, config, overrides or [], only_teach=only_teach)
         if dry_run:
-            _check(settings, resume, allow_change or [], processes)
+            _check(settings, resume, allow_change or [], planned)
         else:
             _start(settings, resume, allow_change or [], done_file)
 
@@ -66,8 +68,8 @@ def _load(recipe: str | None, config: Path | None, overrides: list[str], *, only
     return settings
 
 
-def _check(settings: RunConfig, resume: str, allowed: list[str], processes: str | None) -> None:
-    from opd_ds.cli.dry_run import describe, planned_world
+def _check(settings: RunConfig, resume: str, allowed: list[str], planned: World | None) -> None:
+    from opd_ds.cli.dry_run import describe
     from opd_ds.cluster.world import detect_world
     from opd_ds.runs.resume import Start
     from opd_ds.utils.logging import quiet_libraries
@@ -75,7 +77,7 @@ def _check(settings: RunConfig, resume: str, allowed: list[str], processes: str 
     world = detect_world()
     if world.is_main:
         quiet_libraries()
-        typer.echo(describe(settings, planned_world(processes) if processes else world, Start(resume, tuple(allowed))))
+        typer.echo(describe(settings, planned or world, Start(resume, tuple(allowed))))
 
 
 def _start(settings: RunConfig, resume: str, allowed: list[str], done_file: Path | None) -> None:

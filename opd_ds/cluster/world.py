@@ -191,3 +191,16 @@ def tasks_per_node(text: str) -> list[int]:
             raise UserError(f"SLURM_STEP_TASKS_PER_NODE = {shown(text)}: not in SLURM's form, for example 2(x3),1")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
+
+
+def planned_world(text: str) -> World:
+    """Rank 0 of as many processes as `text` says: `8` on one node, `4x8` on four.
+
+    Raises:
+        UserError: it says neither.
+    """
+    match = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", text)
+    if match is None:
+        raise UserError(f"--processes {text!r}: expected a number, or NODESxPROCESSES as in 4x8")
+    local = int(match[2])
+    return World(size=int(match[1] or 1) * local, local_size=local)

@@ -9,9 +9,21 @@ from typing import Any
 from pydantic import BaseModel
 
 from opd_ds.config.algorithms import ALGORITHMS
+from opd_ds.errors import nearest
 
 # Sections that are one of several algorithms: the key that chooses.
 CHOSEN_BY = {"teach": "algorithm", "objective": "method"}
+
+
+# What other trainers call a key.
+_USUAL_NAMES = {
+    "learning_rate": "optimizer.lr",
+    "lr_scheduler": "optimizer.schedule",
+    "batch_size": "train.micro_batch",
+    "num_epochs": "run.rounds",
+    "guidance_scale": "rollout.guidance",
+    "num_inference_steps": "rollout.steps",
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,16 @@ def keys_at(kind: type[BaseModel], location: list[str], where: tuple[Any, ...]) 
                 model = other
         skip = "[str, " in str(annotation)
     return list(model.model_fields)
+
+
+def similar_key(kind: type[BaseModel], key: str, here: list[str]) -> str:
+    """`' Did you mean ...?'` for an unknown key of a section that has the keys `here`; empty where none is close."""
+    name = key.rpartition(".")[2]
+    usual = _USUAL_NAMES.get(name, "")
+    short = usual.rpartition(".")[2]
+    if usual:
+        return f" Did you mean {short if short in here else usual!r}?"
+    return nearest(name, here) or nearest(key, all_keys(kind))
 
 
 def all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -10,13 +10,29 @@ from pydantic import BaseModel, ValidationError
 
 from opd_ds.config.algorithms import ALGORITHMS, DistilConfig, TeachConfig
 from opd_ds.config.files import as_section, merged, parse_yaml, put, read_config_file, read_recipe
-from opd_ds.config.keys import CHOSEN_BY, all_keys, keys_at
+from opd_ds.config.keys import CHOSEN_BY, keys_at, similar_key
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import PromptsSection
 from opd_ds.errors import UserError, nearest, shown
 
 # The types of a union, as pydantic adds them to the key.
 _BRANCH = re.compile(r"^(constrained-|literal\[|tuple\[|(str|bool|int|float)$)")
+
+# What pydantic's kinds of problems ask for, by how they begin.
+_ALLOWED = {
+    "greater_than_equal": "at least {ge:g}",
+    "greater_than": "more than {gt:g}",
+    "less_than_equal": "at most {le:g}",
+    "less_than": "less than {lt:g}",
+    "finite_number": "a finite number",
+    "int_": "a whole number",
+    "float_": "a number",
+    "bool_": "true or false",
+    "string_type": "a text",
+    "tuple_type": "a list",
+    "dict_type": "a mapping of names",
+    "model_type": "a section with keys",
+}
 
 
 def load_config(recipe: str | None, file: Path | None, overrides: list[str]) -> RunConfig:
@@ -100,7 +116,8 @@ def _explained(kind: type[BaseModel], error: ValidationError) -> str:
     by_key: dict[str, list[str]] = {}
     for problem in error.errors():
         at, message = _explain(kind, problem)
-        by_key.setdefault(at, []).append(message)
+        others = by_key.setdefault(at, [])
+        others.append(message.removeprefix("allowed: ") if others else message)
     return "\n".join(
         f"{at}: {'; or '.join(messages)}" if at else "; ".join(messages) for at, messages in by_key.items()
     )
@@ -123,7 +140,7 @@ def _explain(kind: type[BaseModel], problem: Any) -> tuple[str, str]:
         fields = keys_at(kind, location[:-1], problem["loc"])
         # A misspelt `teach` looks like a distillation.
         others = list(TeachConfig.model_fields) if len(location) == 1 else []
-        similar = nearest(location[-1], fields + others) or nearest(key, all_keys(kind))
+        similar = similar_key(kind, key, fields + others)
         return at, f"unknown key; allowed here: {', '.join(fields)}.{similar}"
     if value is None and len(location) == 2 and location[0] in ("tasks", "probes"):
         return f"{key} = null", "takes away what a recipe or an extended file has under this name, and there is nothing"
@@ -137,8 +154,14 @@ def _explain(kind: type[BaseModel], problem: Any) -> tuple[str, str]:
         names = [name for name, section in ALGORITHMS.items() if chosen in section.model_fields]
         similar = nearest(str(found), names)
         return f"{key}.{chosen} = {shown(found)}", f"allowed are {', '.join(names)}{'.' if similar else ''}{similar}"
-    message = problem["msg"].removeprefix("Value error, ").replace("valid tuple", "valid list")
-    if problem["type"] == "literal_error" and isinstance(value, str):
-        similar = nearest(value, re.findall(r"'([^']+)'", problem["ctx"]["expected"]))
-        message += f".{similar}" if similar else ""
-    return at, message
+    if problem["type"] == "invalid_key":
+        what = f"has the key {shown(value)}, which is no text; in {{...}} a comma ends an entry: write 2.0, not 2,0"
+        return ".".join(location[:-1]), what
+    if problem["type"] == "literal_error":
+        names = re.findall(r"'([^']+)'", problem["ctx"]["expected"])
+        similar = nearest(str(value), names)
+        return at, f"allowed: {problem['ctx']['expected'].replace(' or ', ', ')}{'.' if similar else ''}{similar}"
+    for kind_of_problem, allowed in _ALLOWED.items():
+        if problem["type"].startswith(kind_of_problem):
+            return at, f"allowed: {allowed.format(**problem.get('ctx', {}))}"
+    return at, problem["msg"].removeprefix("Value error, ")

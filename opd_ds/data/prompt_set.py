@@ -38,7 +38,7 @@ class PromptSet:
             key: of the config, for messages.
 
         Raises:
-            UserError: missing, empty, not UTF-8 or malformed, naming file and line.
+            UserError: missing, empty, not UTF-8 or malformed, naming key, file and line.
         """
         chosen = PromptsSection(path=str(source)) if isinstance(source, Path) else source
         place = locate(chosen, key)
@@ -46,10 +46,10 @@ class PromptSet:
         found: list[Row] = []
         for row in rows(place, chosen):
             if isinstance(row, Problem):
-                raise UserError(f"{kind} {place}{', ' if row.place else ''}{row.place}: {row.what}")
+                raise UserError(f"{key}: {kind} {place}{', ' if row.place else ''}{row.place}: {row.what}")
             found.append(row)
         if not found:
-            raise UserError(f"{kind} {place} has no prompts")
+            raise UserError(f"{key}: {kind} {place} has no prompts")
         pairs = [(row.prompt, row.metadata) for row in found]
         digest = hashlib.sha256(json.dumps(pairs, sort_keys=True, default=str).encode()).hexdigest()
         return cls(tuple(row.prompt for row in found), tuple(row.metadata for row in found), digest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -40,14 +41,18 @@ def summary(results: dict[str, Means], headlines: dict[str, str | None]) -> dict
     return {"tasks": by_task, "models": {model: {task: score(model, task) for task in headlines} for model in results}}
 
 
-def print_table(console: Console, data: dict[str, Any]) -> None:
-    """Models by tasks; a task's own teacher is marked, the last row is the share of each teacher's gain kept."""
+def print_table(console: Console, data: dict[str, Any], uncertain: Mapping[str, float]) -> None:
+    """Models by tasks; a task's own teacher is marked, the last row is the share of each teacher's gain kept.
+
+    Args:
+        uncertain: by task, how far scores are uncertain; of a gain that is not above it no share is shown.
+    """
     tasks = list(data["tasks"])
     rows = [
         [model, *(_cell(scores[task]) + ("*" if model == f"teacher:{task}" else " ") for task in tasks)]
         for model, scores in data["models"].items()
     ]
-    kept = [gain_kept(data["tasks"][task]) for task in tasks]
+    kept = [gain_kept(data["tasks"][task], uncertain.get(task, 0.0)) for task in tasks]
     if any(value is not None for value in kept):
         rows.append(["gain kept", *("-" if value is None else f"{100 * value:.0f} % " for value in kept)])
     console.print("mean reward on held-out prompts")
@@ -59,10 +64,12 @@ def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def gain_kept(scores: dict[str, float | None]) -> float | None:
-    """(student - base) / (teacher - base), or None when a score is missing or the teacher gained nothing."""
+def gain_kept(scores: dict[str, float | None], uncertain: float = 0.0) -> float | None:
+    """(student - base) / (teacher - base), or None when a score is missing or the teacher gained no more than
+    `uncertain`.
+    """
     base, teacher, student = scores["base"], scores["teacher"], scores["student"]
-    if base is None or teacher is None or student is None or teacher <= base:
+    if base is None or teacher is None or student is None or teacher - base <= uncertain:
         return None
     return (student - base) / (teacher - base)
 

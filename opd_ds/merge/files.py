@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opd_ds.config.paths import resolve_path
+from opd_ds.config.paths import find_local, resolve_path
 from opd_ds.errors import UserError, about
 from opd_ds.models import ModelFamily, lora
 from opd_ds.models.adapter_config import exact_fields, scale
@@ -36,7 +36,7 @@ def parse_sources(texts: list[str]) -> list[Source]:
     """`NAME[:WEIGHT]` each: what follows the last colon is a weight if it is a number; default 1/n.
 
     Raises:
-        UserError: fewer than two, or a weight that is 0 or not finite.
+        UserError: fewer than two, or a weight that is 0, not finite, or no number behind a path that exists.
     """
     if len(texts) < 2:
         raise UserError(f"sources = {texts}: merging needs at least two; name another teacher")
@@ -46,6 +46,8 @@ def parse_sources(texts: list[str]) -> list[Source]:
         try:
             weight = float(tail)
         except ValueError:
+            if name and find_local(name, "source") and not find_local(text, "source"):
+                raise UserError(f"source {text!r}: the weight {tail!r} is no number; expected NAME[:WEIGHT]") from None
             name, weight = text, 1 / len(texts)
         if not name or weight == 0 or not math.isfinite(weight):
             raise UserError(f"source {text!r}: expected NAME[:WEIGHT], the weight finite and not 0")

@@ -21,7 +21,7 @@ from opd_ds.evaluation.benchmark import Benchmark, EvalModel
 from opd_ds.evaluation.evaluator import Means, Shown, student_guidance
 from opd_ds.evaluation.publish import publish
 from opd_ds.evaluation.report import REPORT_FILE
-from opd_ds.evaluation.results import Results, means, require_scores
+from opd_ds.evaluation.results import Results, interval_widths, means, require_scores
 from opd_ds.evaluation.tables import comparison_grid, print_table, summary
 from opd_ds.models import log_compiled, lora
 from opd_ds.runs.monitor import METRICS_FILE, Monitor, read_metrics
@@ -261,11 +261,14 @@ def _finish(config: RunConfig, parts: Parts, baselines: list[EvalModel], session
         results = _evaluate(config, benchmark, models, session)
         scores = means(results)
     if group.world.is_main:
-        data: dict[str, Any] = summary(scores, {name: section.headline for name, section in config.evaluated.items()})
+        headlines = {name: section.headline for name, section in config.evaluated.items()}
+        data: dict[str, Any] = summary(scores, headlines)
         (folder / "summary.json").write_text(json.dumps(data, indent=1) + "\n")
         monitor.say("")
-        if config.rewards and scores:
-            print_table(monitor.console, data)
+        if config.rewards and results is not None:
+            metrics = [(name, label) for name, label in headlines.items() if label and name in results["sets"]]
+            widths = interval_widths(results, metrics)
+            print_table(monitor.console, data, {name: w for (name, _), w in zip(metrics, widths, strict=True)})
     if benchmark.sets:
         monitor.say(f"images:       {folder / 'grid.png'}")
         monitor.say(f"report:       {benchmark.folder / REPORT_FILE}")
