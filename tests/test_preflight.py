@@ -33,6 +33,7 @@ from opd_ds.errors import UserError
 from opd_ds.rewards import reward_names
 from opd_ds.rewards.base import missing
 from opd_ds.rewards.registry import needs_of
+from opd_ds.runs.output_lock import LOCK_FILE
 from opd_ds.runs.resume import Start
 from opd_ds.runs.train import train
 from opd_ds.testing.tiny.sd3 import PROMPTS
@@ -284,10 +285,14 @@ def test_what_a_resume_refuses_the_dry_run_refuses(
     shutil.copytree(finished, folder)
     data = run_settings(tiny_world, folder, run__rounds=3, run__checkpoint_every=1)
     breaks(data, tmp_path)
-    before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+
+    def files() -> list[tuple[Path, int]]:
+        return sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.name != LOCK_FILE)
+
+    before = files()
     found = both_refuse(parse_config(data), group, monkeypatch, start)
     assert re.search(said, found), found
-    assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
+    assert files() == before
 
 
 def test_an_allowed_change_takes_effect(

@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 from opd_ds.cluster.signals import exit_code_asked_for
-from opd_ds.cluster.world import World
+from opd_ds.cluster.world import JOB_VARIABLE, World
 from opd_ds.errors import Interrupted, UserError
 
 START_TIMEOUT = 600.0
@@ -199,5 +199,5 @@ def prepare_environment(world: World) -> None:
 
 
 if __name__ == "__main__":  # for launcher scripts: a port for the job that runs here
-    with listener(os.environ.get("SLURM_JOB_ID") or os.getcwd()) as free:
+    with listener(os.environ.get(JOB_VARIABLE) or os.getcwd()) as free:
         print(free.getsockname()[1])

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from opd_ds.errors import UserError, shown
 
 LOCALHOST = "127.0.0.1"
+JOB_VARIABLE = "SLURM_JOB_ID"
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,8 @@ def _master_address(environment: Mapping[str, str], claim: _Claim) -> str:
 
 def _job(environment: Mapping[str, str], claim: _Claim) -> str:
     if claim.source == "SLURM_PROCID":
-        return f"{environment.get('SLURM_JOB_ID', '0')}.{environment['SLURM_STEP_ID']}"
-    names = ("TORCHELASTIC_RUN_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID")
+        return f"{environment.get(JOB_VARIABLE, '0')}.{environment['SLURM_STEP_ID']}"
+    names = ("TORCHELASTIC_RUN_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", JOB_VARIABLE)
     return next((environment[name] for name in names if name in environment), f"uid{os.getuid()}")
 
 

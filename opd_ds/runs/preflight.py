@@ -46,7 +46,8 @@ class Checked:
 
 
 def preflight(config: RunConfig, group: Group, world: World, start: Start | None) -> Checked:
-    """Check all that can be checked from settings, headers and folders. Nothing is written. Collective.
+    """Check all that can be checked from settings, headers and folders. Nothing is written, but for the lock of
+    `start.occupy`. Collective.
 
     Args:
         group: who checks: the ranks of the run, or `Alone`.
@@ -72,6 +73,10 @@ def preflight(config: RunConfig, group: Group, world: World, start: Start | None
         if world.is_main:
             for line in (*settings_without_effect(config), *files_without_effect(config, files, family)):
                 logging.getLogger("opd_ds").warning("%s", line)
+    if start is not None:
+        with group.raise_on_any_rank():
+            if group.world.is_main:
+                start.occupy(config.run.output_dir)
     resumed = None if start is None else find_resume_point(config, start, group)
     identity = None
     if start is not None and resumed is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from opd_ds.checkpoint.store import (
     any_checkpoint,
     read_state,
 )
+from opd_ds.cluster.world import JOB_VARIABLE
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import ANCHOR, OptimizerSection
 from opd_ds.engine import Group
 from opd_ds.errors import UserError, about, nearest, shown
+from opd_ds.runs.output_lock import refuse_in_use
 from opd_ds.utils.nested import flat
 
-JOB_VARIABLE, RESTARTS_VARIABLE = "SLURM_JOB_ID", "SLURM_RESTART_COUNT"
+RESTARTS_VARIABLE = "SLURM_RESTART_COUNT"
 
 # Entries of an identity that users know by another key.
 _KEYS = {
@@ -50,10 +52,13 @@ class Start:
         resume: `never` (refuses an output folder with checkpoints), `auto` (the newest checkpoint, or a fresh start),
             or the path of one checkpoint.
         allowed: keys of the run config whose values may differ from those that the checkpoint was written with.
+        occupy: what rank 0 does with the output folder before checkpoints are looked at. Raises UserError where another
+            run writes there; a real start also locks it.
     """
 
     resume: str = "never"
     allowed: tuple[str, ...] = ()
+    occupy: Callable[[Path], None] = refuse_in_use
 
 
 @dataclass(frozen=True)

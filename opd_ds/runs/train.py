@@ -14,6 +14,7 @@ from typing import Any
 from opd_ds.checkpoint.export_student import EXPORT_FOLDER, STUDENT_ADAPTER, export_student
 from opd_ds.checkpoint.store import CHECKPOINTS_FOLDER, CheckpointStore
 from opd_ds.cluster.signals import StopRequest, ignore_signals, listen
+from opd_ds.cluster.world import JOB_VARIABLE
 from opd_ds.config.schema import RunConfig
 from opd_ds.engine import Group, ShardReader, StudentEngine
 from opd_ds.errors import Interrupted
@@ -25,8 +26,9 @@ from opd_ds.evaluation.results import Results, interval_widths, means, require_s
 from opd_ds.evaluation.tables import comparison_grid, print_table, summary
 from opd_ds.models import log_compiled, lora
 from opd_ds.runs.monitor import METRICS_FILE, Monitor, read_metrics
+from opd_ds.runs.output_lock import PATIENCE, OutputLock
 from opd_ds.runs.profiling import maybe_profiled
-from opd_ds.runs.resume import JOB_VARIABLE, ResumePoint, Start
+from opd_ds.runs.resume import ResumePoint, Start
 from opd_ds.runs.reward_eval import AsyncRewardEval
 from opd_ds.runs.setup import Parts, prepare
 from opd_ds.runs.trackers import places
@@ -63,8 +65,20 @@ def train(
     )
     group.watch_hangs(settings.hang_minutes, settings.output_dir)
     group.progress("loading models")
-    parts = prepare(config, group, Start(resume, tuple(allowed)))
+    with OutputLock(0.0 if resume == "never" else PATIENCE) as lock:
+        parts = prepare(config, group, Start(resume, tuple(allowed), lock.take))
+        _run(parts, store, stop, group, callbacks)
+
+
+def _run(
+    parts: Parts,
+    store: CheckpointStore,
+    stop: StopRequest,
+    group: Group,
+    callbacks: Sequence[Callable[[RoundReport], None]],
+) -> None:
     config, resumed, start = parts.config, parts.resumed, 0
+    settings = config.run
     if resumed is not None:
         group.progress("restoring the checkpoint")
         _restore(parts, resumed, group)
