@@ -21,7 +21,7 @@ from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.files import recipe_names
 from opd_ds.config.loading import load_config
 from opd_ds.engine import Group
-from opd_ds.errors import UserError
+from opd_ds.errors import IncompleteError, UserError
 from opd_ds.evaluation.tables import gain_kept
 from opd_ds.runs.train import train
 from tests.runs import metrics
@@ -108,7 +108,9 @@ def test_rewards_decide_nothing(run: Run, tiny_world: Path, monkeypatch: pytest.
     watched = run("watched", tasks={"one": task}, run__eval_every=1, evaluation__baselines=True)
     silent = run("silent", tasks={"one": task | {"rewards": []}})
     monkeypatch.setattr("opd_ds.runs.setup.build", lambda name, **_: Broken())
-    broken = run("broken", tasks={"one": task}, run__eval_every=1)
+    with pytest.raises(IncompleteError, match="no image has a score by miniature_look"):
+        run("broken", tasks={"one": task}, run__eval_every=1)
+    broken = watched.parent / "broken"
     assert metrics(watched) == metrics(silent) == metrics(broken)
     assert "the server is gone" in caplog.text
     assert json.loads((broken / "summary.json").read_text())["tasks"]["one"]["student"] is None
