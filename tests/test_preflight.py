@@ -450,8 +450,8 @@ def test_messages_about_settings_are_short(tiny_world: Path, tmp_path: Path, ove
     assert all(len(line) <= LONGEST for line in str(error.value).splitlines()), str(error.value)
 
 
-def test_every_reward_that_is_not_there_is_said_in_three_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPD_DS_WEIGHTS", str(tmp_path / "none"))
+def test_every_reward_that_is_not_there_is_said_in_three_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPD_DS_WEIGHTS", "/a/folder/of/people/weights")  # how long it is, is theirs to choose
     alone = [name for name in reward_names() if name != "mix"]  # which needs what its parts need
     needs = [problem for name in alone for problem in missing(name, needs_of(name))]
     assert len(needs) > 4

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from opd_ds.cli.main import app
 from opd_ds.cluster.failures import message
+from opd_ds.config.paths import package_root
 from opd_ds.errors import COLUMNS, LINES, UserError
 
 _BEGIN = "opd-ds: error: "
@@ -134,7 +135,8 @@ def _too_long(text: str) -> str:
 
 
 def _where(error: Exception) -> str:
-    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "opd_ds" in frame.filename]
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(package_root())]
     place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "outside"
     said = (str(error).splitlines() or [""])[0].replace(str(Path.cwd()), "")
     return f"{type(error).__name__} at {place}: {said[:100]}"
