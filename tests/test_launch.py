@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -100,19 +99,6 @@ def test_slurm_short_forms() -> None:
     nodelists = {"gpu[003-007,9],x1": "gpu003", "n1,n2": "n1", "r[1-2]n[3,4]": "r1n3", "login": "login"}
     assert {text: first_host(text) for text in nodelists} == nodelists
     assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
-
-
-@pytest.mark.parametrize("environment", [srun(3, 1, 1, "2(x2)", 4), TORCHRUN, OPEN_MPI, {}])
-def test_the_world_is_the_same_once_the_environment_is_prepared(
-    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A program may train and then evaluate, and a command looks again when its run is done."""
-    monkeypatch.setattr(os, "environ", dict(environment) | {"PATH": os.environ["PATH"]})
-    world = replace(detect_world(os.environ), master_port=29555)
-    prepare_environment(world)
-    again = detect_world(os.environ)
-    for name in ("rank", "local_rank", "size", "local_size", "master_addr", "master_port"):
-        assert getattr(again, name) == getattr(world, name)
 
 
 @pytest.mark.parametrize("environment", [OPEN_MPI, TORCHRUN | {"OMPI_COMM_WORLD_LOCAL_RANK": "0"}])

@@ -171,7 +171,7 @@ def extensions_folder() -> Path:
 
 def prepare_environment(world: World) -> None:
     """Environment that DeepSpeed and torch read when they start; call before importing them. Ranks that have no port
-    yet agree on one here. `detect_world` finds the same world in it.
+    yet agree on one here.
 
     Raises:
         UserError: DS_ACCELERATOR names none; ranks do not find each other.
@@ -185,7 +185,6 @@ def prepare_environment(world: World) -> None:
     os.environ |= {
         "RANK": str(world.rank),
         "WORLD_SIZE": str(world.size),
-        "LOCAL_WORLD_SIZE": str(world.local_size),
         "MASTER_ADDR": world.master_addr,
         "MASTER_PORT": str(port),
     }
