@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import sys
 import tempfile
@@ -55,6 +56,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _quiet() -> None:
     quiet_libraries()
     torch.set_num_threads(1)  # bit-for-bit comparisons should not depend on how work was cut over threads
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was() -> Iterator[None]:
+    """Commands in this process show the log on the terminal; the next test may read what a command prints."""
+    logger = logging.getLogger("opd_ds")
+    handlers, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from opd_ds.cli import train as train_command
 from opd_ds.cluster import watchdog
 from opd_ds.cluster.rendezvous import agree_on_port, listener, ports, prepare_environment, set_local_rank
 from opd_ds.cluster.world import World, detect_world, first_host, tasks_per_node
+from opd_ds.config.loading import load_config
 from opd_ds.errors import UserError
+from tests.ranks import SET_BY_LAUNCHERS
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29501"}
 TORCHRUN |= {"MASTER_ADDR": "n1", "TORCHELASTIC_RUN_ID": "abc"}
@@ -115,6 +118,24 @@ def test_without_mpirun_nothing_of_it_is_set(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
     set_local_rank(2)
     assert "OMPI_COMM_WORLD_LOCAL_RANK" not in os.environ
+
+
+@pytest.mark.parametrize(("local", "made"), [(0, True), (1, False)])
+def test_a_run_that_srun_started_says_that_it_is_done(
+    local: int, made: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the environment has a launcher's variables too by then."""
+    set_by_the_run = {"RANK": str(local), "LOCAL_RANK": str(local), "WORLD_SIZE": "2", "MASTER_ADDR": "n1"}
+    for name in SET_BY_LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in srun(local, local, 0, "2", 2).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(
+        "opd_ds.api.train", lambda *_, **__: [monkeypatch.setenv(*item) for item in set_by_the_run.items()]
+    )
+    done = tmp_path / "done"
+    train_command._start(load_config("miniature", None, []), "never", [], done)
+    assert done.exists() is made
 
 
 # ---- launcher scripts, with stand-ins for the commands they call ----

@@ -84,8 +84,9 @@ def _start(settings: RunConfig, resume: str, allowed: list[str], done_file: Path
     from opd_ds.api import train as run_training
     from opd_ds.cluster.world import detect_world
 
+    is_first_on_node = detect_world().local_rank == 0  # the run sets variables of a launcher for DeepSpeed
     run_training(settings, resume=resume, allowed=allowed)
-    if done_file is not None and detect_world().local_rank == 0:
+    if done_file is not None and is_first_on_node:
         done_file.touch()
 
 
