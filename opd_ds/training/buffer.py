@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ from opd_ds.diffusion.noise import SampleNoise, sample_seed
 from opd_ds.diffusion.rollout import chunks
 from opd_ds.models import Conditioning
 from opd_ds.utils.transfer import to_device
+
+Known_co = TypeVar("Known_co", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,30 @@ class PerSample:
 
     def at(self, pairs: Pairs) -> Tensor:
         return self.values[pairs.sample]
+
+
+Column = PerState | PerPair | PerSample
+
+
+@dataclass(frozen=True)
+class Columns(Generic[Known_co]):
+    """What a loss knows of one task's pairs.
+
+    Attributes:
+        kind: what the loss takes, a dataclass.
+        columns: its fields, by name; one that is missing has its default.
+    """
+
+    kind: Callable[..., Known_co]
+    columns: Mapping[str, Column]
+
+    def at(self, pairs: Pairs) -> Known_co:
+        return self.kind(**{name: column.at(pairs) for name, column in self.columns.items()})
+
+
+def named(**columns: Column | None) -> dict[str, Column]:
+    """Those that are there."""
+    return {name: column for name, column in columns.items() if column is not None}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,7 +11,7 @@ from opd_ds.config.sections import ANCHOR
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.diffusion.rollout import Trajectory
 from opd_ds.models import Conditioning
-from opd_ds.training.buffer import Pairs, PerPair, TrajectoryBuffer
+from opd_ds.training.buffer import Columns, PerPair, PerState, TrajectoryBuffer, named
 from opd_ds.training.meter import RoundMeter
 from opd_ds.training.objectives import ClosedFormLoss, TeacherVelocities
 from opd_ds.training.trainer import BufferedTrainer, Components, Experience, TaskBatch, TrainingData
@@ -61,6 +60,7 @@ class Distillation(BufferedTrainer):
 
     loss: ClosedFormLoss
     loss_class: type[ClosedFormLoss] = ClosedFormLoss
+    known_class: type[TeacherVelocities] = TeacherVelocities
     keeps_transitions = False
 
     def __init__(self, parts: Components) -> None:
@@ -117,11 +117,10 @@ class Distillation(BufferedTrainer):
         with self._teachers.active(ANCHOR) as anchor:
             return {task: self._query_frozen(anchor, buffer, guidance, meter) for task, buffer in buffers.items()}
 
-    def _known(
-        self, trajectory: Trajectory, teacher: PerPair, anchor: PerPair | None
-    ) -> Callable[[Pairs], TeacherVelocities]:
+    def _known(self, trajectory: Trajectory, teacher: PerPair, anchor: PerPair | None) -> Columns[TeacherVelocities]:
         """What the loss knows of one task's pairs."""
-        return lambda pairs: TeacherVelocities(teacher.at(pairs), anchor.at(pairs) if anchor else None)
+        velocity, noise = (None if v is None else PerState(v) for v in (trajectory.velocity, trajectory.noise))
+        return Columns(self.known_class, named(teacher=teacher, anchor=anchor, velocity=velocity, noise=noise))
 
 
 def _buffer(trajectory: Trajectory, batch: TaskBatch) -> TrajectoryBuffer:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from opd_ds.diffusion.noise import SampleNoise, sample_seed
-from opd_ds.training.buffer import NoisedStates, Pairs, PerPair, PerState, TrajectoryBuffer, noised_states
+from opd_ds.training.buffer import Columns, PerState, TrajectoryBuffer, named, noised_states
 from opd_ds.training.distillation import Distillation
 from opd_ds.training.meter import RoundMeter
 from opd_ds.training.objectives import FlowMatchingLoss, TeacherVelocities
@@ -40,12 +38,11 @@ class FlowMatching(Distillation):
         with meter.phase("score"):
             anchors = self._query_anchor(buffers, meter)
         data = {
-            task: TrainingData(buffers[task], _flow(noised[task], anchors.get(task)), batches[task].pairs)
+            task: TrainingData(
+                buffers[task],
+                Columns(self.known_class, named(teacher=PerState(noised[task].flow), anchor=anchors.get(task))),
+                batches[task].pairs,
+            )
             for task in batches
         }
         return Experience(data, final)
-
-
-def _flow(noised: NoisedStates, anchor: PerPair | None) -> Callable[[Pairs], TeacherVelocities]:
-    flow = PerState(noised.flow)
-    return lambda pairs: TeacherVelocities(flow.at(pairs), anchor.at(pairs) if anchor else None)

@@ -28,7 +28,9 @@ class FusedDistillation(Trainer):
         self._teachers = parts.teachers
         self.loss = ClosedFormLoss(self._config, self._coefficients, self._sigmas, parts.group.device)
 
-    def _learn(self, index: int, batches: dict[str, TaskBatch], meter: RoundMeter) -> Learned:
+    def _learn(self, index: int, meter: RoundMeter) -> Learned:
+        with meter.phase("encode"):
+            batches = self._draw(index)
         settings = self._config.rollout
         # With random queries any step may be some sample's; the others then weigh 0, so that ranks stay in step.
         first = next(iter(batches.values()))
@@ -43,7 +45,7 @@ class FusedDistillation(Trainer):
                 rolled = self._rollout(predict, group.noise, self._coefficients)
                 final |= {task: own.final for task, own in zip(group.rows, rolled.split(group.sizes), strict=True)}
             losses = accumulator.measure()
-        return Learned(losses, self._step(losses, meter), final)
+        return Learned(batches, losses, self._step(losses, meter), final)
 
     def _training_step(
         self,

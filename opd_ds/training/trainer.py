@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -22,7 +22,7 @@ from opd_ds.evaluation.reward_pool import RewardPool
 from opd_ds.models import Conditioning, ModelFamily
 from opd_ds.training.accumulator import Loss, LossTerm, RoundAccumulator, RoundLosses
 from opd_ds.training.auto_batch import AutoMicroBatch
-from opd_ds.training.buffer import Pairs, PerPair, TrajectoryBuffer, choose_steps
+from opd_ds.training.buffer import Columns, PerPair, TrajectoryBuffer, choose_steps
 from opd_ds.training.encoding import encode_over_ranks
 from opd_ds.training.meter import RoundMeter
 from opd_ds.training.teachers import TeacherPool
@@ -67,12 +67,12 @@ class TrainingData(Generic[Known]):
     """One task's pairs, ready for training.
 
     Attributes:
-        known: what the loss knows of a micro-batch.
+        known: what the loss knows of them.
         pairs: how many count in the mean, over all ranks.
     """
 
     buffer: TrajectoryBuffer
-    known: Callable[[Pairs], Known]
+    known: Columns[Known]
     pairs: float
 
 
@@ -92,8 +92,9 @@ class Experience(Generic[Known]):
 
 @dataclass(frozen=True)
 class Learned:
-    """What a round did: losses and gradient norm of its last step, and what it drew."""
+    """What a round did: losses and gradient norm of its last step, and what it trained on."""
 
+    batches: dict[str, TaskBatch]
     losses: RoundLosses
     grad_norm: float
     final: dict[str, Tensor]
@@ -167,18 +168,17 @@ class Trainer(ABC):
         """
         meter = RoundMeter(self._group, index + 1)
         skipped = self._student.skipped_steps
-        with meter.phase("encode"):
-            batches = self._draw(index)
-        learned = self._learn(index, batches, meter)
+        learned = self._learn(index, meter)
         rolled = {
-            task: RolloutResult(batch.prompts, batch.metadata, learned.final[task]) for task, batch in batches.items()
+            task: RolloutResult(batch.prompts, batch.metadata, learned.final[task])
+            for task, batch in learned.batches.items()
         }
         return RoundReport(
             round=index + 1,
             losses=learned.losses,
             grad_norm=learned.grad_norm,
             learning_rate=self._student.learning_rate,
-            samples=self._settings.rollout.samples * len(batches),
+            samples=self._settings.rollout.samples * len(rolled),
             seconds=meter.seconds(),
             passes=meter.passes(),
             rolled=rolled,
@@ -187,8 +187,8 @@ class Trainer(ABC):
         )
 
     @abstractmethod
-    def _learn(self, index: int, batches: dict[str, TaskBatch], meter: RoundMeter) -> Learned:
-        """Rollout to optimizer step."""
+    def _learn(self, index: int, meter: RoundMeter) -> Learned:
+        """Prompts to optimizer step."""
 
     # ---- the stages, in order ----
 
@@ -278,7 +278,7 @@ class Trainer(ABC):
                     states, sigma, cond = one.buffer.inputs(pairs, self._device_sigmas)
                     guidance = self._settings.student_guidance(task)
                     velocity = self._velocity(self._student, states, sigma, cond, guidance, meter)
-                    losses, measured = self.loss(velocity, pairs.step, one.known(pairs))
+                    losses, measured = self.loss(velocity, pairs.step, one.known.at(pairs))
                     weights = one.buffer.weights[pairs.sample]
                     accumulator.add(LossTerm(task, losses, measured, pairs.step, weights, one.pairs))
             return accumulator.measure()
@@ -339,13 +339,15 @@ class Trainer(ABC):
 class BufferedTrainer(Trainer):
     """A round that first sees, then trains on what it has seen."""
 
-    def _learn(self, index: int, batches: dict[str, TaskBatch], meter: RoundMeter) -> Learned:
+    def _learn(self, index: int, meter: RoundMeter) -> Learned:
+        with meter.phase("encode"):
+            batches = self._draw(index)
         seen = self._collect(index, batches, meter)
         for _ in range(self._settings.train.inner_epochs):
             losses = self._train(seen.data, meter)
             grad_norm = self._step(losses, meter)
         self._after_steps(index)
-        return Learned(losses, grad_norm, seen.final, seen.scores)
+        return Learned(batches, losses, grad_norm, seen.final, seen.scores)
 
     @abstractmethod
     def _collect(self, index: int, batches: dict[str, TaskBatch], meter: RoundMeter) -> Experience[Any]:

@@ -7,7 +7,7 @@ reach the upper clip while bad ones reach the lower. GRPO-Guard takes mean(D eps
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from opd_ds.diffusion.noise import sample_seed
 from opd_ds.diffusion.rollout import Trajectory
 from opd_ds.errors import UserError
 from opd_ds.models import ModelFamily
-from opd_ds.training.buffer import Pairs, PerPair, PerState, TrajectoryBuffer, choose_steps
+from opd_ds.training.buffer import Columns, PerPair, PerState, TrajectoryBuffer, choose_steps, named
 from opd_ds.training.rl.trainer import RLTrainer
 from opd_ds.training.trainer import Components, TaskBatch
 
@@ -139,14 +139,11 @@ class GrpoGuardTrainer(RLTrainer[Transitions, GrpoGuardKnown]):
 
     def _known(
         self, kept: Transitions, advantages: Tensor, old: PerPair | None, start: PerPair | None
-    ) -> Callable[[Pairs], GrpoGuardKnown]:
+    ) -> Columns[GrpoGuardKnown]:
         clip = self._guard.advantage_clip
         advantage = self._per_sample(advantages.clamp(-clip, clip))
-        return lambda pairs: GrpoGuardKnown(
-            kept.velocity.at(pairs),
-            kept.noise.at(pairs),
-            advantage.at(pairs),
-            start.at(pairs) if start is not None else None,
+        return Columns(
+            GrpoGuardKnown, named(velocity=kept.velocity, noise=kept.noise, advantage=advantage, start=start)
         )
 
     # ---- the steps that draw noise ----

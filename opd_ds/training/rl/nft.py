@@ -12,7 +12,6 @@ v = v_old the gradient is proportional to 2r - 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,7 @@ from opd_ds.diffusion import velocity_error
 from opd_ds.diffusion.noise import SampleNoise, sample_seed
 from opd_ds.diffusion.rollout import Trajectory
 from opd_ds.engine import OLD_POLICY, WeightSnapshot
-from opd_ds.training.buffer import Pairs, PerPair, PerState, TrajectoryBuffer, noised_states
+from opd_ds.training.buffer import Columns, PerPair, PerState, TrajectoryBuffer, named, noised_states
 from opd_ds.training.rl.advantages import optimality
 from opd_ds.training.rl.trainer import RLTrainer
 from opd_ds.training.trainer import Components, TaskBatch
@@ -100,12 +99,9 @@ class NftTrainer(RLTrainer[PerState, NftKnown]):
 
     def _known(
         self, kept: PerState, advantages: Tensor, old: PerPair | None, start: PerPair | None
-    ) -> Callable[[Pairs], NftKnown]:
-        assert old is not None
+    ) -> Columns[NftKnown]:
         good = self._per_sample(optimality(advantages, self._nft.advantage_clip, self._nft.optimality))
-        return lambda pairs: NftKnown(
-            kept.at(pairs), old.at(pairs), good.at(pairs), start.at(pairs) if start is not None else None
-        )
+        return Columns(NftKnown, named(flow=kept, old=old, optimality=good, start=start))
 
     def _after_steps(self, index: int) -> None:
         """The old policy moves towards the trained one."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from opd_ds.diffusion import Coefficients
 from opd_ds.diffusion.rollout import Trajectory, chunks
 from opd_ds.engine import START, WeightSnapshot
 from opd_ds.errors import UserError
-from opd_ds.training.buffer import Pairs, PerPair, PerSample, TrajectoryBuffer
+from opd_ds.training.buffer import Columns, PerPair, PerSample, TrajectoryBuffer
 from opd_ds.training.meter import RoundMeter
 from opd_ds.training.rl.advantages import equal_groups, group_advantages, weighted_sum
 from opd_ds.training.rl.reward_worker import RewardScorer
@@ -118,9 +117,7 @@ class RLTrainer(BufferedTrainer, Generic[Kept, Known]):
         """The states that are trained on, and what else is kept of each."""
 
     @abstractmethod
-    def _known(
-        self, kept: Kept, advantages: Tensor, old: PerPair | None, start: PerPair | None
-    ) -> Callable[[Pairs], Known]:
+    def _known(self, kept: Kept, advantages: Tensor, old: PerPair | None, start: PerPair | None) -> Columns[Known]:
         """What the loss knows of one task's pairs. `advantages`: float64 [B], of this rank's samples."""
 
     # ---- the stages, in order ----
