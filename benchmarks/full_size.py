@@ -126,7 +126,8 @@ class FullSize:
         cache = TextCache(config.text_cache)
         prompts = ["", *_PROMPTS]
         cache.claim(encoders_identity(config, base))
-        cache.add(prompts, _random_texts(self.family, network, len(prompts), find_model(config).tokens))
+        texts = _random_texts(self.family, network, len(prompts), find_model(config).tokens)
+        cache.add(dict(zip(prompts, texts.apart(), strict=True)))
         (folder / _COMPLETE).touch()
 
     def weight_files(self, world: Path) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.models import Conditioning, ModelFamily
 from opd_ds.models.host_weights import HostWeights
+from opd_ds.pictures import Picture
 from opd_ds.runs.encode import encode_prompts
 from opd_ds.runs.evaluate import Choice, evaluate
-from opd_ds.runs.files import find_files
+from opd_ds.runs.preflight import preflight
 from opd_ds.runs.setup import Parts, prepare
 from opd_ds.training.networks import load_family
 from tests.tiny import PROMPTS, run_settings, with_changes, write_config
@@ -94,7 +95,7 @@ def test_what_is_missing_is_found_before_anything_loads(
     with pytest.raises(UserError, match=r"there is none yet for 8 prompts; run `opd-ds data encode` with"):
         prepare(config, group)
     encode_prompts(config, group)
-    find_files(config, group.world)
+    preflight(config, group, group.world, None)
     more = tmp_path / "more.txt"
     more.write_text("the number 5\nunseen one\nunseen two\n")
     lacking = cached(settings, tasks__two__prompts=str(more))
@@ -117,35 +118,35 @@ def test_other_encoders_are_refused(settings: dict[str, Any], tiny_world: Path, 
         ({"precision": "bf16"}, "precision was 'fp32' and is 'bf16'"),
     ):
         with pytest.raises(UserError, match=said):
-            find_files(cached(settings, **changes), group.world)
+            preflight(cached(settings, **changes), group, group.world, None)
     # What is no part of encoding may change.
     shutil.rmtree(base / "transformer")
     shutil.copytree(tiny_world / "other" / "transformer", base / "transformer")
-    find_files(cached(settings), group.world)
+    preflight(cached(settings), group, group.world, None)
     vocabulary = base / "tokenizer" / "tokenizer_config.json"
     vocabulary.write_text(vocabulary.read_text() + "\n")
-    with pytest.raises(UserError, match=r"other text encoders: tokenizer/tokenizer_config.json has changed; remove"):
-        find_files(cached(settings), group.world)
+    with pytest.raises(UserError, match=r"other encoders: tokenizer/tokenizer_config.json has changed; remove"):
+        preflight(cached(settings), group, group.world, None)
     with pytest.raises(UserError, match="has changed"):
         encode_prompts(config_of(settings), group)
     vocabulary.unlink()
     with pytest.raises(UserError, match=r"tokenizer/tokenizer_config.json is gone"):
-        find_files(cached(settings), group.world)
+        preflight(cached(settings), group, group.world, None)
 
 
 def test_a_second_call_encodes_what_the_first_left(
     settings: dict[str, Any], tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, encoded = config_of(settings), []
-    honest = ModelFamily.encode
+    honest = ModelFamily.encode_texts
 
-    def encode(family: ModelFamily, prompts: list[str]) -> Conditioning:
+    def encode(family: ModelFamily, prompts: list[str], pictures: Sequence[tuple[Picture, ...]] = ()) -> Conditioning:
         if encoded:
             raise KeyboardInterrupt
         encoded.extend(prompts)
-        return honest(family, prompts)
+        return honest(family, prompts, pictures)
 
-    monkeypatch.setattr(ModelFamily, "encode", encode)
+    monkeypatch.setattr(ModelFamily, "encode_texts", encode)
     monkeypatch.setattr(opd_ds.runs.encode, "_PER_SHARD", 3)
     with pytest.raises(KeyboardInterrupt):
         encode_prompts(config, group, tmp_path / "cache")
@@ -153,7 +154,7 @@ def test_a_second_call_encodes_what_the_first_left(
     assert len(encoded) == 3
     (tmp_path / "cache" / ".shard-0.tmp").write_bytes(b"half a shard")
     kept, encoded[:] = list(encoded), []
-    monkeypatch.setattr(ModelFamily, "encode", lambda f, p: (encoded.extend(p), honest(f, p))[1])
+    monkeypatch.setattr(ModelFamily, "encode_texts", lambda f, p, own=(): (encoded.extend(p), honest(f, p, own))[1])
     encode_prompts(config, group, tmp_path / "cache")
     assert len(encoded) == 5
     assert sorted(kept + encoded) == sorted({*PROMPTS, "a held-out 4", "a probed 6 of many words", "a poor 2"})
@@ -162,19 +163,19 @@ def test_a_second_call_encodes_what_the_first_left(
 
     shard.write_bytes(shard.read_bytes()[:-8])
     with pytest.raises(UserError, match=rf"{shard.name} is damaged .* remove it and run"):
-        find_files(cached(settings, model__text_cache=str(tmp_path / "cache")), group.world)
+        preflight(cached(settings, model__text_cache=str(tmp_path / "cache")), group, group.world, None)
 
 
 def test_ranks_share_the_work(settings: dict[str, Any], group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
     config, encoded = config_of(settings), []
-    honest = ModelFamily.encode
-    monkeypatch.setattr(ModelFamily, "encode", lambda f, p: (encoded.append(p), honest(f, p))[1])
+    honest = ModelFamily.encode_texts
+    monkeypatch.setattr(ModelFamily, "encode_texts", lambda f, p, own=(): (encoded.append(p), honest(f, p, own))[1])
     monkeypatch.setattr(Group, "gather", lambda self, value: [value])  # the ranks one after another
     monkeypatch.setattr(Group, "barrier", lambda self: None)
     for rank in (0, 2, 1):
         encode_prompts(config, Group(World(rank, 0, 3, 1), group.device))
     assert [len(prompts) for prompts in encoded] == [3, 2, 3]
-    find_files(cached(settings), group.world)
+    preflight(cached(settings), group, group.world, None)
 
 
 def test_the_command(settings: dict[str, Any], tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +199,7 @@ def test_padding_is_not_stored(tmp_path: Path, dtype: torch.dtype) -> None:
     cond = Conditioning({"embeds": embeds, "pooled": torch.randn(4, longest).to(dtype), "mask": mask})
     cache, names = TextCache(tmp_path), ["two", "five", "one", "none"]
     cache.claim({"files": {}})
-    cache.add(names, cond)
+    cache.add(dict(zip(names, cond.apart(), strict=True)))
     cache = TextCache(tmp_path)
     assert [len(cache.read([name]).tensors["mask"][0]) for name in names] == [2, 5, 1, 1]
     together = cache.read(names)

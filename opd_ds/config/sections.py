@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from opd_ds.config.base import Folder, Section
 from opd_ds.errors import UserError
@@ -77,6 +77,11 @@ class ModelSection(Section):
     )
     decode_micro_batch: PositiveInt | None = Field(
         None, description="images that the VAE decodes at once; default: as many as are drawn at once"
+    )
+    reference_side: PositiveInt | None = Field(
+        None,
+        description="reference pictures are resized to the area of a square of so many pixels; default: as the "
+        "family's pipeline does, to about 1024",
     )
     compile_blocks: bool = Field(
         False,
@@ -315,8 +320,11 @@ class PromptsSection(Section):
         description="file (.txt, .jsonl, .parquet, .csv), package:<path inside opd_ds>, or a data set: folder or hub id"
     )
     column: str = Field("prompt", description="where the prompt stands; a .txt file is prompts alone")
+    pictures: tuple[str, ...] = Field(
+        (), description="columns with reference pictures: paths beside the file, bytes, or lists of these"
+    )
     metadata: tuple[str, ...] | None = Field(
-        None, description="columns that reach the rewards; default: all others, but for images, sound and bytes"
+        None, description="columns that reach the rewards; default: all others, but for pictures, sound and bytes"
     )
     where: dict[str, Cell | tuple[Cell, ...]] = Field(
         default_factory=dict, description="keep the rows whose columns hold this value, or one of these"
@@ -326,6 +334,11 @@ class PromptsSection(Section):
     subset: str | None = Field(None, description="of a data set with several configurations")
     split: str | None = Field(None, description="of a data set with several")
     streaming: bool = Field(False, description="read a data set as it arrives instead of downloading all of it first")
+
+    @field_validator("pictures", mode="before")
+    @classmethod
+    def _one_column(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 class EvaluatedSection(Section):

@@ -22,6 +22,7 @@ class Findings:
     with quote marks that stand alone."""
 
     prompts: int = 0
+    pictures: int = 0
     longest: Row | None = None
     tags: Counter[str] = field(default_factory=Counter)
     quoting: int = 0
@@ -37,7 +38,8 @@ def look_through(chosen: PromptsSection, key: str) -> Findings:
     Raises:
         UserError: it is not there.
     """
-    found, seen = Findings(), set()
+    found = Findings()
+    seen: set[tuple[str, ...]] = set()
     for row in rows(locate(chosen, key), chosen):
         if isinstance(row, Problem):
             found.problems.append(row)
@@ -51,9 +53,15 @@ def look_through(chosen: PromptsSection, key: str) -> Findings:
             found.odd_quotes.append(row)
         if text is not None and not is_text(text):
             found.problems.append(Problem(f"text = {shown(text, 40)}: the reward `ocr` needs a text", row.place))
-        if row.prompt in seen:
+        if row.asked in seen:
             found.repeats.append(row)
-        seen.add(row.prompt)
+        seen.add(row.asked)
+        found.pictures += len(row.pictures)
+        for picture in row.pictures:
+            try:
+                picture.load()  # what was read of it is its header
+            except UserError as error:
+                found.problems.append(Problem(str(error).removeprefix(f"{row.place}: "), row.place))
         if row.metadata.get("tag"):
             found.tags[str(row.metadata["tag"])] += 1
         try:
@@ -68,6 +76,8 @@ def look_through(chosen: PromptsSection, key: str) -> Findings:
 def describe(found: Findings) -> str:
     """For people: a line per thing that there is."""
     lines = [f"prompts       {found.prompts}"]
+    if found.pictures:
+        lines.append(f"pictures      {found.pictures}")
     if found.tags:
         tags = [f"{_plain(tag)} {count}" for tag, count in found.tags.most_common(_TAGS_SHOWN)]
         more = [f"and {len(found.tags) - _TAGS_SHOWN} more"] if len(found.tags) > _TAGS_SHOWN else []
@@ -97,6 +107,7 @@ def as_dict(found: Findings) -> dict[str, Any]:
     """For programs: the same counts, places, and all problems."""
     return {
         "prompts": found.prompts,
+        "pictures": found.pictures,
         "tags": dict(found.tags),
         "geneval": found.geneval,
         "quoting": found.quoting,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,38 @@ from typing import Any
 from opd_ds.config.sections import PromptsSection
 from opd_ds.data.readers import Problem, Row, locate, rows
 from opd_ds.errors import UserError
+from opd_ds.pictures import Picture
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in file order, each with its metadata (empty for .txt), and a hash of both."""
+    """Prompts in file order, each with its metadata (empty for .txt), and a hash of all.
+
+    Attributes:
+        pictures: the reference pictures of each prompt; empty where the set has none.
+    """
 
     prompts: tuple[str, ...]
     metadata: tuple[dict[str, Any], ...]
     sha256: str
+    pictures: tuple[tuple[Picture, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     @cached_property
     def repeats(self) -> int:
-        """How many prompts stand further up already."""
-        return len(self.prompts) - len(set(self.prompts))
+        """How many prompts stand further up already, with the same pictures."""
+        return len(self.prompts) - len({(prompt, self.pictures_of(row)) for row, prompt in enumerate(self.prompts)})
+
+    def pictures_of(self, row: int) -> tuple[Picture, ...]:
+        return self.pictures[row] if self.pictures else ()
+
+    def first(self, count: int | None) -> PromptSet:
+        """The first `count` prompts, or all."""
+        return replace(
+            self, prompts=self.prompts[:count], metadata=self.metadata[:count], pictures=self.pictures[:count]
+        )
 
     @classmethod
     def read(cls, source: Path | PromptsSection, key: str = "prompts") -> PromptSet:
@@ -50,6 +65,7 @@ class PromptSet:
             found.append(row)
         if not found:
             raise UserError(f"{key}: {kind} {place} has no prompts")
-        pairs = [(row.prompt, row.metadata) for row in found]
+        pairs = [(row.prompt, row.metadata, *row.asked[1:]) for row in found]
         digest = hashlib.sha256(json.dumps(pairs, sort_keys=True, default=str).encode()).hexdigest()
-        return cls(tuple(row.prompt for row in found), tuple(row.metadata for row in found), digest)
+        pictures = tuple(row.pictures for row in found) if chosen.pictures else ()
+        return cls(tuple(row.prompt for row in found), tuple(row.metadata for row in found), digest, pictures)

@@ -17,11 +17,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from glob import has_magic
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from opd_ds.config.paths import PACKAGE_PREFIX, find_local, looked_for, resolve_path
 from opd_ds.config.sections import PromptsSection
 from opd_ds.errors import UserError, nearest, shown
+from opd_ds.pictures import Picture
 from opd_ds.utils.stand_ins import stand_in
 
 FILES = (".txt", ".jsonl", ".parquet", ".csv")
@@ -39,6 +40,12 @@ class Row:
     prompt: str
     metadata: dict[str, Any]
     place: str
+    pictures: tuple[Picture, ...] = ()
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """What makes two rows repeats of one: the prompt, and what its pictures hold."""
+        return self.prompt, *(picture.sha256 for picture in self.pictures)
 
 
 @dataclass(frozen=True)
@@ -79,14 +86,14 @@ def locate(chosen: PromptsSection, key: str) -> Path | str:
     for name in ("subset", "split", "streaming"):
         if asked := getattr(chosen, name):
             raise UserError(f"{key}.{name} = {asked!r} is for data sets, and {value} is a file; remove it")
-    if value.endswith(".txt") and (chosen.column != "prompt" or chosen.where or chosen.metadata):
-        raise UserError(f"{key}: {value} has no columns to choose from; remove column, where and metadata")
+    if value.endswith(".txt") and (chosen.column != "prompt" or chosen.where or chosen.metadata or chosen.pictures):
+        raise UserError(f"{key}: {value} has no columns to choose from; remove column, pictures, where and metadata")
     return resolve_path(value, key)
 
 
 def rows(source: Path | str, chosen: PromptsSection) -> Iterator[Row | Problem]:
     """What `chosen` keeps of `source`, which `locate` gave; problems in their places among the rows."""
-    seen: set[str] = set()
+    seen: set[tuple[str, ...]] = set()
     kept = 0
     try:
         if isinstance(source, Path) and source.is_file() and (instead := stand_in(source)):
@@ -94,9 +101,9 @@ def rows(source: Path | str, chosen: PromptsSection) -> Iterator[Row | Problem]:
             return
         for row in map(_without_flaw, _prompts(source, chosen)):
             if isinstance(row, Row) and chosen.unique:
-                if row.prompt in seen:
+                if row.asked in seen:
                     continue
-                seen.add(row.prompt)
+                seen.add(row.asked)
             yield row
             kept += isinstance(row, Row)
             if kept == chosen.limit:
@@ -132,11 +139,12 @@ def _prompts(source: Path | str, chosen: PromptsSection) -> Iterator[Row | Probl
         for line in _lines(source):
             yield line if isinstance(line, Problem) else Row(line.columns["line"].strip(), {}, line.place)
         return
+    folder = Path() if isinstance(source, str) else source.parent if source.is_file() else source
     for record in _where(_records(source, chosen), chosen):
-        yield record if isinstance(record, Problem) else _row(record, chosen)
+        yield record if isinstance(record, Problem) else _row(record, chosen, folder)
 
 
-def _row(record: _Record, chosen: PromptsSection) -> Row | Problem:
+def _row(record: _Record, chosen: PromptsSection, folder: Path) -> Row | Problem:
     columns, wanted = record.columns, chosen.metadata
     prompt = columns.get(chosen.column)
     if not isinstance(prompt, str) or _is_blank(prompt):
@@ -146,8 +154,48 @@ def _row(record: _Record, chosen: PromptsSection) -> Row | Problem:
     absent = [name for name in wanted or () if name not in columns]
     if absent:
         return Problem(f"has no {shown(absent[0], 40)}, which `metadata` names", record.place)
-    names = [name for name in columns if name != chosen.column] if wanted is None else wanted
-    return Row(prompt.strip(), {name: columns[name] for name in names}, record.place)
+    if wanted is None:
+        wanted = tuple(name for name in columns if name != chosen.column and name not in chosen.pictures)
+    try:
+        pictures = tuple(_pictures(record, chosen.pictures, folder))
+    except UserError as error:
+        return Problem(str(error), record.place)
+    return Row(prompt.strip(), {name: columns[name] for name in wanted}, record.place, pictures)
+
+
+def _pictures(record: _Record, names: Sequence[str], folder: Path) -> Iterator[Picture]:
+    """The pictures of a row: at least one where there are `names`, of which all but the first may be empty.
+
+    Raises:
+        UserError: a column or picture is not there, or is damaged.
+    """
+    for name in names:
+        if name not in record.columns:
+            there = _listed(sorted(record.columns))
+            raise UserError(f"has no {shown(name, 40)}, which `pictures` names; there are {there}")
+        value = record.columns[name]
+        if _is_empty(value):
+            if name != names[0]:
+                continue
+            raise UserError(f"has no picture under {shown(name, 40)}; prompts without pictures are a set of their own")
+        for one in value if isinstance(value, list) else [value]:
+            source, said = _source(one, name, folder)
+            yield Picture.find(source, record.place, said)
+
+
+def _is_empty(value: Any) -> bool:
+    return value in (None, "", b"", []) or (isinstance(value, dict) and not any(value.values()))
+
+
+def _source(value: Any, name: str, folder: Path) -> tuple[Path | bytes, str]:
+    """Where a picture is, and what messages call it; `datasets` stores bytes, a path, or both."""
+    if isinstance(value, dict) and value.keys() >= {"bytes", "path"}:
+        value = value["bytes"] or value["path"]
+    if isinstance(value, bytes) and value:
+        return value, name
+    if isinstance(value, str) and value and "\0" not in value:
+        return folder / Path(value).expanduser(), f"{name} = {shown(value, 60)}"
+    raise UserError(f"{name} = {shown(value, 40)}: needs the path of a picture, its bytes, or a list of these")
 
 
 def _where(records: Iterable[_Record | Problem], chosen: PromptsSection) -> Iterator[_Record | Problem]:
@@ -271,7 +319,7 @@ def _table(path: Path) -> Iterator[_Record | Problem]:
 def _columns(source: Path | str, chosen: PromptsSection) -> Iterator[_Record | Problem]:
     is_file = isinstance(source, Path) and source.is_file()
     try:
-        found = _parquet(Path(source)) if is_file else _data_set(source, chosen)
+        found = _parquet(Path(source), chosen) if is_file else _data_set(source, chosen)
         for number, columns in enumerate(found, 1):
             yield _Record(columns, f"row {number}")
     except UserError:
@@ -282,13 +330,13 @@ def _columns(source: Path | str, chosen: PromptsSection) -> Iterator[_Record | P
         yield Problem(f"not readable as {kind} ({type(error).__name__}: {reason})")
 
 
-def _parquet(file: Path) -> Iterator[dict[str, Any]]:
+def _parquet(file: Path, chosen: PromptsSection) -> Iterator[dict[str, Any]]:
     """By pyarrow: `datasets` takes [, *, ? and :: in a file's name for patterns, and reads other files instead."""
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(file) as opened:
         _refuse_repeats(opened.schema_arrow.names, "column")
-        names = [field.name for field in opened.schema_arrow if not _holds_bytes(field.type)]
+        names = [field.name for field in opened.schema_arrow if _is_read(field, chosen)]
         for batch in opened.iter_batches(columns=names):
             yield from batch.to_pylist()
 
@@ -300,12 +348,27 @@ def _data_set(source: Path | str, chosen: PromptsSection) -> Iterable[dict[str, 
             splits = _listed(list(map(str, opened)))
             raise UserError(f"data set {source}: has the splits {splits}; choose one with split")
         opened = next(iter(opened.values()))
+    if not opened.features:
+        return cast(Iterable[dict[str, Any]], opened)
     # Columns that are no text or number would be decoded row by row.
-    large = (
-        [field.name for field in opened.features.arrow_schema if _holds_bytes(field.type)] if opened.features else []
-    )
-    rows: Iterable[dict[str, Any]] = opened.remove_columns(large) if large else opened
-    return rows
+    unread = [field.name for field in opened.features.arrow_schema if not _is_read(field, chosen)]
+    for name in opened.features.keys() & set(chosen.pictures):
+        opened = opened.cast_column(name, _undecoded(opened.features[name]))
+    return cast(Iterable[dict[str, Any]], opened.remove_columns(unread) if unread else opened)
+
+
+def _undecoded(feature: Any) -> Any:
+    """The type of a column of `datasets`, with images as they are stored."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    inside = getattr(feature, "feature", None)  # of a list
+    return type(feature)(datasets.Image(decode=False)) if isinstance(inside, datasets.Image) else feature
+
+
+def _is_read(field: Any, chosen: PromptsSection) -> bool:
+    return field.name in chosen.pictures or not _holds_bytes(field.type)
 
 
 def _open(source: Path | str, chosen: PromptsSection) -> Any:

@@ -1,8 +1,9 @@
-"""Encoded prompts on disk: `opd-ds data encode` writes them, runs with `model.text_encoders: cached` read them.
+"""Encoded prompts and pictures on disk: `opd-ds data encode` writes them, runs with `model.text_encoders: cached` read
+them.
 
 A folder holds `manifest.json` (all that decides the numbers) and shards: safetensors files that appear whole or not at
-all. An entry is named by its prompt's hash, so the headers of the shards are the index, and several processes may add
-shards side by side.
+all. An entry is named by the hash of the prompt, or of what the family calls a picture (`PromptEncoding`), so the
+headers of the shards are the index, and several processes may add shards side by side.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _COMMAND = "run `opd-ds data encode` with the --recipe or --config and the --set
 
 
 def encoders_identity(config: RunConfig, model: Path) -> dict[str, Any]:
-    """What decides the encoding of a prompt. Reads the files of all text encoders once, to hash them.
+    """What decides the encoding of a prompt, and of a picture where the family takes any. Reads the files of all
+    encoders once, to hash them.
 
     Args:
         model: `config.model.path`, found.
@@ -37,7 +39,8 @@ def encoders_identity(config: RunConfig, model: Path) -> dict[str, Any]:
     index = model / "model_index.json"
     if not index.is_file():
         raise UserError(f"model.path = {model}: no model_index.json, so its text encoders are not known")
-    left_out = {"scheduler", *family_class(config.model.family).pipeline_parts}
+    kind = family_class(config.model.family)
+    left_out = {"scheduler", *kind.pipeline_parts} - ({"vae"} if kind.takes_pictures else set())
     files = {
         str(file.relative_to(model)): weights_sha256(file)
         for part, loaded_by in sorted(json.loads(index.read_text(encoding="utf-8")).items())
@@ -48,13 +51,15 @@ def encoders_identity(config: RunConfig, model: Path) -> dict[str, Any]:
         "format": FORMAT,
         "family": config.model.family,
         "precision": config.precision,
-        "max_text_length": config.model.max_text_length or family_class(config.model.family).default_text_length,
+        "max_text_length": config.model.max_text_length or kind.default_text_length,
         "files": files,
     }
 
 
 class TextCache:
-    """The encoded prompts in `folder`, which need not be there before the first access."""
+    """The encodings in `folder`, which need not be there before the first access; a prompt without pictures is its own
+    name.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -71,42 +76,41 @@ class TextCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / MANIFEST_FILE, json.dumps(identity, indent=1) + "\n")
 
-    def check(self, identity: dict[str, Any], prompts: Iterable[str] = ()) -> None:
-        """Raise UserError unless the folder was written by encoders of `identity` and has all `prompts`."""
-        wanted = list(dict.fromkeys(prompts))
+    def check(self, identity: dict[str, Any], names: Iterable[str] = ()) -> None:
+        """Raise UserError unless the folder was written by encoders of `identity` and has all `names`."""
+        wanted = list(dict.fromkeys(names))
         if not (self.folder / MANIFEST_FILE).is_file():
             raise UserError(f"text cache {self.folder}: there is none yet for {len(wanted)} prompts; {_COMMAND}")
         theirs = json.loads((self.folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         difference = _difference(theirs, identity)
         if difference:
             raise UserError(
-                f"text cache {self.folder} was written by other text encoders: {difference}; remove the folder, or "
+                f"text cache {self.folder} was written by other encoders: {difference}; remove the folder, or "
                 f"name another as model.text_cache, and {_COMMAND}"
             )
         self._refuse_missing(wanted)
 
-    def missing(self, prompts: Iterable[str]) -> list[str]:
-        """The prompts that are not encoded yet, each once, in their order."""
-        return [prompt for prompt in dict.fromkeys(prompts) if _digest(prompt) not in self._rows]
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """What is not encoded yet, each once, in order."""
+        return [name for name in dict.fromkeys(names) if _digest(name) not in self._rows]
 
-    def read(self, prompts: list[str]) -> Conditioning:
-        """Encoded prompts, one row each, on the CPU; where they differ in length, padded to the longest.
+    def read(self, names: list[str]) -> Conditioning:
+        """Encodings, one row each, on the CPU; where they differ in length, padded to the longest.
 
         Raises:
-            UserError: a prompt is not encoded.
+            UserError: one is not there.
         """
-        self._refuse_missing(prompts)
-        return Conditioning.cat([self._read(_digest(prompt)) for prompt in prompts])
+        self._refuse_missing(names)
+        return Conditioning.cat([self._read(_digest(name)) for name in names])
 
-    def add(self, prompts: list[str], cond: Conditioning) -> None:
-        """Write encoded prompts as one shard, rows without their padding."""
-        digests = [_digest(prompt) for prompt in prompts]
+    def add(self, rows: dict[str, Conditioning]) -> None:
+        """Write encodings by name, each a single row, as one shard; rows without their padding."""
         entries = {
-            f"{digest}.{name}": tensor.contiguous().cpu().clone()
-            for row, digest in enumerate(digests)
-            for name, tensor in trimmed(cond[slice(row, row + 1)]).tensors.items()
+            f"{_digest(name)}.{key}": tensor.contiguous().cpu().clone()
+            for name, row in rows.items()
+            for key, tensor in trimmed(row).tensors.items()
         }
-        shard = self.folder / f"shard-{_digest(''.join(digests))[:16]}.safetensors"
+        shard = self.folder / f"shard-{_digest(''.join(map(_digest, rows)))[:16]}.safetensors"
         draft = shard.with_name(f".{shard.name}.tmp")
         save_file(entries, draft)
         apply_umask(draft)
@@ -125,12 +129,13 @@ class TextCache:
         shard, names = self._rows[digest]
         return Conditioning({name: shard.get_tensor(f"{digest}.{name}") for name in names})
 
-    def _refuse_missing(self, prompts: list[str]) -> None:
-        missing = self.missing(prompts)
+    def _refuse_missing(self, names: list[str]) -> None:
+        missing = self.missing(names)
         if missing:
+            prompt, _, hashed = missing[0].partition("\0")
             raise UserError(
-                f"text cache {self.folder}: {len(missing)} of {len(set(prompts))} prompts are not encoded, the first: "
-                f"{missing[0]!r}; {_COMMAND}"
+                f"text cache {self.folder}: {len(missing)} of {len(set(names))} prompts are not encoded, the first: "
+                f"{repr(prompt) if prompt else f'the reference picture with sha256 {hashed}'}; {_COMMAND}"
             )
 
 

@@ -181,7 +181,8 @@ class Benchmark:
 
     def _recipe(self, model: EvalModel, name: str, item: Item) -> dict[str, Any]:
         named = {"model": model.identity, "guidance": model.guidance[name], "prompt": item.prompt, "index": item.index}
-        return self.settings | named
+        pictures = {"pictures": [picture.sha256 for picture in item.pictures]} if item.pictures else {}
+        return self.settings | named | pictures
 
     # ---- scoring ----
 

@@ -19,6 +19,7 @@ from opd_ds.diffusion.noise import SampleNoise, sample_seed
 from opd_ds.diffusion.rollout import chunks, rollout
 from opd_ds.engine import Group
 from opd_ds.models import Conditioning, ModelFamily
+from opd_ds.pictures import Picture
 
 _ENCODED_AT_ONCE = 256  # prompts per trip of offloaded text encoders; SD3's embeddings are some 3 MB each
 
@@ -31,6 +32,7 @@ class Item:
         number: the prompt's place in its set.
         sample: which of the prompt's images.
         index: which of all images of this text: a set may hold a text twice, and both want noise of their own.
+        pictures: the prompt's reference pictures.
     """
 
     number: int
@@ -38,6 +40,7 @@ class Item:
     prompt: str
     metadata: dict[str, Any]
     index: int
+    pictures: tuple[Picture, ...] = ()
 
     def seed(self, seed: int) -> int:
         """Names the noise by (prompt, index) alone: the same for every model, set, rank and number of samples."""
@@ -55,7 +58,14 @@ def items(prompts: PromptSet, samples: int, limit: int | None = None) -> list[It
         seen[prompt] += 1
     count = len(prompts) if limit is None else min(limit, len(prompts))
     return [
-        Item(number, sample, prompt, prompts.metadata[number], occurrence[number] + sample * multiplicity[prompt])
+        Item(
+            number,
+            sample,
+            prompt,
+            prompts.metadata[number],
+            occurrence[number] + sample * multiplicity[prompt],
+            prompts.pictures_of(number),
+        )
         for sample in range(samples)
         for number, prompt in enumerate(prompts.prompts[:count])
     ]
@@ -85,17 +95,26 @@ class Painter:
     def draw(self, network: Any, wanted: list[Item], guidance: float) -> Iterator[tuple[Item, Image.Image]]:
         """The images in order, by micro-batches. The number of forwards depends on `len(wanted)` alone."""
         for block in chunks(len(wanted), _ENCODED_AT_ONCE):
-            cond = self._family.encode([item.prompt for item in wanted[block]])
+            cond = self._encode(wanted[block])
             for rows in chunks(len(cond), self._settings.micro_batch):
                 part = wanted[block][rows]
                 yield from zip(part, self._micro_batch(network, part, cond[rows], guidance), strict=True)
+
+    def _encode(self, wanted: list[Item]) -> Conditioning:
+        pictures = [item.pictures for item in wanted]
+        cond = self._family.encode([item.prompt for item in wanted], pictures)
+        if not (self._family.sees_pictures and any(pictures)):
+            return cond
+        return cond.with_references(cond.references, self._family.encode_texts([self._negative] * len(cond), pictures))
 
     @torch.no_grad()
     def _micro_batch(
         self, network: Any, part: list[Item], cond: Conditioning, guidance: float
     ) -> Iterator[Image.Image]:
         def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
-            return self._family.guided_velocity(network, x, sigma, cond[rows], self._uncond, guidance)
+            part = cond[rows]
+            uncond = self._uncond if part.negative is None else part.negative
+            return self._family.guided_velocity(network, x, sigma, part, uncond, guidance)
 
         self._group.progress("drawing images")
         noise = SampleNoise([item.seed(self._settings.seed) for item in part], self._family.latent_shape)

@@ -8,14 +8,17 @@ from pathlib import Path
 import torch
 
 from opd_ds.errors import UserError, nearest
-from opd_ds.models.base import ENCODED_AT_ONCE, Conditioning, ModelFamily
+from opd_ds.models.base import ModelFamily
 from opd_ds.models.compilation import block_names, compile_blocks, compile_forwards, leave_uncompiled, log_compiled
+from opd_ds.models.conditioning import Conditioning
+from opd_ds.models.prompt_encoding import ENCODED_AT_ONCE, REFERENCE
 from opd_ds.models.stored_weights import ParameterBuilder, ParametersElsewhere, StoredTensor, WholeParameters
 
 # name: (module, class). Imported when named: diffusers' classes are heavy.
 FAMILIES: dict[str, tuple[str, str]] = {
     "sd3": ("sd3", "SD3"),
     "flux": ("flux", "Flux"),
+    "flux_kontext": ("flux", "FluxKontext"),
     "flux2": ("flux2", "Flux2"),
     "qwen_image": ("qwen_image", "QwenImage"),
     "z_image": ("z_image", "ZImage"),
@@ -47,6 +50,7 @@ def build_family(name: str, path: Path, *, dtype: torch.dtype, device: torch.dev
 __all__ = [
     "ENCODED_AT_ONCE",
     "FAMILIES",
+    "REFERENCE",
     "Conditioning",
     "ModelFamily",
     "ParameterBuilder",

@@ -7,12 +7,9 @@ guidance, offloaded text encoders, saving) is here.
 from __future__ import annotations
 
 import shutil
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import InitVar, dataclass, field
+from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from threading import Lock
 from typing import Any, ClassVar, Literal
 
 import diffusers
@@ -20,14 +17,14 @@ import numpy as np
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from opd_ds.errors import UserError, about, shown
 from opd_ds.models import lora, privates
-from opd_ds.models.host_weights import HostMemory, HostWeights
+from opd_ds.models.conditioning import Conditioning
 from opd_ds.models.inspection import network_folder, read_config, weight_files
-from opd_ds.models.libraries import load
+from opd_ds.models.libraries import diffusers_class
 from opd_ds.models.own_weights import check_own_weights
+from opd_ds.models.prompt_encoding import PromptEncoding
 from opd_ds.models.stored_weights import (
     ParameterBuilder,
     Stored,
@@ -65,66 +62,8 @@ JOINT_ATTENTION = (
     "attn.to_add_out",
 )
 
-ENCODED_AT_ONCE = 8  # prompts
 
-
-@dataclass(frozen=True)
-class Conditioning:
-    """Encoded prompts: named tensors with one row per prompt, as the family's network takes them.
-
-    Where prompts differ in length, `tensors` has a boolean `mask` [B, L]; tensors as long as it are padded with zeros.
-
-    Args:
-        known_lengths: `lengths`, where they are known; otherwise the mask is read, for which the device is waited for.
-
-    Attributes:
-        lengths: tokens of each prompt, by the mask, on the host: forwards need them. Empty where there is no mask.
-    """
-
-    tensors: dict[str, Tensor]
-    known_lengths: InitVar[tuple[int, ...] | None] = None
-    lengths: tuple[int, ...] = field(init=False)
-
-    def __post_init__(self, known_lengths: tuple[int, ...] | None) -> None:
-        if known_lengths is None:
-            mask = self.tensors.get("mask")
-            known_lengths = () if mask is None else tuple(mask.sum(1).tolist())
-        object.__setattr__(self, "lengths", known_lengths)
-
-    def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
-
-    def __getitem__(self, rows: slice) -> Conditioning:
-        return Conditioning({name: tensor[rows] for name, tensor in self.tensors.items()}, self.lengths[rows])
-
-    def select(self, index: Tensor, rows: Sequence[int]) -> Conditioning:
-        """The rows `index` int64 [b], on the device of the tensors, and the same numbers on the host."""
-        lengths = tuple(self.lengths[row] for row in rows) if self.lengths else ()
-        return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()}, lengths)
-
-    def to(self, device: torch.device) -> Conditioning:
-        return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()}, self.lengths)
-
-    def expand(self, count: int) -> Conditioning:
-        """A single encoded prompt repeated `count` times, without copying."""
-        expanded = {name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in self.tensors.items()}
-        return Conditioning(expanded, self.lengths * count)
-
-    @staticmethod
-    def cat(parts: list[Conditioning]) -> Conditioning:
-        """All rows in order; where the parts are of different lengths, padded to the longest."""
-        joined = {name: _cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
-        return Conditioning(joined, tuple(length for part in parts for length in part.lengths))
-
-
-def _cat(parts: list[Tensor]) -> Tensor:
-    if parts[0].ndim > 1:
-        longest = max(part.shape[1] for part in parts)
-        parts = [pad(part, (0, 0) * (part.ndim - 2) + (0, longest - part.shape[1])) for part in parts]
-    return torch.cat(parts)
-
-
-class ModelFamily(ABC):
+class ModelFamily(PromptEncoding):
     """One diffusion architecture around one diffusers folder; the engines own the network itself.
 
     Latents are [B, C, h, w] ([B, C, f, h, w] of videos) with x_sigma = (1 - sigma) * x0 + sigma * noise and
@@ -140,14 +79,14 @@ class ModelFamily(ABC):
             default.
         text_encoders: `resident` keeps them on the device, `offload` brings them there only to encode.
         decode_micro_batch: images that the VAE decodes at once; None: all that it is given.
+        reference_side: reference pictures are resized to the area of a square of so many pixels; None takes what the
+            family's pipeline takes.
 
     Raises:
         UserError: a folder of another layout, or a size that the network cannot draw.
     """
 
-    pipeline_class: ClassVar[str]  # names of diffusers classes
-    transformer_class: ClassVar[str]
-    vae_class: ClassVar[str] = "AutoencoderKL"
+    transformer_class: ClassVar[str]  # of diffusers
     transformer_keys: ClassVar[tuple[str, ...]]  # config entries that teacher and student must share
     vae_keys: ClassVar[tuple[str, ...]] = ("latent_channels", "scaling_factor", "shift_factor", "block_out_channels")
     lora_targets: ClassVar[tuple[str, ...]]  # where a LoRA student adapts, unless the run config says it
@@ -158,7 +97,6 @@ class ModelFamily(ABC):
     # Under guidance two calls instead of one of twice the rows: in one call the lengths of prompt and negative prompt
     # differ, and with the mask that this takes attention leaves its fastest kernels.
     guides_in_two_calls: ClassVar[bool] = False
-    pipeline_parts: ClassVar[Mapping[str, None]] = {"transformer": None, "vae": None}  # not needed to encode prompts
 
     def __init__(
         self,
@@ -172,11 +110,16 @@ class ModelFamily(ABC):
         max_text_length: int | None = None,
         text_encoders: Literal["resident", "offload"] = "offload",
         decode_micro_batch: int | None = None,
+        reference_side: int | None = None,
     ) -> None:
-        self.path, self.dtype, self.device = path, dtype, device
+        super().__init__(path, dtype, device, resident=text_encoders == "resident")
         self.max_text_length = max_text_length or self.default_text_length
-        self._keep_encoders = text_encoders == "resident"
         self._decoded_at_once = decode_micro_batch
+        if reference_side is not None and not self.takes_pictures:
+            raise UserError(
+                f"model.reference_side = {reference_side}: {type(self).__name__} takes no reference pictures; remove it"
+            )
+        self.reference_side = reference_side
         self._transformer_config = self._read_config("transformer/config.json")
         found = self._transformer_config.get("_class_name")
         if found != self.transformer_class:
@@ -189,12 +132,6 @@ class ModelFamily(ABC):
             raise UserError(f"model.frames = {frames}: {type(self).__name__} draws images; remove model.frames")
         self.frames = frames or self.default_frames
         self._check_size()
-        self.encoded: Callable[[list[str]], Conditioning] | None = None  # asked instead of the text encoders
-        self.host_memory: HostMemory | None = None  # where offloaded encoders stand; default: this process's own
-        self._encoders: Any = None
-        self._encoder_weights: HostWeights | None = None
-        self._vae: Any = None
-        self._vae_lock = Lock()  # images are also decoded beside the training
 
     # ---- what a family says ----
 
@@ -215,10 +152,6 @@ class ModelFamily(ABC):
     @abstractmethod
     def sigmas(self, steps: int) -> Tensor:
         """The inference grid of the folder's own scheduler: float64 [steps+1], from noise to image."""
-
-    @abstractmethod
-    def encode_with(self, pipeline: Any, prompts: list[str]) -> Conditioning:
-        """Encode prompts with a pipeline that has text encoders only, on `self.device`."""
 
     @abstractmethod
     def velocity(self, transformer: Callable[..., Any], latents: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
@@ -268,7 +201,7 @@ class ModelFamily(ABC):
             latents: [B, C, ...], any float dtype.
             sigma: [B], float32.
             cond: B encoded prompts.
-            uncond: one encoded negative prompt.
+            uncond: the encoded negative prompt, one for all or one a row; it goes with the pictures of `cond`.
 
         Raises:
             UserError: see `check_guidance`.
@@ -276,11 +209,12 @@ class ModelFamily(ABC):
         self.check_guidance("guidance", guidance)
         if guidance == 1.0:
             return self.velocity(transformer, latents, sigma, cond)
+        uncond = (uncond.expand(len(cond)) if len(uncond) == 1 else uncond).with_references(cond.references)
         if self.guides_in_two_calls:
             v_cond = self.velocity(transformer, latents, sigma, cond)
-            v_uncond = self.velocity(transformer, latents, sigma, uncond.expand(len(cond)))
+            v_uncond = self.velocity(transformer, latents, sigma, uncond)
             return self.combine(v_uncond, v_cond, guidance)
-        both = Conditioning.cat([uncond.expand(len(cond)), cond])
+        both = Conditioning.cat([uncond, cond])
         velocity = self.velocity(transformer, torch.cat([latents, latents]), sigma.repeat(2), both)
         v_uncond, v_cond = velocity.chunk(2)
         return self.combine(v_uncond, v_cond, guidance)
@@ -331,7 +265,7 @@ class ModelFamily(ABC):
         What modules compute when they are made is left out where a file has it: SD3's table of positions passes through
         several gigabytes of float64.
         """
-        network_class, before = _diffusers_class(self.transformer_class), torch.get_default_dtype()
+        network_class, before = diffusers_class(self.transformer_class), torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
             with torch.device("meta"):
@@ -346,48 +280,14 @@ class ModelFamily(ABC):
     def empty_transformer(self) -> nn.Module:
         """The denoising network without weights, on the meta device."""
         with torch.device("meta"):
-            return _diffusers_class(self.transformer_class).from_config(self._transformer_config)
-
-    def encode(self, prompts: list[str]) -> Conditioning:
-        """Encode prompts on the device; encoders leave the device afterwards when configured so. Where `host_memory` is
-        of several processes, their first calls are collective.
-
-        Every pass takes equally many prompts: a matrix product of another size may round differently, and a prompt's
-        numbers should not depend on how many others are encoded with it.
-        """
-        if self.encoded is not None:
-            return self.encoded(prompts).to(self.device)
-        if self._encoders is None:
-            self.load_encoders()
-        filled = prompts + prompts[-1:] * (-len(prompts) % ENCODED_AT_ONCE)
-        blocks = [filled[first : first + ENCODED_AT_ONCE] for first in range(0, len(filled), ENCODED_AT_ONCE)]
-        with torch.no_grad(), self._encoder_weights.on_device() if self._encoder_weights else nullcontext():
-            cond = Conditioning.cat([self.encode_with(self._encoders, block) for block in blocks])
-        return cond[slice(len(prompts))]
-
-    def load_encoders(self) -> None:
-        """Read what `encode` needs, which its first call does otherwise.
-
-        Raises:
-            UserError: a file is damaged.
-        """
-        pipeline, what = _diffusers_class(self.pipeline_class), "text encoders or tokenizers"
-        self._encoders = load(pipeline, self.path, what, **self.pipeline_parts, dtype=self.dtype)
-        if self._keep_encoders:
-            self._encoders.to(self.device)
-            return
-        networks = [part for part in self._encoders.components.values() if isinstance(part, nn.Module)]
-        self._encoder_weights = HostWeights(nn.ModuleList(networks), self.device, self.host_memory)
+            return diffusers_class(self.transformer_class).from_config(self._transformer_config)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, ...] to images [B, 3, H, W], float32 in [0, 1]; of a video its middle frame."""
-        with self._vae_lock:
-            if self._vae is None:
-                vae = load(_diffusers_class(self.vae_class), self.path, "vae", subfolder="vae", dtype=self.dtype)
-                self._vae = vae.requires_grad_(False).eval().to(self.device)
+        vae = self._loaded_vae()
         with torch.no_grad():
             parts = latents.to(self.device, self.dtype).split(self._decoded_at_once or len(latents))
-            pictures = torch.cat([self.decode_with(self._vae, part) for part in parts])
+            pictures = torch.cat([self.decode_with(vae, part) for part in parts])
         return (pictures.float() / 2 + 0.5).clamp(0, 1)
 
     def check_adapter(self, path: Path) -> None:
@@ -437,19 +337,19 @@ class ModelFamily(ABC):
                         f"{file} has {key} = {shown(theirs.get(key))}, the student has {shown(ours.get(key))}; "
                         "teacher and student must share scheduler, network interface and latent space"
                     )
-        check_own_weights(_diffusers_class(self.transformer_class), folder, transformer)
+        check_own_weights(diffusers_class(self.transformer_class), folder, transformer)
 
     def save_full(self, transformer_state: dict[str, Tensor], folder: Path) -> None:
         """The student's network beside copies of the base folder's other parts: a diffusers pipeline of its own."""
         shutil.copytree(self.path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer"))
-        transformer = _diffusers_class(self.transformer_class).from_config(self._transformer_config)
+        transformer = diffusers_class(self.transformer_class).from_config(self._transformer_config)
         transformer.load_state_dict(transformer_state)
         transformer.to(self.dtype).save_pretrained(folder / "transformer")
         apply_umask(*(file for file in folder.rglob("*") if file.is_file()))  # copies keep the mode of the base's
 
     def save_lora(self, adapter_state: dict[str, Tensor], lora_config: Any, folder: Path) -> None:
         """Write `pytorch_lora_weights.safetensors` that the pipeline's `load_lora_weights` reads."""
-        _diffusers_class(self.pipeline_class).save_lora_weights(
+        diffusers_class(self.pipeline_class).save_lora_weights(
             folder,
             transformer_lora_layers=adapter_state,
             transformer_lora_adapter_metadata=lora_config.to_dict(),
@@ -487,7 +387,3 @@ class ModelFamily(ABC):
             )
         with about(f"model.path = {self.path}"):
             return read_config((self.path / file).parent, (self.path / file).name)
-
-
-def _diffusers_class(name: str) -> Any:
-    return getattr(diffusers, name)

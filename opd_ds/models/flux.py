@@ -1,4 +1,4 @@
-"""FLUX.1 (dev, and schnell without guidance), through diffusers' own classes."""
+"""FLUX.1 (dev, schnell without guidance, Kontext with pictures), through diffusers' own classes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from opd_ds.models.base import JOINT_ATTENTION, Conditioning, ModelFamily
+from opd_ds.models import privates
+from opd_ds.models.base import JOINT_ATTENTION, ModelFamily
+from opd_ds.models.conditioning import Conditioning
 
 _PATCH = 2  # the pipeline's own and in no config; the network's `patch_size` of 1 is beside it
 
@@ -76,21 +78,51 @@ class Flux(ModelFamily):
     ) -> Tensor:
         """One pass at any guidance: the scale is an input of the network; `uncond` is not used."""
         self.check_guidance("guidance", guidance)
-        embeds = cond.tensors["embeds"]
-        # In memory as the pipeline has them: the product with another order rounds differently in bf16.
-        tokens = pixel_unshuffle(latents.to(self.dtype), _PATCH).flatten(2).transpose(1, 2).contiguous()
-        rows, columns = latents.shape[2] // _PATCH, latents.shape[3] // _PATCH
+        embeds, (rows, columns) = cond.tensors["embeds"], (size // _PATCH for size in latents.shape[2:])
+        pictures = [latents.to(self.dtype), *cond.stacked_references()]
         patches = transformer(
-            hidden_states=tokens,
+            hidden_states=torch.cat([_tokens(picture) for picture in pictures], dim=1),
             timestep=(sigma * 1000).to(self.dtype) / 1000,  # sigma, rounded as the pipeline rounds it
             guidance=torch.full_like(sigma, guidance, dtype=torch.float32) if not self.unguided else None,
             encoder_hidden_states=embeds,
             pooled_projections=cond.tensors["pooled"],
             txt_ids=torch.zeros(embeds.shape[1], 3, device=embeds.device),
-            img_ids=positions(1, rows, columns, device=latents.device),
+            img_ids=torch.cat([_places(picture, number) for number, picture in enumerate(pictures)]),
             return_dict=False,
-        )[0]
+        )[0][:, : rows * columns]
         return pixel_shuffle(patches.transpose(1, 2).unflatten(2, (rows, columns)), _PATCH)
+
+
+class FluxKontext(Flux):
+    """FLUX.1 Kontext: FLUX.1 whose reference picture stands behind the latents, as one of a later frame."""
+
+    pipeline_class = "FluxKontextPipeline"
+    example = "black-forest-labs/FLUX.1-Kontext-dev"
+    takes_pictures = 1
+
+    def fitted_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The nearest in aspect ratio of the sizes that the model was trained on."""
+        ratio, scale = size[0] / size[1], (self.reference_side or 1024) / 1024
+        _, *fitted = min((abs(ratio - width / height), width, height) for width, height in privates.kontext_sizes())
+        width, height = (max(1, int(pixels * scale) // self.size_unit) * self.size_unit for pixels in fitted)
+        return width, height
+
+    def encode_picture_with(self, vae: Any, pixels: Tensor) -> Tensor:
+        latents = vae.encode(pixels).latent_dist.mode()
+        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def _tokens(latents: Tensor) -> Tensor:
+    """Latents [B, C, h, w] to tokens [B, h/2 * w/2, 4C]. In memory as the pipeline has them: the product with another
+    order rounds differently in bf16.
+    """
+    return pixel_unshuffle(latents, _PATCH).flatten(2).transpose(1, 2).contiguous()
+
+
+def _places(latents: Tensor, frame: int) -> Tensor:
+    """Of each token, (frame, row, column): int64 [h/2 * w/2, 3]."""
+    places = positions(1, latents.shape[2] // _PATCH, latents.shape[3] // _PATCH, device=latents.device)
+    return places + torch.tensor([frame, 0, 0], device=latents.device)
 
 
 def positions(*lengths: int, device: torch.device) -> Tensor:

@@ -11,7 +11,8 @@ from torch.nn.functional import pixel_shuffle
 
 from opd_ds.errors import UserError
 from opd_ds.models import privates
-from opd_ds.models.base import JOINT_ATTENTION, Conditioning, ModelFamily
+from opd_ds.models.base import JOINT_ATTENTION, ModelFamily
+from opd_ds.models.conditioning import Conditioning
 from opd_ds.models.flux import positions
 
 _PATCH = 2  # the pipeline's own and in no config; the network's `patch_size` of 1 is beside it

@@ -46,6 +46,11 @@ def empirical_shift() -> Callable[[int, int], float]:
     return private("diffusers.pipelines.flux2.pipeline_flux2_klein", "compute_empirical_mu")
 
 
+def kontext_sizes() -> list[tuple[int, int]]:
+    """(width, height) that FLUX.1 Kontext's pipeline resizes pictures to."""
+    return private("diffusers.pipelines.flux.pipeline_flux_kontext", "PREFERRED_KONTEXT_RESOLUTIONS")
+
+
 def wan_prompt_clean() -> Callable[[str], str]:
     """What Wan's pipeline does to a prompt before it is tokenized; it does not give the tokens' mask away."""
     return private("diffusers.pipelines.wan.pipeline_wan", "prompt_clean")

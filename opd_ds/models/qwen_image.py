@@ -11,7 +11,8 @@ from diffusers.models.transformers import transformer_qwenimage
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from opd_ds.models.base import JOINT_ATTENTION, Conditioning, ModelFamily
+from opd_ds.models.base import JOINT_ATTENTION, ModelFamily
+from opd_ds.models.conditioning import Conditioning
 
 
 class QwenImage(ModelFamily):

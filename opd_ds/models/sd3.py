@@ -9,7 +9,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from opd_ds.models.base import JOINT_ATTENTION, Conditioning, ModelFamily
+from opd_ds.models.base import JOINT_ATTENTION, ModelFamily
+from opd_ds.models.conditioning import Conditioning
 
 
 class SD3(ModelFamily):

@@ -17,7 +17,8 @@ from torch.nn.functional import pad
 
 from opd_ds.errors import UserError
 from opd_ds.models import privates
-from opd_ds.models.base import Conditioning, ModelFamily
+from opd_ds.models.base import ModelFamily
+from opd_ds.models.conditioning import Conditioning
 
 _SCHEDULERS = {one.__name__: one for one in (FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler)}
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from opd_ds.models.base import Conditioning, ModelFamily
+from opd_ds.models.base import ModelFamily
+from opd_ds.models.conditioning import Conditioning
 
 
 class ZImage(ModelFamily):

@@ -1,4 +1,4 @@
-"""`opd-ds data encode`: every prompt of a run through the text encoders, once."""
+"""`opd-ds data encode`: every prompt and reference picture of a run through the encoders, once."""
 
 from __future__ import annotations
 
@@ -6,44 +6,60 @@ from pathlib import Path
 
 import typer
 
+from opd_ds.cluster.world import World
 from opd_ds.config.schema import RunConfig
 from opd_ds.data.text_cache import TextCache, encoders_identity
 from opd_ds.diffusion.rollout import chunks
 from opd_ds.engine import Group
-from opd_ds.runs.files import all_prompts, find_prompts
+from opd_ds.models import REFERENCE, Conditioning
+from opd_ds.runs.encodings import Wanted, check_pictures
+from opd_ds.runs.files import find_prompts, sets_by_key
 from opd_ds.training.networks import find_base, load_family
 
 _PER_SHARD = 256
 
 
 def encode_prompts(config: RunConfig, group: Group, output: Path | None = None) -> None:
-    """Encode what is missing in the run's text cache, or in `output`; ranks share the prompts. Collective.
+    """Encode what is missing in the run's text cache, or in `output`; ranks share the work. Collective.
 
     Raises:
-        UserError: prompts or model are not there, or the folder was written by other text encoders.
+        UserError: prompts, pictures or model are not there, or the folder was written by other encoders.
     """
     world = group.world
     with group.raise_on_any_rank():
         model = find_base(config)
-        wanted = all_prompts(config, [found.prompts for sets in find_prompts(config) for found in sets.values()])
+        sets = sets_by_key(config, *find_prompts(config))
         cache = TextCache(output or config.text_cache)
         if world.is_main:
             cache.claim(encoders_identity(config, model))
     with group.raise_on_any_rank():
-        missing = cache.missing(wanted[world.rank :: world.size])
         encoders = config.model.model_copy(update={"text_encoders": "resident"})
         family = load_family(config.model_copy(update={"model": encoders}), model, group.device)
-    counts = group.gather(len(missing))
+        check_pictures(config, family, sets, decode=False)
+        wanted = Wanted.of(family, config.model.negative_prompt, sets.values())
+        texts = cache.missing(list(wanted.texts)[world.rank :: world.size])
+        pictures = cache.missing(list(wanted.pictures)[world.rank :: world.size])
+    counts, everything = group.gather(len(texts) + len(pictures)), len(wanted.texts) + len(wanted.pictures)
     if world.is_main:
-        typer.echo(f"{len(wanted)} prompts, {len(wanted) - sum(counts)} of them encoded already in {cache.folder}")
-    for block in chunks(len(missing), _PER_SHARD):
-        cache.add(missing[block], family.encode(missing[block]))
-        if world.is_main:
-            typer.echo(f"{min(block.stop, len(missing))} of {len(missing)} encoded" + " by rank 0" * (world.size > 1))
+        what = f"{len(wanted.texts)} prompts" + f" and {len(wanted.pictures)} pictures" * bool(wanted.pictures)
+        typer.echo(f"{what}, {everything - sum(counts)} of them encoded already in {cache.folder}")
+    for part in (texts[block] for block in chunks(len(texts), _PER_SHARD)):
+        prompts, seen = zip(*(wanted.texts[name] for name in part), strict=True)
+        cache.add(dict(zip(part, family.encode_texts(list(prompts), seen).apart(), strict=True)))
+        _say_progress(world, part, texts, "prompts")
+    for part in (pictures[block] for block in chunks(len(pictures), _PER_SHARD)):
+        latents = {name: family.encode_picture(wanted.pictures[name]) for name in part}
+        cache.add({name: Conditioning({REFERENCE: own[None]}) for name, own in latents.items()})
+        _say_progress(world, part, pictures, "pictures")
     group.barrier()
     if world.is_main:
         size = sum(file.stat().st_size for file in cache.folder.glob("shard-*.safetensors"))
         typer.echo(f"done: {size / 1e9:.2f} GB; start the run with model.text_encoders=cached{_where(config, output)}")
+
+
+def _say_progress(world: World, part: list[str], names: list[str], what: str) -> None:
+    if world.is_main:
+        typer.echo(f"{names.index(part[-1]) + 1} of {len(names)} {what} encoded" + " by rank 0" * (world.size > 1))
 
 
 def _where(config: RunConfig, output: Path | None) -> str:

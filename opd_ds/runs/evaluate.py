@@ -21,7 +21,7 @@ from opd_ds.evaluation.report import REPORT_FILE
 from opd_ds.evaluation.results import RESULTS_FILE, Results, outline, print_results, require_scores
 from opd_ds.rewards import check
 from opd_ds.rewards.own_file import same_own
-from opd_ds.runs.files import all_prompts, check_text_cache
+from opd_ds.runs.encodings import check_pictures, check_text_cache
 from opd_ds.runs.model_specs import Requests, contestants
 from opd_ds.runs.monitor import METRICS_FILE, read_metrics
 from opd_ds.runs.setup import EVALUATION_FOLDER, build_rewards
@@ -73,10 +73,11 @@ def evaluate(
             check(section.name, f"reward {label}", section.options)
         prompts = _prompts(config, choice.prompts)
         base = find_base(config)
-        if group.world.is_main:
-            drawn = [found.prompts[: choice.limit] for found in prompts.values()]
-            check_text_cache(config, base, all_prompts(config, drawn))
         family = load_family(config, base, group.device)
+        drawn = {f"prompts of {name}": found.first(choice.limit) for name, found in prompts.items()}
+        check_pictures(config, family, drawn, decode=group.world.is_main)
+        if group.world.is_main:
+            check_text_cache(config, family, drawn.values())
         models = contestants(config, family, choice.models, list(prompts), group.device)
         base_sha256 = weights_sha256(base)
         rewards = build_rewards(chosen, group.device)

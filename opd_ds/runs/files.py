@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from opd_ds.config.paths import resolve_ds_config, resolve_path
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import TeacherSection
 from opd_ds.data import PromptSet
-from opd_ds.data.text_cache import TextCache, encoders_identity
 from opd_ds.engine import (
     Schedule,
     frozen_ds_config,
@@ -44,12 +42,16 @@ class RunFiles:
     student_ds_config: dict[str, Any]
     schedule: Schedule | None
 
+    def prompt_sets(self, config: RunConfig) -> dict[str, PromptSet]:
+        """All sets by their keys in the config."""
+        return sets_by_key(config, self.prompts, self.eval_prompts)
+
 
 def find_files(config: RunConfig, world: World) -> RunFiles:
     """Resolve and check every file the config names; loads no network.
 
     Args:
-        world: the ranks that the run is planned for; its rank 0 also looks through the text cache.
+        world: the ranks that the run is planned for.
 
     Raises:
         UserError: the first thing that is missing or contradictory.
@@ -72,9 +74,6 @@ def find_files(config: RunConfig, world: World) -> RunFiles:
         check_trackers(config.trackers)
         _say_oddities(config, prompts, eval_prompts)
     model = find_base(config)
-    if world.is_main:
-        texts = [found.prompts for found in (*prompts.values(), *eval_prompts.values())]
-        check_text_cache(config, model, all_prompts(config, texts))
     start = resolve_path(config.student.start, "student.start") if config.student.start else None
     teachers = {
         name: _find_teacher(config, config.teacher_key(name), teacher, world)
@@ -100,22 +99,17 @@ def find_prompts(config: RunConfig) -> tuple[dict[str, PromptSet], dict[str, Pro
     return prompts, eval_prompts
 
 
-def all_prompts(config: RunConfig, sets: Iterable[Sequence[str]]) -> list[str]:
-    """What a run encodes, each text once: the negative prompt and all sets."""
-    return list(dict.fromkeys([config.model.negative_prompt, *(prompt for one in sets for prompt in one)]))
-
-
-def check_text_cache(config: RunConfig, model: Path, prompts: list[str]) -> None:
-    """Raise UserError when a run would read encoded prompts that are not there, or not of its text encoders."""
-    if config.model.text_encoders == "cached":
-        TextCache(config.text_cache).check(encoders_identity(config, model), prompts)
+def sets_by_key(
+    config: RunConfig, prompts: dict[str, PromptSet], eval_prompts: dict[str, PromptSet]
+) -> dict[str, PromptSet]:
+    """All prompt sets by their keys in the config."""
+    sets = {f"tasks.{name}.prompts": found for name, found in prompts.items()}
+    return sets | {f"{config.place(name)}.eval_prompts": found for name, found in eval_prompts.items()}
 
 
 def _say_oddities(config: RunConfig, prompts: dict[str, PromptSet], eval_prompts: dict[str, PromptSet]) -> None:
     length = config.model.max_text_length or family_class(config.model.family).default_text_length
-    sets = {f"tasks.{name}.prompts": found for name, found in prompts.items()}
-    sets |= {f"{config.place(name)}.eval_prompts": found for name, found in eval_prompts.items()}
-    for key, found in sets.items():
+    for key, found in sets_by_key(config, prompts, eval_prompts).items():
         if found.repeats:
             logging.getLogger("opd_ds").warning(
                 "%s: %d of %d prompts stand further up already and are drawn as often as they stand there; "

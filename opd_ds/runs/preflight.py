@@ -19,6 +19,7 @@ from opd_ds.engine import Group
 from opd_ds.errors import UserError, about
 from opd_ds.models import ModelFamily, lora
 from opd_ds.models.inspection.fitting import check_weights
+from opd_ds.runs.encodings import check_pictures, check_text_cache
 from opd_ds.runs.files import RunFiles, find_files
 from opd_ds.runs.identity import run_identity
 from opd_ds.runs.resume import ResumePoint, Start, find_resume_point, refuse_other_changes, refuse_other_run
@@ -65,6 +66,9 @@ def preflight(config: RunConfig, group: Group, world: World, start: Start | None
         config = config.with_teachers({name: spec.settings for name, spec in files.teachers.items()})
         family = load_family(config, files.model, group.device)
         _check_sampling(config, family)
+        check_pictures(config, family, files.prompt_sets(config), decode=world.is_main)
+        if world.is_main:
+            check_text_cache(config, family, files.prompt_sets(config).values())
         with about(f"model.path = {config.model.path!r}"):
             family.check_same_weights(files.model)
         _check_teachers(config, files, family)

@@ -20,7 +20,8 @@ from opd_ds.diffusion import kernel
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.diffusion.rollout import Trajectory, rollout
 from opd_ds.errors import UserError
-from opd_ds.models import ModelFamily, build_family, lora
+from opd_ds.models import Conditioning, ModelFamily, build_family, family_class, lora
+from opd_ds.testing.tiny.parts import references
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red 3 on blue", "a neat 8 beside a black square on a white square", "the number 5", "a green 7"]
@@ -33,8 +34,10 @@ def tiny_module(name: str) -> ModuleType:
 
 
 def build(name: str, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> ModelFamily:
-    """Images are wider than high, so that the two cannot be confused."""
+    """Images are wider than high, so that the two cannot be confused; reference pictures are small."""
     settings = {"height": 16, "width": 24, "max_text_length": 24, "text_encoders": "resident"} | settings
+    if family_class(name).takes_pictures:
+        settings = {"reference_side": 16} | settings
     return build_family(name, folder, dtype=dtype, device=CPU, **settings)
 
 
@@ -49,6 +52,13 @@ def noise(family: ModelFamily) -> SampleNoise:
     return SampleNoise(list(range(len(PROMPTS))), family.latent_shape)
 
 
+def encode(family: ModelFamily, prompts: list[str]) -> tuple[Conditioning, Conditioning]:
+    """Prompts, with reference pictures where the family takes any, and what guidance holds against them."""
+    pictures = references(family, len(prompts))
+    cond = family.encode(prompts, pictures)
+    return cond, family.encode([""] * len(prompts), pictures) if family.sees_pictures else family.encode([""])
+
+
 @torch.no_grad()
 def trajectory(
     family: ModelFamily,
@@ -60,7 +70,7 @@ def trajectory(
     keep: torch.dtype | None = None,
 ) -> Trajectory:
     """A network's `euler` rollout; an empty negative prompt. States are kept where `keep` names a dtype."""
-    cond, uncond, sigmas = family.encode(prompts), family.encode([""]), family.sigmas(steps)
+    (cond, uncond), sigmas = encode(family, prompts), family.sigmas(steps)
     return rollout(
         lambda x, sigma, rows, step: family.guided_velocity(network, x, sigma, cond[rows], uncond, guidance),
         noise,
@@ -124,11 +134,12 @@ def check_timesteps(tiny: ModuleType, name: str, folder: Path, guidance: float) 
 def check_prompts_do_not_mix(family: ModelFamily) -> None:
     """A prompt's velocity is the same among longer and shorter ones as alone, and no other prompt's."""
     network, x, sigma = family.load_transformer(), noise(family).draw(slice(None)), torch.tensor([0.9, 0.5, 0.2, 0.7])
-    together = family.velocity(network, x, sigma, family.encode(PROMPTS))
+    pictures = references(family, len(PROMPTS))
+    together = family.velocity(network, x, sigma, family.encode(PROMPTS, pictures))
     for row, prompt in enumerate(PROMPTS):
-        alone = family.velocity(network, x[row : row + 1], sigma[row : row + 1], family.encode([prompt]))
-        close(together[row : row + 1], alone)
-    other = family.velocity(network, x, sigma, family.encode(PROMPTS[::-1]))
+        own = slice(row, row + 1)
+        close(together[own], family.velocity(network, x[own], sigma[own], family.encode([prompt], pictures[own])))
+    other = family.velocity(network, x, sigma, family.encode(PROMPTS[::-1], pictures))
     assert not torch.allclose(other[0], together[0], atol=1e-3)
 
 
@@ -180,7 +191,7 @@ def finite_at_both_ends(build: Callable[[torch.dtype], ModelFamily]) -> bool:
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         family = build(dtype)
-        network, cond, x = family.load_transformer(), family.encode(PROMPTS), noise(family).draw(slice(None))
+        network, (cond, _), x = family.load_transformer(), encode(family, PROMPTS), noise(family).draw(slice(None))
         found += [family.velocity(network, x, torch.full((len(x),), sigma), cond) for sigma in (1.0, 0.0)]
         assert all(velocity.shape == x.shape and velocity.dtype == dtype for velocity in found[-2:])
     return all(bool(velocity.isfinite().all()) for velocity in found)

@@ -1,6 +1,10 @@
-"""A round's prompts, encoded once over all ranks."""
+"""A round's prompts and pictures, encoded once over all ranks."""
 
 from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -8,6 +12,61 @@ from torch.nn.functional import pad
 
 from opd_ds.engine import Group
 from opd_ds.models import ENCODED_AT_ONCE, Conditioning, ModelFamily
+from opd_ds.pictures import Picture
+from opd_ds.utils.transfer import to_device
+
+Key = TypeVar("Key", bound=Hashable)
+Text = tuple[str, tuple[Picture, ...]]  # a prompt, and the pictures that the text encoder sees beside it
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one batch of this rank wants encoded: of each row the prompt, its pictures, the number of its sample."""
+
+    prompts: Sequence[str]
+    pictures: Sequence[tuple[Picture, ...]]
+    samples: Sequence[int]
+
+
+def encode_batches(
+    family: ModelFamily, group: Group, batches: Mapping[Key, Asked], negative: str
+) -> dict[Key, Conditioning]:
+    """All batches of a round together, each prompt and picture once, so that encoders which are offloaded travel once
+    a round. Collective.
+
+    Texts are encoded over all ranks; pictures, and texts that the text encoder sees with pictures, by the rank that
+    asks for them. Where it sees pictures, all rows have negatives of their own. A batch has pictures in all rows or in
+    none, on all ranks.
+    """
+    seen = family.sees_pictures and any(any(asked.pictures) for asked in batches.values())
+    places: dict[Text, tuple[int, int]] = {}
+    latents: dict[Picture, Tensor] = {}
+    for number, asked in enumerate(batches.values()):
+        for prompt, own, sample in zip(asked.prompts, asked.pictures, asked.samples, strict=True):
+            beside = own if seen else ()
+            places.setdefault((prompt, beside), (number, sample))
+            if seen:
+                places.setdefault((negative, beside), (len(batches), 0))
+            latents |= {picture: family.encode_picture(picture) for picture in own if picture not in latents}
+    together = {prompt: place for (prompt, beside), place in places.items() if not beside}
+    alone = [text for text in places if text[1]]
+    parts = [encode_over_ranks(family, group, together)] if together else []
+    if alone:
+        parts.append(family.encode_texts([prompt for prompt, _ in alone], [beside for _, beside in alone]))
+    table = Conditioning.cat(parts)
+    numbers = {text: row for row, text in enumerate([*((prompt, ()) for prompt in together), *alone])}
+
+    def rows(prompts: Sequence[str], pictures: Sequence[tuple[Picture, ...]]) -> Conditioning:
+        own = [numbers[prompt, beside if seen else ()] for prompt, beside in zip(prompts, pictures, strict=True)]
+        return table.select(to_device(torch.tensor(own), group.device), own)
+
+    return {
+        key: rows(asked.prompts, asked.pictures).with_references(
+            tuple(tuple(latents[picture] for picture in own) for own in asked.pictures) if any(asked.pictures) else (),
+            rows([negative] * len(asked.prompts), asked.pictures) if seen else None,
+        )
+        for key, asked in batches.items()
+    }
 
 
 def encode_over_ranks(family: ModelFamily, group: Group, asked: dict[str, tuple[int, int]]) -> Conditioning:

@@ -23,7 +23,7 @@ from opd_ds.models import Conditioning, ModelFamily
 from opd_ds.training.accumulator import Loss, LossTerm, RoundAccumulator, RoundLosses
 from opd_ds.training.auto_batch import AutoMicroBatch
 from opd_ds.training.buffer import Columns, PerPair, TrajectoryBuffer, choose_steps
-from opd_ds.training.encoding import encode_over_ranks
+from opd_ds.training.encoding import Asked, encode_batches
 from opd_ds.training.meter import RoundMeter
 from opd_ds.training.teachers import TeacherPool
 from opd_ds.utils.transfer import to_device
@@ -205,7 +205,11 @@ class Trainer(ABC):
         }
         drawn = {task: [rows[task][i // settings.group_size] for i in part.indices] for task in rows}
         prompts = {task: [self._prompts[task].prompts[row] for row in drawn[task]] for task in drawn}
-        conds = self._encode(prompts, part.indices)
+        asked = {
+            task: Asked(prompts[task], [self._prompts[task].pictures_of(row) for row in drawn[task]], part.indices)
+            for task in drawn
+        }
+        conds = encode_batches(self._family, self._group, asked, settings.model.negative_prompt)
         return {
             task: TaskBatch(
                 part,
@@ -222,19 +226,6 @@ class Trainer(ABC):
         """The trained steps of `samples`: int64 [B, K]."""
         settings = self._settings.rollout
         return choose_steps(settings.trained_steps, settings.steps, self._settings.run.seed, index, task, samples)
-
-    def _encode(self, prompts: dict[str, list[str]], samples: list[int]) -> dict[str, Conditioning]:
-        """All tasks' prompts together, each once, so that encoders which are offloaded travel once a round."""
-        asked: dict[str, tuple[int, int]] = {}
-        for task, own in enumerate(prompts.values()):
-            for prompt, sample in zip(own, samples, strict=True):
-                asked.setdefault(prompt, (task, sample))
-        everything = encode_over_ranks(self._family, self._group, asked)
-        places = {prompt: row for row, prompt in enumerate(asked)}
-        rows = {task: [places[prompt] for prompt in own] for task, own in prompts.items()}
-        return {
-            task: everything.select(to_device(torch.tensor(own), self._group.device), own) for task, own in rows.items()
-        }
 
     @torch.no_grad()
     def _roll_out(
@@ -310,7 +301,8 @@ class Trainer(ABC):
         self, network: Any, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float, meter: RoundMeter
     ) -> Tensor:
         meter.heartbeat()
-        velocity = self._family.guided_velocity(network, x, sigma, cond, self._uncond, guidance)
+        uncond = self._uncond if cond.negative is None else cond.negative
+        velocity = self._family.guided_velocity(network, x, sigma, cond, uncond, guidance)
         meter.count(len(x) * self._family.passes(guidance), backward=velocity.requires_grad)
         return velocity
 

@@ -17,8 +17,8 @@ from opd_ds.testing.tiny.parts import DYNAMIC_SHIFT, TEXTS, VAE_BLOCKS, run, sav
 _CLIP_LENGTH, _T5_LENGTH = 16, 32
 
 
-def write(folder: Path, seed: int = 0, *, guidance_embeds: bool = True) -> Path:
-    """A pipeline folder of FLUX.1-dev's form (schnell's without `guidance_embeds`) with random weights.
+def write(folder: Path, seed: int = 0, *, guidance_embeds: bool = True, kind: Any = FluxPipeline) -> Path:
+    """A folder of the pipeline `kind` of FLUX.1-dev's form (schnell's without `guidance_embeds`) with random weights.
 
     Its own size is 16 x 16 pixels: 4 x 4 patches.
     """
@@ -55,7 +55,7 @@ def write(folder: Path, seed: int = 0, *, guidance_embeds: bool = True) -> Path:
         **VAE_BLOCKS, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
     )
     scheduler = FlowMatchEulerDiscreteScheduler(**(DYNAMIC_SHIFT if guidance_embeds else {"shift": 1.0}))
-    pipeline = FluxPipeline(
+    pipeline = kind(
         scheduler=scheduler,
         vae=vae,
         text_encoder=CLIPTextModel(clip),

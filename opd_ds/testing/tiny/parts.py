@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from opd_ds.models import ModelFamily
+from opd_ds.pictures import Picture
 
 # What the tokenizers are trained on.
 TEXTS = ["a red 3 on blue", "a green 7 on white", "a blue 0 on red", "the number 5", "a neat 8 beside a black square"]
@@ -32,6 +36,24 @@ VAE_BLOCKS: dict[str, Any] = {
     "norm_num_groups": 4,
     "sample_size": 16,
 }
+
+
+def painting(number: int, size: tuple[int, int] = (90, 72)) -> Image.Image:
+    """An image of `size` (width, height) with large random patches, another for each number."""
+    patches = np.random.default_rng(number).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    return Image.fromarray(patches).resize(size, Image.Resampling.BICUBIC)
+
+
+def references(family: ModelFamily, prompts: int) -> list[tuple[Picture, ...]]:
+    """As many reference pictures for each prompt as the family takes, at most two, the second one upright."""
+    sizes = ((90, 72), (72, 90))[: family.takes_pictures]
+
+    def picture(number: int, size: tuple[int, int]) -> Picture:
+        stream = BytesIO()
+        painting(number, size).save(stream, format="png")
+        return Picture.find(stream.getvalue(), f"prompt {number}", "picture")
+
+    return [tuple(picture(10 * row + place, size) for place, size in enumerate(sizes)) for row in range(prompts)]
 
 
 @torch.no_grad()
