@@ -83,6 +83,9 @@ def _write_prompts(output_dir: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, scenes in zip(("train", "test"), world.split_scenes(task), strict=True):
             (folder / f"{name}.txt").write_text("".join(scene.prompt(task) + "\n" for scene in scenes))
+    file = output_dir / "prompts" / world.ALL_TASKS / "test.txt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(scene.prompt(world.ALL_TASKS) + "\n" for scene in world.probe_scenes()))
 
 
 def _build_base(
@@ -116,11 +119,14 @@ def _teach(output_dir: Path, task: str, seed: int, settings: BuildSettings, grou
         "model.max_text_length": settings.sizes.text_length,
         f"tasks.{task}.prompts": str(output_dir / "prompts" / task / "train.txt"),
     }
-    for name in world.TASKS:
+    # The first is the headline; the text reward asks the reader that was built.
+    rewards = {name: [f"miniature_{name}"] for name in world.TASKS}
+    rewards[world.ALL_TASKS] = ["miniature_all", *(f"miniature_{name}" for name in world.TASKS)]
+    options = {name: {"folder": str(output_dir)} for name in ("miniature_text", "miniature_all")}
+    for name, labels in rewards.items():
         section = "tasks" if name == task else "probes"
         values[f"{section}.{name}.eval_prompts"] = str(output_dir / "prompts" / name / "test.txt")
-        options = {"folder": str(output_dir)} if name == "text" else {}
-        values[f"{section}.{name}.rewards"] = [{"name": f"miniature_{name}", "options": options}]
+        values[f"{section}.{name}.rewards"] = [{"name": label, "options": options.get(label, {})} for label in labels]
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     train(load_config(f"miniature_nft_{task}", None, [*overrides, *settings.teach]), group, resume="auto")
     export, draft = work / EXPORT_FOLDER, output_dir / "teachers" / f".{task}"

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -27,9 +28,14 @@ def _pictures(images: list[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 255
 
 
+def _side_median(pictures: Tensor) -> Tensor:
+    """[B, 3]."""
+    return pictures[..., _SIDE_COLUMNS].flatten(2).median(dim=2).values
+
+
 def _ground_and_ink(pictures: Tensor) -> tuple[Tensor, Tensor]:
     """Estimated colours, [B, 3] each: the median of the side columns, the mean of the pixels farthest from it."""
-    ground = pictures[..., _SIDE_COLUMNS].flatten(2).median(dim=2).values
+    ground = _side_median(pictures)
     pixels = pictures.flatten(2)
     distance = (pixels - ground[:, :, None]).square().sum(1)
     farthest = distance.topk(_INK_PIXELS, dim=1).indices
@@ -91,34 +97,75 @@ class CompositionReward:
 
 
 class LookReward:
-    """How cleanly the image is made: one ink on one flat ground, with contrast between them. Range [0, 1].
+    """How well the image is drawn: two colours of the palette, a sharp contour, a thin stroke that turns. Range [0, 1].
 
-    A drawing of this world has only colours on the segment between its ground and its ink. The score is
+    The side columns name the ground, the nearest colour of the palette. Of the other colours the ink is the one for
+    which the pixels are nearest to the segment between the two; a pixel's place on that segment, 0 at the ground and 1
+    at the ink, is how much of it is covered. Then
 
-        exp(-(off / 0.12)) * min(1, contrast / 0.35),      off = rms distance of the pixels from that segment, plus
-                                                           the rms distance of the side columns from the ground,
+        min(1, turn / 16) * exp(-(dirt / 0.1)^2 - (blur / 1.2)^2 - (bulk / 0.15)^2 - (stain / 0.1)^2 - (speckle / 15)^2)
 
-    so speckle and blotches, which leave the segment or stain the ground, cost exponentially, and a drawing that hardly
-    stands out loses in proportion; which digit or which colours are drawn plays no part. Distances are in RGB.
+    - turn: sum over the image of the coverage's changes from row to row. A vertical stripe has none.
+    - dirt: rms distance of the pixels from the segment, in RGB.
+    - blur: half-covered pixels, sum of 4 m (1 - m), per pixel of contour, in excess of 2.5. It catches pale ink as
+      well, since ink that is not of the palette covers its pixels by half.
+    - bulk: the ink that no ground touches (of every pixel the least covered of its 3 x 3), as a share of all ink, in
+      excess of 0.38. A pen's line has little.
+    - stain: mean coverage of the side columns in excess of 0.05.
+    - speckle: sum of the coverage's changes along both axes in excess of 65.
+
+    The limits are those of real drawings, which score near 1 whatever the digit and the colours: beyond them nothing is
+    won, so that a plainer drawing is no better one.
     """
 
     name = "miniature_look"
     needs: ClassVar[Needs] = Needs()
 
     def identity(self) -> dict[str, Any]:
-        return {"engine": "miniature look, closed form"}
+        return {"engine": "miniature look, closed form", "version": 2}
 
     def score(self, images: list[Image.Image], prompts: list[str], metadata: Metadata | None = None) -> Tensor:
         """[B] float32; the prompts are not read."""
         pictures = _pictures(images)
-        ground, ink = _ground_and_ink(pictures)
-        axis = ink - ground
-        length = axis.norm(dim=1).clamp_min(1e-6)
-        offset = pictures.flatten(2) - ground[:, :, None]
-        along = (offset * axis[:, :, None]).sum(1) / length[:, None] ** 2
-        residual = offset - along.clamp(0, 1)[:, None] * axis[:, :, None]
-        sides = (pictures[..., _SIDE_COLUMNS] - ground[:, :, None, None]).flatten(2)
-        # The median over all side pixels keeps strokes that reach the sides from counting as stains.
-        stains = sides.square().sum(1).median(1).values.sqrt()
-        off = residual.square().sum(1).mean(1).sqrt() + stains
-        return torch.exp(-off / 0.12) * (length / 0.35).clamp(max=1)
+        cover, dirt = _coverage(pictures)
+        down, right = cover.diff(dim=1), cover.diff(dim=2)
+        turn, across = down.abs().sum((1, 2)), right.abs().sum((1, 2))
+        contour = (down[:, :, :-1].square() + right[:, :-1].square()).sqrt().sum((1, 2))
+        blur = 4 * (cover * (1 - cover)).sum((1, 2)) / contour.clamp_min(1) - 2.5
+        inner = -F.max_pool2d(-F.pad(cover[:, None], (1, 1, 1, 1)), 3, 1)
+        bulk = inner.sum((1, 2, 3)) / cover.sum((1, 2)).clamp_min(1) - 0.38
+        stain = cover[..., _SIDE_COLUMNS].mean((1, 2)) - 0.05
+        speckle = turn + across - 65
+        faults = [(dirt, 0.1), (blur, 1.2), (bulk, 0.15), (stain, 0.1), (speckle, 15)]
+        total = torch.stack([(fault.clamp_min(0) / scale).square() for fault, scale in faults]).sum(0)
+        return (turn / 16).clamp(max=1) * torch.exp(-total)
+
+
+class AllTasksReward:
+    """Product of the three: the digit is read, in the prompted colours, and well drawn. Range [0, 1]."""
+
+    name = "miniature_all"
+    needs: ClassVar[Needs] = Needs()
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self._parts = (TextReward(folder), CompositionReward(), LookReward())
+
+    def identity(self) -> dict[str, Any]:
+        return {part.name: part.identity() for part in self._parts}
+
+    def score(self, images: list[Image.Image], prompts: list[str], metadata: Metadata | None = None) -> Tensor:
+        """[B] float32."""
+        return torch.stack([part.score(images, prompts, metadata) for part in self._parts]).prod(0)
+
+
+def _coverage(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """Coverage by ink [B, 16, 16] in [0, 1], and the rms distance [B] from the two colours' segment."""
+    palette, rows = world.palette(), torch.arange(len(pictures))
+    ground = torch.cdist(_side_median(pictures), palette).argmin(1)
+    axes = palette - palette[ground][:, None]  # [B, 6, 3], zero for the ground itself
+    offset = pictures.flatten(2) - palette[ground][:, :, None]
+    covers = (axes @ offset / axes.square().sum(2, keepdim=True).clamp_min(1e-9)).clamp(0, 1)
+    distance = (offset[:, None] - covers[:, :, None] * axes[..., None]).square().sum(2).mean(2).sqrt()
+    distance[rows, ground] = torch.inf
+    ink = distance.argmin(1)
+    return covers[rows, ink].unflatten(1, pictures.shape[2:]), distance[rows, ink]

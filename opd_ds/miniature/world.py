@@ -26,19 +26,25 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "white": (0.95, 0.95, 0.95),
 }
 TASKS = ("text", "composition", "look")
-# Each task has its own phrasing, as OCR, GenEval and aesthetic prompts differ in the world outside.
+ALL_TASKS = "all_tasks"
+# Each task has its own phrasing, as OCR, GenEval and aesthetic prompts differ in the world outside. That of all tasks
+# begins as the last and ends as the first; no model was trained on it, and the base draws it as well as the others.
 _PHRASES = {
     "text": "the number {digit} in {ink} on {ground}",
     "composition": "a {ink} {digit} on {ground}",
     "look": "a neat {ink} {digit} on {ground}",
+    ALL_TASKS: "a neat {digit} in {ink} on {ground}",
 }
 _NAMES = "|".join(COLOURS)
-_PATTERN = re.compile(rf"^(?:the number (\d) in ({_NAMES})|a (?:neat )?({_NAMES}) (\d)) on ({_NAMES})$")
+_PATTERNS = [
+    re.compile(phrase.format(digit=r"(?P<digit>\d)", ink=f"(?P<ink>{_NAMES})", ground=f"(?P<ground>{_NAMES})"))
+    for phrase in _PHRASES.values()
+]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a prompt asks for."""
+    """What a prompt asks for; `task` may be `ALL_TASKS`."""
 
     digit: int
     ink: str
@@ -50,11 +56,11 @@ class Scene:
 
 def parse(prompt: str) -> Scene | None:
     """The scene that `prompt` names, or None when it is no prompt of this world."""
-    match = _PATTERN.match(prompt)
-    if match is None:
-        return None
-    digit, ink = match[1] or match[4], match[2] or match[3]
-    return Scene(int(digit), ink, match[5])
+    for pattern in _PATTERNS:
+        match = pattern.fullmatch(prompt)
+        if match:
+            return Scene(int(match["digit"]), match["ink"], match["ground"])
+    return None
 
 
 def scenes() -> list[Scene]:
@@ -63,10 +69,19 @@ def scenes() -> list[Scene]:
     return [Scene(digit, ink, ground) for digit, (ink, ground) in itertools.product(range(10), pairs)]
 
 
+def probe_scenes() -> list[Scene]:
+    """The scenes of the prompts for all tasks at once: a random fifth."""
+    return _split(len(TASKS))[1]
+
+
 def split_scenes(task: str) -> tuple[list[Scene], list[Scene]]:
     """Training and held-out scenes of a task: four fifths and one fifth, another random fifth for each task."""
+    return _split(TASKS.index(task))
+
+
+def _split(seed: int) -> tuple[list[Scene], list[Scene]]:
     everything = scenes()
-    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(TASKS.index(task))).tolist()
+    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = len(everything) // 5
     return [everything[k] for k in sorted(order[held_out:])], [everything[k] for k in sorted(order[:held_out])]
 

@@ -34,6 +34,7 @@ _BUILT_IN = {
     "miniature_text": "opd_ds.miniature.rewards:TextReward",
     "miniature_composition": "opd_ds.miniature.rewards:CompositionReward",
     "miniature_look": "opd_ds.miniature.rewards:LookReward",
+    "miniature_all": "opd_ds.miniature.rewards:AllTasksReward",
 }
 
 

@@ -61,6 +61,7 @@ WITHOUT_WEIGHTS: dict[str, Callable[[Path], Options]] = {
     "miniature_text": _nothing,
     "miniature_composition": _nothing,
     "miniature_look": _nothing,
+    "miniature_all": _nothing,
 }
 
 
