@@ -16,6 +16,10 @@ ANCHOR = "(anchor)"
 OWN_REWARD = ".py:"
 # The label of a task's weighted sum of rewards; no reward can have it.
 WEIGHTED_SUM = "weighted_sum"
+AttentionBackend = Literal[
+    "auto", "native", "math", "efficient", "cudnn", "native_flash", "flash", "flash_varlen", "flash3", "flash3_varlen",
+    "flex", "xformers",
+]  # fmt: skip
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -82,6 +86,12 @@ class ModelSection(Section):
         None,
         description="reference pictures are resized to the area of a square of so many pixels; default: as the "
         "family's pipeline does, to about 1024",
+    )
+    attention: AttentionBackend = Field(
+        "auto",
+        description="the kernel of attention, of student and teachers; auto: torch chooses. native, math, efficient, "
+        "cudnn and native_flash are torch's own, the others are packages; the varlen ones take prompts of different "
+        "lengths in one batch",
     )
     compile_blocks: bool = Field(
         False,

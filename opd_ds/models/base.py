@@ -18,8 +18,10 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from opd_ds.config.sections import AttentionBackend
 from opd_ds.errors import UserError, about, shown
 from opd_ds.models import lora, privates
+from opd_ds.models.attention import check_attention, set_attention
 from opd_ds.models.conditioning import Conditioning
 from opd_ds.models.inspection import network_folder, read_config, weight_files
 from opd_ds.models.libraries import diffusers_class
@@ -81,6 +83,7 @@ class ModelFamily(PromptEncoding):
         decode_micro_batch: images that the VAE decodes at once; None: all that it is given.
         reference_side: reference pictures are resized to the area of a square of so many pixels; None takes what the
             family's pipeline takes.
+        attention: the kernel that its networks run attention with; see `check_attention`.
 
     Raises:
         UserError: a folder of another layout, or a size that the network cannot draw.
@@ -111,6 +114,7 @@ class ModelFamily(PromptEncoding):
         text_encoders: Literal["resident", "offload"] = "offload",
         decode_micro_batch: int | None = None,
         reference_side: int | None = None,
+        attention: AttentionBackend = "auto",
     ) -> None:
         super().__init__(path, dtype, device, resident=text_encoders == "resident")
         self.max_text_length = max_text_length or self.default_text_length
@@ -120,6 +124,7 @@ class ModelFamily(PromptEncoding):
                 f"model.reference_side = {reference_side}: {type(self).__name__} takes no reference pictures; remove it"
             )
         self.reference_side = reference_side
+        self._attention = attention
         self._transformer_config = self._read_config("transformer/config.json")
         found = self._transformer_config.get("_class_name")
         if found != self.transformer_class:
@@ -224,6 +229,12 @@ class ModelFamily(PromptEncoding):
         if self.unguided and guidance != 1.0:
             raise UserError(f"{key} = {guidance:g}: {self.path} is distilled to be run without; allowed: 1.0")
 
+    def check_attention(self) -> None:
+        """Raise UserError where the network cannot run attention as `model.attention` says."""
+        if self._attention != "auto":
+            network, masked = self.empty_transformer(), self.guides_in_two_calls
+            check_attention(self._attention, network, dtype=self.dtype, device=self.device, masked=masked)
+
     def combine(self, v_uncond: Tensor, v_cond: Tensor, guidance: float) -> Tensor:
         """How the family's pipeline mixes the two velocities."""
         return v_uncond + guidance * (v_cond - v_uncond)
@@ -248,6 +259,7 @@ class ModelFamily(PromptEncoding):
             if adapter is not None:
                 stored = lora.merge_stored(stored, self.empty_transformer(), adapter, self.pipeline_class, self.dtype)
             fill(network, stored, build, self.dtype, source)
+        set_attention(network, self._attention)
         return network.eval()
 
     def _open(self, source: Path) -> tuple[dict[str, Any], Stored]:

@@ -51,6 +51,7 @@ def load_family(config: RunConfig, path: Path, device: torch.device, dtype: torc
         text_encoders="resident" if settings.text_encoders == "resident" else "offload",
         decode_micro_batch=settings.decode_micro_batch,
         reference_side=settings.reference_side,
+        attention=settings.attention,
     )
     if settings.text_encoders == "cached":
         family.encoded = TextCache(config.text_cache).read
