@@ -127,7 +127,9 @@ class FolderCLIPReward(CountsGaps):
     ) -> None:
         kind = precision(self.name, dtype, *DTYPES)
         self._folder = located(self.needs.weights[0], weights)
-        self._clip = clip_from_folder(self._folder, device=device, dtype=kind, batch_size=batch_size)
+        self._clip = clip_from_folder(
+            self._folder, device=device, dtype=kind, batch_size=batch_size, preprocess=self._preprocessing()[1]
+        )
         self._dtype, self._gaps = dtype, Gaps(self.name)
 
     @classmethod
@@ -140,5 +142,9 @@ class FolderCLIPReward(CountsGaps):
             "engine": "transformers CLIPModel",
             "dtype": self._dtype,
             "sha256": file_sha256(self._folder),
-            "preprocessing": FOLDER_PREPROCESSING,
+            "preprocessing": self._preprocessing()[0],
         }
+
+    def _preprocessing(self) -> tuple[str, Preprocess]:
+        """What `identity` calls it, and the function."""
+        return FOLDER_PREPROCESSING, centre_crop

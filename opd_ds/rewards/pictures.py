@@ -36,11 +36,29 @@ def centre_crop_torchvision(image: Image.Image, size: int) -> Tensor:
 
 def _cropped(image: Image.Image, size: int, half: Callable[[int], int]) -> Tensor:
     rgb = image.convert("RGB")
-    short = min(rgb.size)
-    width, height = (size if side == short else int(size * side / short) for side in rgb.size)
+    width, height = _short_side_to(rgb.size, size)
     left, top = half(width - size), half(height - size)
     resized = rgb.resize((width, height), Image.Resampling.BICUBIC)
     return _normalised(_unit(resized.crop((left, top, left + size, top + size))))
+
+
+def centre_crop_bilinear(image: Image.Image, size: int) -> Tensor:
+    """The short side to `size`, bilinear with antialiasing on floats, then the middle square: [3, size, size] float32,
+    normalised. Equal to torchvision's `Resize(size)` and `CenterCrop(size)`, at their defaults, of a float tensor.
+    """
+    unit = _unit(image.convert("RGB"))
+    height, width = _short_side_to(unit.shape[1:], size)
+    if unit.shape[1:] != (height, width):
+        unit = F.interpolate(unit[None], (height, width), mode="bilinear", align_corners=False, antialias=True)[0]
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return _normalised(unit[:, top : top + size, left : left + size])
+
+
+def _short_side_to(sides: Sequence[int], size: int) -> tuple[int, int]:
+    """Both sides, in the order given."""
+    short = min(sides)
+    first, second = (size if side == short else int(size * side / short) for side in sides)
+    return first, second
 
 
 def pad_long_side(image: Image.Image, size: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from opd_ds.rewards.aesthetic import Aesthetic
 from opd_ds.rewards.clipscore import ClipScore
 from opd_ds.rewards.hpsv2 import HPSv2, clean
 from opd_ds.rewards.pickscore import PickScore
-from opd_ds.rewards.pictures import centre_crop, pad_long_side
+from opd_ds.rewards.pictures import centre_crop, centre_crop_bilinear, pad_long_side
 from tests.rewards.clip_world import (
     MEAN,
     PROMPTS,
@@ -119,21 +120,32 @@ def test_hpsv2_is_the_forward_of_open_clip_on_padded_pictures(hps_folder: Path) 
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def padded(image: Image.Image, size: int) -> Tensor:
-    """HPS's preprocessing by hand: cubic convolution (a = -0.5) stretched by the scale, as a matrix per axis."""
-    pixels = np.asarray(image, dtype=np.float64) / 255
+def cubic(t: np.ndarray) -> np.ndarray:
+    near, far = 1.5 * t**3 - 2.5 * t**2 + 1, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2
+    return np.where(t < 1, near, np.where(t < 2, far, 0.0))
+
+
+def triangle(t: np.ndarray) -> np.ndarray:
+    return np.maximum(1 - t, 0.0)
+
+
+def by_matrices(pixels: np.ndarray, height: int, width: int, kernel: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """[H, W, 3] to [height, width, 3], antialiased: the kernel stretched by the scale, as a matrix per axis."""
 
     def matrix(length: int, wanted: int) -> np.ndarray:
         step = length / wanted
-        stretch = max(step, 1.0)
         centres = (np.arange(wanted) + 0.5) * step
-        t = np.abs((np.arange(length) + 0.5)[None] - centres[:, None]) / stretch
-        near, far = 1.5 * t**3 - 2.5 * t**2 + 1, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2
-        weights = np.where(t < 1, near, np.where(t < 2, far, 0.0))
+        weights = kernel(np.abs((np.arange(length) + 0.5)[None] - centres[:, None]) / max(step, 1.0))
         return weights / weights.sum(1, keepdims=True)
 
+    return np.einsum("ah,hwc,bw->abc", matrix(pixels.shape[0], height), pixels, matrix(pixels.shape[1], width))
+
+
+def padded(image: Image.Image, size: int) -> Tensor:
+    """HPS's preprocessing by hand: cubic convolution with a = -0.5."""
+    pixels = np.asarray(image, dtype=np.float64) / 255
     height, width = (max(1, round(side * size / max(pixels.shape[:2]))) for side in pixels.shape[:2])
-    small = np.einsum("ah,hwc,bw->abc", matrix(pixels.shape[0], height), pixels, matrix(pixels.shape[1], width))
+    small = by_matrices(pixels, height, width, cubic)
     canvas = np.zeros((size, size, 3))
     top, left = (size - height) // 2, (size - width) // 2
     canvas[top : top + height, left : left + width] = small
@@ -154,6 +166,42 @@ def test_cropping_is_that_of_transformers(size: tuple[int, int]) -> None:
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     expected = processor(image, return_tensors="pt").pixel_values[0]
     torch.testing.assert_close(centre_crop(image, 32), expected, atol=1e-6, rtol=0)
+
+
+# Margins of an odd number of pixels, whose half torchvision rounds to the even one: (39 - 32) / 2 to 4, (35 - 32) / 2
+# to 2, (33 - 32) / 2 to 0.
+@pytest.mark.parametrize(
+    ("size", "resized", "corner"),
+    [
+        ((48, 32), (48, 32), (8, 0)),
+        ((33, 70), (32, 67), (0, 18)),
+        ((24, 24), (32, 32), (0, 0)),
+        ((35, 32), (35, 32), (2, 0)),
+        ((32, 39), (32, 39), (0, 4)),
+        ((100, 7), (457, 32), (212, 0)),
+        ((64, 66), (32, 33), (0, 0)),
+    ],
+)
+def test_bilinear_cropping_is_that_of_torchvision(
+    size: tuple[int, int], resized: tuple[int, int], corner: tuple[int, int]
+) -> None:
+    image = pictures(size)[0]
+    pixels = by_matrices(np.asarray(image, dtype=np.float64) / 255, resized[1], resized[0], triangle)
+    left, top = corner
+    square = (pixels[top : top + 32, left : left + 32] - MEAN) / STD
+    expected = torch.from_numpy(square.transpose(2, 0, 1)).float()
+    torch.testing.assert_close(centre_crop_bilinear(image, 32), expected, atol=2e-5, rtol=0)
+
+
+def test_clipscore_resizes_as_the_published_tables_where_asked(clip_folder: Path) -> None:
+    images = pictures((70, 48), (33, 70), (64, 64))
+    own, published = (build("clipscore", weights=clip_folder, resize=resize) for resize in ("bicubic", "bilinear"))
+    assert own.identity() == build("clipscore", weights=clip_folder).identity() != published.identity()
+    assert not torch.allclose(own.score(images, PROMPTS), published.score(images, PROMPTS), atol=1e-4)
+    encoder = published._clip
+    torch.testing.assert_close(encoder.pixels(images), torch.stack([centre_crop_bilinear(one, 32) for one in images]))
+    with pytest.raises(UserError, match=r"resize = 'bilinar'; allowed: bicubic, bilinear\.? Did you mean 'bilinear'"):
+        build("clipscore", weights=clip_folder, resize="bilinar")
 
 
 @all_four
