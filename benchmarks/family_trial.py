@@ -157,7 +157,11 @@ class Trial:
     def _losses(self, family: ModelFamily, states: Tensor) -> Tensor:
         """The student's and the teacher's squared distance at `states` [B, T, ...]: [B, T]. Weights would cancel."""
         networks = family.load_transformer(), family.load_transformer(self.folder / "teacher")
-        cond, uncond, sigmas = family.encode(checks.PROMPTS), family.encode([""]), family.sigmas(checks.STEPS).float()
+        cond, uncond, sigmas = (
+            family.encode(checks.PROMPTS),
+            family.encode([family.negative_prompt]),
+            family.sigmas(checks.STEPS).float(),
+        )
 
         def velocity(network: nn.Module, step: int, guidance: float) -> Tensor:
             x = states[:, step]

@@ -169,6 +169,7 @@ def test_a_resume_of_another_run_is_refused(
         r"rollout\.steps was 4 and is now 5": {"rollout__steps": 5},
         r"optimizer\.lr was 0\.001 and is now 0\.002": {"optimizer__lr": 0.002},
         r"model\.height, width or frames was \[4, 8, 8\] and is now \[4, 4, 8\]": {"model__height": 8},
+        r"model\.negative_prompt was '' and is now ' '; set it back": {"model__negative_prompt": " "},
         r"model\.max_text_length was 10 and is now 8": {"model__max_text_length": 8},
         r"what lies at tasks\.one\.teacher\.path is not": {"tasks__one__teacher__path": str(tiny_world / "base")},
         r"what lies at tasks\.one\.prompts is not": {"tasks__one__prompts": str(tmp_path / "fewer.txt")},

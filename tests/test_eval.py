@@ -213,6 +213,7 @@ def test_what_is_finished_is_not_done_again(
         ({"evaluation__steps": 5}, 30),
         ({"evaluation__seed": 5}, 30),
         ({"model__negative_prompt": "ugly"}, 30),
+        ({"model__negative_prompt": ""}, 0),  # what is taken anyway
         ({"rollout__guidance": 3.0}, 10),  # the student's and the base's; teachers have their own
         ({"tasks__one__teacher__guidance": 1.5}, 10),
         ({"evaluation__micro_batch": 3}, 0),

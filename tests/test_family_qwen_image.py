@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from opd_ds.config.loading import load_config
 from opd_ds.errors import UserError
 from opd_ds.models import ModelFamily
 from opd_ds.models.qwen_image import pack, unpack
+from opd_ds.plan.network import find_model
+from opd_ds.runs.encodings import Wanted
 from opd_ds.testing import family_checks as checks
 from opd_ds.testing.tiny import qwen_image as tiny
 
@@ -29,6 +32,17 @@ def test_it_draws_what_the_pipeline_draws(family: ModelFamily) -> None:
     assert float(family.sigmas(checks.STEPS)[-2]) == pytest.approx(0.02, rel=1e-5)  # the scheduler's shift_terminal
     plain, guided = (checks.check_parity(tiny, family, guidance) for guidance in (1.0, 4.0))
     assert not torch.allclose(plain, guided, atol=1e-2)
+
+
+def test_the_negative_prompt_is_a_blank_unless_something_else_is_given(base: Path, family: ModelFamily) -> None:
+    """As the model's card and public code; without one the pipeline does not guide."""
+    given = [checks.build("qwen_image", base, negative_prompt=text).negative_prompt for text in (None, "", "ugly")]
+    assert given == [" ", "", "ugly"]
+    assert family.encode([" "]).lengths != family.encode([""]).lengths
+    assert [text for text, _ in Wanted.of(family, []).texts.values()] == [" "]
+    for value, expected in (("null", " "), ('""', "")):
+        config = load_config("mopd_qwen_image", None, [f"model.negative_prompt={value}", "model.path=hub/Qwen-Image"])
+        assert find_model(config).family.negative_prompt == expected
 
 
 def test_the_instruction_before_the_prompt_is_dropped(family: ModelFamily) -> None:

@@ -61,7 +61,7 @@ class PublicLoop:
         )
         self._average = [parameter.detach().clone() for parameter in self._trained]
         self._sigmas = self.family.sigmas(config.rollout.steps).tolist()
-        self._negative = self.family.encode([config.model.negative_prompt])
+        self._negative = self.family.encode([self.family.negative_prompt])
         self.seconds: dict[str, float] = {}
         self.passes = {"forward": 0, "backward": 0}
 

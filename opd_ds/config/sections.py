@@ -73,7 +73,11 @@ class ModelSection(Section):
     max_text_length: PositiveInt | None = Field(
         None, description="tokens of a prompt; T5's where there are several encoders; default: the family's own"
     )
-    negative_prompt: str = Field("", description="of the pass without prompt, where guidance makes two passes")
+    negative_prompt: str | None = Field(
+        None,
+        description="of the pass without prompt, where guidance makes two passes; default: the family's own, a blank for "
+        "Qwen-Image, nothing for the others",
+    )
     text_encoders: Literal["resident", "offload", "cached"] = Field(
         "offload",
         description="resident: on the device all the time; offload: there only to encode; cached: never loaded, what "

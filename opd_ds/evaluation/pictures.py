@@ -75,14 +75,14 @@ class Painter:
     """Draws items with any network of the family. It loads nothing before the first image."""
 
     def __init__(self, config: RunConfig, family: ModelFamily, group: Group) -> None:
-        self._settings, self._negative = config.evaluation, config.model.negative_prompt
+        self._settings = config.evaluation
         self._family, self._group = family, group
         self._sigmas = family.sigmas(self._settings.steps)
         self._table = kernel("euler").coefficients(self._sigmas)
         self.settings: dict[str, Any] = {
             "steps": self._settings.steps,
             "seed": self._settings.seed,
-            "negative_prompt": self._negative,
+            "negative_prompt": family.negative_prompt,
             "latent_shape": list(family.latent_shape),
             "max_text_length": family.max_text_length,
             "precision": config.precision,
@@ -90,7 +90,7 @@ class Painter:
 
     @cached_property
     def _uncond(self) -> Conditioning:
-        return self._family.encode([self._negative])
+        return self._family.encode([self._family.negative_prompt])
 
     def draw(self, network: Any, wanted: list[Item], guidance: float) -> Iterator[tuple[Item, Image.Image]]:
         """The images in order, by micro-batches. The number of forwards depends on `len(wanted)` alone."""
@@ -105,7 +105,9 @@ class Painter:
         cond = self._family.encode([item.prompt for item in wanted], pictures)
         if not (self._family.sees_pictures and any(pictures)):
             return cond
-        return cond.with_references(cond.references, self._family.encode_texts([self._negative] * len(cond), pictures))
+        return cond.with_references(
+            cond.references, self._family.encode_texts([self._family.negative_prompt] * len(cond), pictures)
+        )
 
     @torch.no_grad()
     def _micro_batch(

@@ -79,6 +79,7 @@ class ModelFamily(PromptEncoding):
         frames: of a video; None takes the family's default. Families of images refuse it.
         max_text_length: tokens of the longest prompt (of T5 where there are several encoders); None takes the family's
             default.
+        negative_prompt: of the pass without prompt; None takes the family's default.
         text_encoders: `resident` keeps them on the device, `offload` brings them there only to encode.
         decode_micro_batch: images that the VAE decodes at once; None: all that it is given.
         reference_side: reference pictures are resized to the area of a square of so many pixels; None takes what the
@@ -94,6 +95,7 @@ class ModelFamily(PromptEncoding):
     vae_keys: ClassVar[tuple[str, ...]] = ("latent_channels", "scaling_factor", "shift_factor", "block_out_channels")
     lora_targets: ClassVar[tuple[str, ...]]  # where a LoRA student adapts, unless the run config says it
     default_text_length: ClassVar[int] = 512  # tokens, as the pipeline's own default
+    default_negative_prompt: ClassVar[str] = ""  # the pipeline's where none is given, or that of the model's card
     example: ClassVar[str]  # a hub id
     default_frames: ClassVar[int | None] = None  # of a video; None: the family draws images
     embedded_guidance: ClassVar[bool] = False  # the network takes the guidance scale as an input: always one pass
@@ -111,6 +113,7 @@ class ModelFamily(PromptEncoding):
         width: int | None = None,
         frames: int | None = None,
         max_text_length: int | None = None,
+        negative_prompt: str | None = None,
         text_encoders: Literal["resident", "offload"] = "offload",
         decode_micro_batch: int | None = None,
         reference_side: int | None = None,
@@ -118,6 +121,7 @@ class ModelFamily(PromptEncoding):
     ) -> None:
         super().__init__(path, dtype, device, resident=text_encoders == "resident")
         self.max_text_length = max_text_length or self.default_text_length
+        self.negative_prompt = self.default_negative_prompt if negative_prompt is None else negative_prompt
         self._decoded_at_once = decode_micro_batch
         if reference_side is not None and not self.takes_pictures:
             raise UserError(

@@ -18,7 +18,8 @@ from opd_ds.models.conditioning import Conditioning
 class QwenImage(ModelFamily):
     """Joint blocks over image and text (Qwen2.5-VL); an image is the only frame of a video VAE.
 
-    `guidance` is the pipeline's `true_cfg_scale`, with the negative prompt given.
+    `guidance` is the pipeline's `true_cfg_scale`, with the negative prompt given: without one the pipeline does not
+    guide at all, and the model's card and public code give a blank.
     """
 
     pipeline_class = "QwenImagePipeline"
@@ -28,6 +29,7 @@ class QwenImage(ModelFamily):
     vae_class = "AutoencoderKLQwenImage"
     vae_keys = ("z_dim", "dim_mult", "temperal_downsample", "latents_mean", "latents_std")
     lora_targets = JOINT_ATTENTION
+    default_negative_prompt = " "
     guides_in_two_calls = True  # as the pipeline does
 
     def default_size(self) -> tuple[int, int]:

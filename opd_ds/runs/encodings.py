@@ -26,8 +26,9 @@ class Wanted:
     pictures: dict[str, Picture]
 
     @classmethod
-    def of(cls, family: ModelFamily, negative: str, sets: Iterable[PromptSet]) -> Wanted:
+    def of(cls, family: ModelFamily, sets: Iterable[PromptSet]) -> Wanted:
         """The negative prompt and all of `sets`."""
+        negative = family.negative_prompt
         texts: dict[str, tuple[str, tuple[Picture, ...]]] = {negative: (negative, ())}
         pictures: dict[str, Picture] = {}
         for found in sets:
@@ -43,7 +44,7 @@ class Wanted:
 def check_text_cache(config: RunConfig, family: ModelFamily, sets: Iterable[PromptSet]) -> None:
     """Raise UserError when a run would read encodings that are not there, or not of its encoders."""
     if config.model.text_encoders == "cached":
-        wanted = Wanted.of(family, config.model.negative_prompt, sets)
+        wanted = Wanted.of(family, sets)
         cache = TextCache(config.text_cache)
         cache.check(encoders_identity(config, family.path), [*wanted.texts, *wanted.pictures])
 

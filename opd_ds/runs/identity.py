@@ -48,7 +48,7 @@ def run_identity(config: RunConfig, files: RunFiles, family: ModelFamily) -> dic
     kept["ds_config"] = {key: ds_config.get(key) for key in ("optimizer", "scheduler", "gradient_clipping")}
     base = {
         "sha256": sha256[files.model],
-        "negative_prompt": config.model.negative_prompt,
+        "negative_prompt": family.negative_prompt,
         "latent_shape": list(family.latent_shape),
         "max_text_length": family.max_text_length,
     }

@@ -56,7 +56,8 @@ def encode(family: ModelFamily, prompts: list[str]) -> tuple[Conditioning, Condi
     """Prompts, with reference pictures where the family takes any, and what guidance holds against them."""
     pictures = references(family, len(prompts))
     cond = family.encode(prompts, pictures)
-    return cond, family.encode([""] * len(prompts), pictures) if family.sees_pictures else family.encode([""])
+    negative = [family.negative_prompt]
+    return cond, family.encode(negative * len(prompts), pictures) if family.sees_pictures else family.encode(negative)
 
 
 @torch.no_grad()
@@ -69,7 +70,7 @@ def trajectory(
     steps: int,
     keep: torch.dtype | None = None,
 ) -> Trajectory:
-    """A network's `euler` rollout; an empty negative prompt. States are kept where `keep` names a dtype."""
+    """A network's `euler` rollout, with the family's negative prompt. States are kept where `keep` names a dtype."""
     (cond, uncond), sigmas = encode(family, prompts), family.sigmas(steps)
     return rollout(
         lambda x, sigma, rows, step: family.guided_velocity(network, x, sigma, cond[rows], uncond, guidance),
@@ -154,7 +155,9 @@ def check_attention_masks(family: ModelFamily) -> None:
         return plain(*inputs, **options)
 
     network, x = family.load_transformer(), noise(family).draw(slice(None))
-    uncond, equal, unequal = (family.encode(prompts) for prompts in ([""], PROMPTS[1:2] * len(x), PROMPTS))
+    uncond, equal, unequal = (
+        family.encode(prompts) for prompts in ([family.negative_prompt], PROMPTS[1:2] * len(x), PROMPTS)
+    )
     with patch.object(functional, "scaled_dot_product_attention", noting):
         for cond, expected in ((equal, False), (unequal, True)):
             masked.clear()

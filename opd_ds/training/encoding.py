@@ -28,9 +28,7 @@ class Asked:
     samples: Sequence[int]
 
 
-def encode_batches(
-    family: ModelFamily, group: Group, batches: Mapping[Key, Asked], negative: str
-) -> dict[Key, Conditioning]:
+def encode_batches(family: ModelFamily, group: Group, batches: Mapping[Key, Asked]) -> dict[Key, Conditioning]:
     """All batches of a round together, each prompt and picture once, so that encoders which are offloaded travel once
     a round. Collective.
 
@@ -46,7 +44,7 @@ def encode_batches(
             beside = own if seen else ()
             places.setdefault((prompt, beside), (number, sample))
             if seen:
-                places.setdefault((negative, beside), (len(batches), 0))
+                places.setdefault((family.negative_prompt, beside), (len(batches), 0))
             latents |= {picture: family.encode_picture(picture) for picture in own if picture not in latents}
     together = {prompt: place for (prompt, beside), place in places.items() if not beside}
     alone = [text for text in places if text[1]]
@@ -63,7 +61,7 @@ def encode_batches(
     return {
         key: rows(asked.prompts, asked.pictures).with_references(
             tuple(tuple(latents[picture] for picture in own) for own in asked.pictures) if any(asked.pictures) else (),
-            rows([negative] * len(asked.prompts), asked.pictures) if seen else None,
+            rows([family.negative_prompt] * len(asked.prompts), asked.pictures) if seen else None,
         )
         for key, asked in batches.items()
     }

@@ -48,6 +48,7 @@ def load_family(config: RunConfig, path: Path, device: torch.device, dtype: torc
         width=settings.width,
         frames=settings.frames,
         max_text_length=settings.max_text_length,
+        negative_prompt=settings.negative_prompt,
         text_encoders="resident" if settings.text_encoders == "resident" else "offload",
         decode_micro_batch=settings.decode_micro_batch,
         reference_side=settings.reference_side,

@@ -145,7 +145,7 @@ class Trainer(ABC):
         self._sigmas = parts.family.sigmas(config.rollout.steps)
         self._device_sigmas = to_device(self._sigmas.float(), parts.group.device)
         self._coefficients = kernel(config.rollout.kernel, config.rollout.noise_level).coefficients(self._sigmas)
-        self._uncond = parts.family.encode([config.model.negative_prompt])
+        self._uncond = parts.family.encode([parts.family.negative_prompt])
         found = config.scoring.micro_batch == "auto" and parts.group.device.type != "cpu"
         size = None if found else config.scoring_micro_batch
         self._scoring = AutoMicroBatch("scoring.micro_batch = auto", size, shrinks=found)
@@ -209,7 +209,7 @@ class Trainer(ABC):
             task: Asked(prompts[task], [self._prompts[task].pictures_of(row) for row in drawn[task]], part.indices)
             for task in drawn
         }
-        conds = encode_batches(self._family, self._group, asked, settings.model.negative_prompt)
+        conds = encode_batches(self._family, self._group, asked)
         return {
             task: TaskBatch(
                 part,

@@ -87,6 +87,9 @@ def draw(
     pictures: bool = False,
 ) -> Tensor:
     """What diffusers' pipeline makes of `noise` [B, C, h, w]: latents of that shape, or images [B, 3, H, W]."""
-    guided = {"true_cfg_scale": guidance, "negative_prompt": None if guidance == 1 else [""] * len(prompts)}
+    guided = {
+        "true_cfg_scale": guidance,
+        "negative_prompt": None if guidance == 1 else [family.negative_prompt] * len(prompts),
+    }
     drawn = run(pipeline, family, steps, pictures=pictures, prompt=prompts, latents=pack(noise), **guided).images
     return drawn if pictures else unpack(drawn, *noise.shape[-2:])
