@@ -75,8 +75,8 @@ class ModelSection(Section):
     )
     negative_prompt: str | None = Field(
         None,
-        description="of the pass without prompt, where guidance makes two passes; default: the family's own, a blank for "
-        "Qwen-Image, nothing for the others",
+        description="of the pass without prompt, where guidance makes two passes; default: the family's own: a blank "
+        "for Qwen-Image, nothing for the others",
     )
     text_encoders: Literal["resident", "offload", "cached"] = Field(
         "offload",
