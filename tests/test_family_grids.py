@@ -22,6 +22,8 @@ MODELS = {
     "FLUX.2-klein-4B": "flux2",
     "Qwen-Image": "qwen_image",
     "Z-Image": "z_image",
+    "Z-Image-Turbo": "z_image",
+    "Wan2.2-TI2V-5B-Diffusers": "wan",
     "Wan2.1-T2V-1.3B-Diffusers": "wan",
 }
 
@@ -29,6 +31,7 @@ MODELS = {
 @cache
 def released(name: str) -> ModelFamily:
     overrides = [f"model.path=hub/{name}", f"model.family={MODELS[name]}", "model.max_text_length=null"]
+    overrides += ["rollout.guidance=1.0", *(f"tasks.{task}.teacher.guidance=1.0" for task in ("ocr", "aesthetic"))]
     return find_model(load_config("mopd_sd35m", None, overrides)).family
 
 

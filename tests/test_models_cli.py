@@ -19,6 +19,7 @@ def test_every_family_says_what_it_is() -> None:
         assert row["pipeline"].endswith("Pipeline")
         assert row["example"].count("/") == 1
         assert row["lora_targets"]
+        assert row["known"]
         assert (row["guidance"], row["passes"]) in (("embedded", 1), ("classifier-free", 2))
     assert (rows["sd3"]["latents"], rows["wan"]["latents"]) == ("image", "video")
 
@@ -26,4 +27,5 @@ def test_every_family_says_what_it_is() -> None:
 def test_the_list_for_people_names_the_same() -> None:
     text = CliRunner().invoke(app, ["models"]).stdout
     assert "StableDiffusion3Pipeline, for example stabilityai/stable-diffusion-3.5-medium" in text
+    assert "Z-Image, Z-Image-Turbo (distilled, 8 steps)\n" in text
     assert "latents of videos; classifier-free guidance (2 passes, 1 at guidance 1)" in text

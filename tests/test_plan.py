@@ -42,11 +42,26 @@ PARAMETERS = {
     "stable-diffusion-3.5-medium": (2.24, 2.50),
     "stable-diffusion-3.5-large": (8.05, 8.15),
     "FLUX.1-dev": (11.88, 11.92),
+    "stable-diffusion-3.5-large-turbo": (8.05, 8.15),
     "FLUX.2-klein-4B": (3.8, 4.1),
+    "FLUX.2-klein-9B": (8.9, 9.3),
     "Qwen-Image": (20.4, 20.5),
+    "Qwen-Image-2512": (20.4, 20.5),
     "Z-Image": (6.14, 6.17),
+    "Z-Image-Turbo": (6.14, 6.17),
     "Wan2.1-T2V-1.3B-Diffusers": (1.29, 1.43),
     "Wan2.1-T2V-14B-Diffusers": (14.0, 14.4),
+    "Wan2.2-TI2V-5B-Diffusers": (4.95, 5.05),
+}
+
+
+RECIPES = {
+    "sd3": "sd35m",
+    "flux": "flux1",
+    "flux2": "flux2_klein",
+    "qwen_image": "qwen_image",
+    "z_image": "z_image",
+    "wan": "wan21",
 }
 
 
@@ -76,16 +91,54 @@ def test_a_hub_id_is_planned_from_the_configs_kept_here() -> None:
         ("black-forest-labs/FLUX.2-klein-4B", "flux2", (128, 64, 64)),
         ("Qwen/Qwen-Image", "qwen_image", (16, 128, 128)),
         ("Tongyi-MAI/Z-Image", "z_image", (16, 128, 128)),
+        ("stabilityai/stable-diffusion-3.5-large-turbo", "sd3", (16, 128, 128)),
+        ("black-forest-labs/FLUX.2-klein-9B", "flux2", (128, 64, 64)),
+        ("Qwen/Qwen-Image-2512", "qwen_image", (16, 128, 128)),
+        ("Tongyi-MAI/Z-Image-Turbo", "z_image", (16, 128, 128)),
+        ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "wan", (48, 21, 30, 52)),
         ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "wan", (16, 21, 60, 104)),
     ],
 )
 def test_known_models_are_of_their_families(name: str, family: str, latents: tuple[int, ...]) -> None:
     size = "null" if family == "wan" else 1024
-    changes = [f"model.path={name}", f"model.family={family}", f"model.height={size}", f"model.width={size}"]
-    changes += ["model.max_text_length=null"]
-    model = find_model(load_config("mopd_sd35m", None, changes))
+    changes = [f"model.path={name}", f"model.height={size}", f"model.width={size}", "model.frames=null"]
+    model = find_model(load_config(f"mopd_{RECIPES[family]}", None, changes))
+    assert known_configs(name.split("/")[1])["family"] == family
     assert model.family.latent_shape == latents
-    assert model.tokens == 512
+    assert model.tokens == (77 + 128 if family == "sd3" else 512)
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "steps"),
+    [
+        ("stabilityai/stable-diffusion-3.5-large-turbo", "mopd_sd35m", 4),
+        ("Tongyi-MAI/Z-Image-Turbo", "mopd_z_image", 8),
+        ("black-forest-labs/FLUX.2-klein-9B", "mopd_flux2_klein", 4),
+        ("Tongyi-MAI/Z-Image", "mopd_z_image", None),
+    ],
+)
+def test_what_a_distilled_model_is_made_for_is_known(name: str, recipe: str, steps: int | None) -> None:
+    assert find_model(load_config(recipe, None, [f"model.path={name}"])).distilled == steps
+
+
+def test_guidance_that_a_model_does_not_know_has_no_plan() -> None:
+    """Of klein its folder says so."""
+    guided = load_config("mopd_flux2_klein", None, ["tasks.ocr.teacher.guidance=4.0"])
+    with pytest.raises(
+        UserError, match=r"^tasks\.ocr\.teacher\.guidance = 4: the model is distilled to be run without"
+    ):
+        find_model(guided)
+
+
+def test_the_turbo_models_have_the_grids_of_their_schedulers() -> None:
+    """Shift 3 of even sigmas, 3 s / (1 + 2 s); Z-Image's own shift is 6."""
+    even = torch.tensor([1, 0.75, 0.5, 0.25, 0], dtype=torch.float64)
+    turbo, base = (
+        find_model(load_config("mopd_z_image", None, [f"model.path=Tongyi-MAI/{name}"])).family.sigmas(4)
+        for name in ("Z-Image-Turbo", "Z-Image")
+    )
+    torch.testing.assert_close(turbo, 3 * even / (1 + 2 * even), atol=1e-6, rtol=0)
+    torch.testing.assert_close(base, 6 * even / (1 + 5 * even), atol=1e-6, rtol=0)
 
 
 def test_cached_prompts_need_no_text_encoders(configured: Callable[..., DistilConfig]) -> None:

@@ -9,10 +9,13 @@ import typer
 
 
 def models(as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
-    """List the model families: pipeline class, latents, guidance, where a LoRA adapts, a hub id to begin with."""
+    """List the model families: pipeline class, latents, guidance, where a LoRA adapts, a hub id to begin with, and the
+    models whose configs `opd-ds plan` has.
+    """
     from opd_ds.models import FAMILIES
 
-    rows = [_row(name) for name in FAMILIES]
+    known = _known()
+    rows = [_row(name) | {"known": known.get(name, [])} for name in FAMILIES]
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
@@ -21,6 +24,24 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="for programs")]
         typer.echo(f"{row['family']:12} {row['pipeline']}, for example {row['example']}")
         typer.echo(f"{'':12} latents of {row['latents']}s; {row['guidance']} guidance ({passes})")
         typer.echo(f"{'':12} LoRA: {', '.join(row['lora_targets'])}")
+        typer.echo(f"{'':12} planned without their files: {', '.join(map(_known_as, row['known']))}")
+
+
+def _known() -> dict[str, list[dict[str, Any]]]:
+    """Models by family; of those that are distilled, in how many steps they are made to be drawn."""
+    from opd_ds.plan.network import known_configs, known_models
+
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in known_models():
+        configs = known_configs(name)
+        entry = {"name": name, "distilled_steps": configs.get("distilled", {}).get("steps")}
+        found.setdefault(configs["family"], []).append(entry)
+    return found
+
+
+def _known_as(model: dict[str, Any]) -> str:
+    steps = model["distilled_steps"]
+    return model["name"] + (f" (distilled, {steps} steps)" if steps else "")
 
 
 def _row(name: str) -> dict[str, Any]:

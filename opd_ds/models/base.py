@@ -231,7 +231,7 @@ class ModelFamily(PromptEncoding):
     def check_guidance(self, key: str, guidance: float) -> None:
         """Raise UserError, naming `key` of the run config, for a guidance that the model does not know."""
         if self.unguided and guidance != 1.0:
-            raise UserError(f"{key} = {guidance:g}: {self.path} is distilled to be run without; allowed: 1.0")
+            raise UserError(f"{key} = {guidance:g}: the model is distilled to be run without guidance; allowed: 1.0")
 
     def check_attention(self) -> None:
         """Raise UserError where the network cannot run attention as `model.attention` says."""

@@ -22,7 +22,7 @@ from opd_ds.errors import UserError, about, nearest
 from opd_ds.models import ModelFamily, family_class, lora
 from opd_ds.models.inspection import ENCODER_WEIGHTS, check_base, has_weights, weight_files
 from opd_ds.models.weight_files import read_shapes
-from opd_ds.training.networks import DTYPES, load_family
+from opd_ds.training.networks import DTYPES, check_guidances, load_family
 
 _CLIP_TOKENS = 77
 _ADAPTER = "plan"
@@ -52,6 +52,7 @@ class Model:
         source: where that is from, for people.
         encoders: parameters of the text encoders.
         tokens: of the longest prompt, as the network sees it.
+        distilled: steps in which it is made to be drawn, without guidance; None: not distilled, or not known to be.
     """
 
     source: str
@@ -59,6 +60,7 @@ class Model:
     configs: dict[str, Any]
     encoders: int
     tokens: int
+    distilled: int | None = None
 
     @property
     def transformer_class(self) -> str:
@@ -119,16 +121,29 @@ def known_models() -> list[str]:
 
 
 def known_configs(name: str) -> dict[str, Any]:
-    """`transformer`, `vae` and `scheduler` as in a diffusers folder, and `text_encoders` with their sizes."""
-    return json.loads((_folder() / f"{name}.json").read_text(encoding="utf-8"))
+    """`transformer`, `vae` and `scheduler` as in a diffusers folder, `text_encoders` with their sizes, the `family`.
+
+    Where there is something to say: `index`, further entries of the folder's model_index.json; `distilled`, the
+    `steps` in which a model is made to be drawn, without guidance. A file may hold only what differs from another's,
+    which it names as `like`.
+    """
+    found = json.loads((_folder() / f"{name}.json").read_text(encoding="utf-8"))
+    like = found.pop("like", None)
+    return found if like is None else known_configs(like) | found
 
 
 def find_model(config: RunConfig) -> Model:
     """The run's model, from a local folder's configs, or from ours by the last part of its hub id.
 
     Raises:
-        UserError: neither is there, or the family does not fit.
+        UserError: neither is there, the family does not fit, or the model is not made for a guidance of the run.
     """
+    model = _found(config)
+    check_guidances(config, model.family)
+    return model
+
+
+def _found(config: RunConfig) -> Model:
     value = config.model.path
     if value.startswith(PACKAGE_PREFIX) or Path(value).expanduser().exists():
         return _from_folder(config, resolve_path(value, "model.path"))
@@ -151,10 +166,11 @@ def _from_known(config: RunConfig, name: str) -> Model:
         for part, file in files.items():
             (Path(folder) / part).mkdir()
             (Path(folder) / part / file).write_text(json.dumps(configs[part]), encoding="utf-8")
-        index = {"_class_name": family_class(config.model.family).pipeline_class}
+        index = {"_class_name": family_class(config.model.family).pipeline_class} | configs.pop("index", {})
         (Path(folder) / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
         family = load_family(config, Path(folder), torch.device("cpu"))
-    return Model(f"packaged configs of {name}", family, configs, encoders, _tokens(family, configs, _CLIP_TOKENS))
+    steps, tokens = configs.get("distilled", {}).get("steps"), _tokens(family, configs, _CLIP_TOKENS)
+    return Model(f"packaged configs of {name}", family, configs, encoders, tokens, steps)
 
 
 def _from_folder(config: RunConfig, folder: Path) -> Model:

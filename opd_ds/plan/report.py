@@ -13,6 +13,7 @@ from opd_ds.errors import UserError
 from opd_ds.plan import timing
 from opd_ds.plan.devices import GIB
 from opd_ds.plan.memory import allowance, batches
+from opd_ds.plan.network import Model
 from opd_ds.plan.passes import Passes, round_passes
 from opd_ds.plan.planner import Comparison, Plan
 from opd_ds.plan.zero import Part, Phase
@@ -35,6 +36,7 @@ def as_json(found: Comparison, detailed: Plan | None) -> dict[str, Any]:
             "trained": counts.trained,
             "latent_shape": list(model.family.latent_shape),
             "text_tokens": model.tokens,
+            "distilled": _distilled(model, plan.config),
         },
         "devices": {"kind": devices.kind.name, "count": devices.count, "memory": devices.kind.memory},
         "plan_of": "recommended" if recommended else "configured",
@@ -68,6 +70,18 @@ def as_json(found: Comparison, detailed: Plan | None) -> dict[str, Any]:
         "notes": memory.notes,
         "assumptions": assumptions(),
     }
+
+
+def _distilled(model: Model, config: RunConfig) -> str | None:
+    if model.distilled is None:
+        return None
+    guidances = {config.student_guidance(task) for task in config.tasks}
+    guidances |= {teacher.guidance for teacher in config.all_teachers.values()}
+    given = ", ".join(f"{value:g}" for value in sorted(guidances))
+    return (
+        f"distilled, made to be drawn in {model.distilled} steps with guidance 1; this run: {config.rollout.steps} "
+        f"steps, {config.evaluation.steps} in evaluation, guidance {given}"
+    )
 
 
 def _hours(plan: Plan) -> float:
@@ -107,6 +121,7 @@ def as_text(found: dict[str, Any]) -> str:
         f"{model['transformer']}, {model['parameters'] / 1e9:.3f} B parameters and {model['buffers'] / 1e9:.3f} B in "
         f"buffers ({model['source']}); {model['trained'] / 1e6:,.1f} M trained",
         f"latents {shape}, {model['text_tokens']} text tokens; below: {of}",
+        *([f"{model['distilled']} (docs/families.md)"] if model["distilled"] else []),
         "",
         f"# memory of one device ({kind}) in its worst phase, {device['phase']}: GiB",
         *_table(device["parts"]),

@@ -24,7 +24,7 @@ from opd_ds.runs.files import RunFiles, find_files
 from opd_ds.runs.identity import run_identity
 from opd_ds.runs.resume import ResumePoint, Start, find_resume_point, refuse_other_changes, refuse_other_run
 from opd_ds.runs.without_effect import files_without_effect
-from opd_ds.training.networks import load_family
+from opd_ds.training.networks import check_guidances, load_family
 from opd_ds.training.trainer import Trainer
 from opd_ds.utils.folders import try_to_write
 
@@ -112,12 +112,7 @@ def _check_sampling(config: RunConfig, family: ModelFamily) -> None:
     family.check_attention()
     family.check_steps("rollout.steps", config.rollout.steps)
     family.check_steps("evaluation.steps", config.evaluation.steps)
-    family.check_guidance("rollout.guidance", config.rollout.guidance)
-    for name, section in config.evaluated.items():
-        if section.guidance is not None:
-            family.check_guidance(f"{config.place(name)}.guidance", section.guidance)
-    for name, teacher in config.all_teachers.items():
-        family.check_guidance(f"{config.teacher_key(name)}.guidance", teacher.guidance)
+    check_guidances(config, family)
 
 
 def _check_teachers(config: RunConfig, files: RunFiles, family: ModelFamily) -> None:

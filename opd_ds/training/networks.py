@@ -59,6 +59,16 @@ def load_family(config: RunConfig, path: Path, device: torch.device, dtype: torc
     return family
 
 
+def check_guidances(config: RunConfig, family: ModelFamily) -> None:
+    """Raise UserError for a guidance of student or teachers that the model does not know."""
+    family.check_guidance("rollout.guidance", config.rollout.guidance)
+    for name, section in config.evaluated.items():
+        if section.guidance is not None:
+            family.check_guidance(f"{config.place(name)}.guidance", section.guidance)
+    for name, teacher in config.all_teachers.items():
+        family.check_guidance(f"{config.teacher_key(name)}.guidance", teacher.guidance)
+
+
 def student_module(
     settings: StudentSection,
     seed: int,
