@@ -154,6 +154,14 @@ def test_no_recipe_has_settings_without_effect() -> None:
     assert [line for config in configs for line in settings_without_effect(config)] == []
 
 
+def test_guidance_of_a_turbo_model_is_warned_of() -> None:
+    """Nothing in these folders says that they are distilled."""
+    turbo = ["model.path=hub/Z-Image-Turbo", "rollout.guidance=1.0", "tasks.ocr.teacher.guidance=1.0"]
+    said = settings_without_effect(load_config("mopd_z_image", None, turbo))
+    assert [line.partition(":")[0] for line in said] == ["tasks.aesthetic.teacher.guidance = 6"]
+    assert "by its name hub/Z-Image-Turbo is distilled to be drawn without guidance, which is 1" in said[0]
+
+
 def test_how_much_of_an_average_is_the_start() -> None:
     assert share_of_start(EmaSection(decay=0.5, warmup=False, every=2), 7) == pytest.approx(0.5**3)
     assert share_of_start(EmaSection(decay=0.9), 1) == pytest.approx(2 / 11)

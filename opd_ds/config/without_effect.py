@@ -101,7 +101,10 @@ def _student(config: RunConfig) -> Iterator[str]:
         if section.guidance is not None
     }
     guidances |= {f"{config.teacher_key(name)}.guidance": one.guidance for name, one in config.all_teachers.items()}
+    turbo = "turbo" in model.path.rstrip("/").rpartition("/")[2].lower()  # their folders do not say it
     for key, value in guidances.items():
+        if turbo and value > 1:
+            yield f"{key} = {value:g}: by its name {model.path} is distilled to be drawn without guidance, which is 1"
         if value < 1:
             ignored = "ignores the prompt" if value == 0 else "weakens the prompt"
             yield f"{key} = {value:g} {ignored}: guidance is off at 1"
