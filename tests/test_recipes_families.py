@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from peft import LoraConfig
+from PIL import Image
 from typer.testing import CliRunner
 
 from opd_ds.cli.main import app
@@ -17,6 +19,7 @@ from opd_ds.testing.family_checks import build, tiny_module
 
 RECIPES = {
     "mopd_flux1": "flux",
+    "mopd_flux1_kontext": "flux_kontext",
     "mopd_flux2_klein": "flux2",
     "mopd_qwen_image": "qwen_image",
     "mopd_z_image": "z_image",
@@ -24,9 +27,19 @@ RECIPES = {
 }
 
 
-def dry_run(name: str, prompts: Path, model: Path, *settings: str) -> str:
-    prompts.write_text("a sign that says 'open'\na red house\n")
-    keys = [f"tasks.{task}.{key}={prompts}" for task in ("ocr", "aesthetic") for key in ("prompts", "eval_prompts")]
+def tasks_of(name: str) -> list[str]:
+    return list(load_config(name, None, []).tasks)
+
+
+def dry_run(name: str, folder: Path, model: Path, *settings: str) -> str:
+    Image.new("RGB", (40, 24), "red").save(folder / "red.png")
+    lines = [{"prompt": prompt, "image": "red.png"} for prompt in ("a sign that says 'open'", "a red house")]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    keys = [
+        f"tasks.{task}.{key}.path={folder / 'prompts.jsonl'}"
+        for task in tasks_of(name)
+        for key in ("prompts", "eval_prompts")
+    ]
     words = [word for setting in (f"model.path={model}", *keys, *settings) for word in ("--set", setting)]
     result = CliRunner().invoke(app, ["train", "--recipe", name, "--dry-run", "--processes", "8", *words])
     if result.exception is not None:
@@ -53,10 +66,10 @@ def test_every_family_has_a_recipe() -> None:
 def test_a_family_recipe_is_complete_but_for_teachers(name: str, tmp_path: Path) -> None:
     family = RECIPES[name]
     base = tiny_module(family).write(tmp_path / "base")
-    with pytest.raises(UserError, match=r"^tasks\.ocr\.teacher\.path = '<LoRA for ocr>' stands for something of your"):
-        dry_run(name, tmp_path / "prompts.txt", base)
+    with pytest.raises(UserError, match=r"^tasks\.(\w+)\.teacher\.path = '<LoRA for \1>' stands for something of your"):
+        dry_run(name, tmp_path, base)
     teacher = write_lora(family, base, tmp_path / "my-lora")
-    teachers = [f"tasks.{task}.teacher={teacher}" for task in ("ocr", "aesthetic")]
-    printed = dry_run(name, tmp_path / "prompts.txt", base, *teachers)
-    assert "2: ocr (teacher my-lora), aesthetic (teacher my-lora)" in printed
+    tasks = tasks_of(name)
+    printed = dry_run(name, tmp_path, base, *(f"tasks.{task}.teacher={teacher}" for task in tasks))
+    assert f"2: {', '.join(f'{task} (teacher my-lora)' for task in tasks)}" in printed
     assert "placement: shared" in printed
