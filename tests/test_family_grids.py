@@ -82,6 +82,8 @@ def test_a_grid_that_starts_just_below_pure_noise_is_one_that_starts_there(level
     ours, theirs = (kernel("flow", level).coefficients(grid) for grid in (sigmas, exact))
     for mine, other in ((ours.a, theirs.a), (ours.b, theirs.b), (ours.std, theirs.std)):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    # From noise: a = 1 - level^2 / 2, std = level, whatever the grid's first step is.
+    assert (float(ours.a[0]), float(ours.std[0])) == pytest.approx((1 - level**2 / 2, level), abs=1e-4)
 
 
 def test_steps_that_a_scheduler_has_no_grid_for_are_refused() -> None:
