@@ -43,6 +43,7 @@ PARAMETERS = {
     "stable-diffusion-3.5-large": (8.05, 8.15),
     "FLUX.1-dev": (11.88, 11.92),
     "stable-diffusion-3.5-large-turbo": (8.05, 8.15),
+    "FLUX.1-Kontext-dev": (11.88, 11.92),
     "FLUX.2-klein-4B": (3.8, 4.1),
     "FLUX.2-klein-9B": (8.9, 9.3),
     "Qwen-Image": (20.4, 20.5),
@@ -58,6 +59,7 @@ PARAMETERS = {
 RECIPES = {
     "sd3": "sd35m",
     "flux": "flux1",
+    "flux_kontext": "flux1_kontext",
     "flux2": "flux2_klein",
     "qwen_image": "qwen_image",
     "z_image": "z_image",
@@ -88,6 +90,7 @@ def test_a_hub_id_is_planned_from_the_configs_kept_here() -> None:
     ("name", "family", "latents"),
     [
         ("black-forest-labs/FLUX.1-dev", "flux", (16, 128, 128)),
+        ("black-forest-labs/FLUX.1-Kontext-dev", "flux_kontext", (16, 128, 128)),
         ("black-forest-labs/FLUX.2-klein-4B", "flux2", (128, 64, 64)),
         ("Qwen/Qwen-Image", "qwen_image", (16, 128, 128)),
         ("Tongyi-MAI/Z-Image", "z_image", (16, 128, 128)),
