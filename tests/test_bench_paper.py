@@ -53,7 +53,8 @@ def distilled(world: Path, folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "case", ["alternate", "together", "no start", "distil", "anchor", "two epochs", "fused", "fused queries", "sft"]
+    "case",
+    ["alternate", "together", "no start", "distil", "anchor", "beyond", "two epochs", "fused", "fused queries", "sft"],
 )
 def test_passes_are_known_before_a_run(case: str, tiny_world: Path, tmp_path: Path, group: Group) -> None:
     folder = tmp_path / "out"
@@ -64,6 +65,7 @@ def test_passes_are_known_before_a_run(case: str, tiny_world: Path, tmp_path: Pa
         "no start": lambda: taught(tiny_world, folder, kl=0.0),
         "distil": lambda: distilled(tiny_world, folder, rollout__trained_steps={"queries": 3}),
         "anchor": lambda: distilled(tiny_world, folder, anchor=anchor, rollout__trained_steps={"steps": [0, 2]}),
+        "beyond": lambda: distilled(tiny_world, folder, objective={"extrapolation": 0.25}),
         "two epochs": lambda: distilled(tiny_world, folder, train__inner_epochs=2),
         "fused": lambda: distilled(tiny_world, folder, rollout__mode="fused", rollout__trained_steps={"steps": [0, 2]}),
         "fused queries": lambda: distilled(

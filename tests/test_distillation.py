@@ -59,7 +59,7 @@ def test_the_policy_gradients_mean_is_the_closed_form(tiny_world: Path, tmp_path
         loss = kind(DistilConfig.model_validate(settings), table, sigmas, torch.device("cpu"))
         velocity = student.expand(count, -1, -1, -1).clone().requires_grad_()
         noise = torch.randn(velocity.shape)
-        known = DrawnTransitions(teacher.expand_as(velocity), None, velocity.detach(), noise)
+        known = DrawnTransitions(teacher.expand_as(velocity), velocity=velocity.detach(), noise=noise)
         loss(velocity, torch.full((count,), 2), known)[0].sum().backward()
         assert velocity.grad is not None
         return velocity.grad.mean(0), velocity.grad.std(0)
@@ -82,6 +82,36 @@ def test_sft_learns_from_the_teachers_pictures_alone(build_run: Build, tiny_worl
     started = {"student__start": str(tiny_world / "other")}  # a student that is the teacher
     _, as_teacher = build_run(tasks={"t": task}, rollout__guidance=1.0, **started)
     torch.testing.assert_close(report.rolled["t"].final, as_teacher.trainer.run_round(0).rolled["t"].final)
+
+
+# ---- absorbed guidance ----
+
+
+def absorbing(world: Path, **changes: Any) -> dict[str, Any]:
+    """As the recipes `absorb_...`: a guided teacher, here the base itself, and a LoRA student without guidance."""
+    settings = {"student__kind": "lora", "rollout__guidance": 1.0, "tasks": {"self": own_teacher(world, guidance=4.5)}}
+    return settings | {"objective": {"target": "velocity", "weighting": "uniform"}} | changes
+
+
+def test_absorbed_guidance_halves_the_students_passes(build_run: Build, tiny_world: Path) -> None:
+    counted = {}
+    for guidance in (1.0, 4.5):
+        _, parts = build_run(**absorbing(tiny_world, rollout__guidance=guidance))
+        counted[guidance] = parts.trainer.run_round(0).passes
+    pairs = 4 * 4  # samples, steps; each is drawn, asked and trained
+    assert counted[1.0] == {"forward": (1 + 2 + 1) * pairs, "backward": pairs}
+    assert counted[4.5] == {"forward": (2 + 2 + 2) * pairs, "backward": 2 * pairs}
+
+
+def test_a_model_absorbs_its_own_guidance(build_run: Build, tiny_world: Path) -> None:
+    """The error of the unguided student to the guided base falls, and the base, in its own network, stays as it is."""
+    changes = {"rollout__samples": 16, "rollout__micro_batch": 16, "train__micro_batch": 64, "optimizer__lr": 1e-2}
+    _, parts = build_run(**absorbing(tiny_world, **changes), deepspeed="zero0")
+    before = parts.student.gather_weights(trainable_only=False)
+    losses = [parts.trainer.run_round(index).losses.loss for index in range(16)]
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3]), losses
+    after = parts.student.gather_weights(trainable_only=False)
+    assert all(torch.equal(value, after[name]) for name, value in before.items() if "lora" not in name)
 
 
 # ---- the anchor ----

@@ -373,12 +373,14 @@ def test_where_teachers_draw_the_students_weights_are_not_gathered_for_it(
     assert there(Phase.EVALUATE, "sft") == there(Phase.EVALUATE, "closed_form") > 0
 
 
-@pytest.mark.parametrize("method", ["closed_form", "ppo", "sft"])
+@pytest.mark.parametrize(
+    "objective", [{}, {"extrapolation": 0.25}, {"method": "ppo"}, {"method": "sft"}], ids=lambda keys: str(keys)
+)
 def test_the_buffers_bytes_are_those_of_the_real_buffer(
-    method: str, build_run: Build, monkeypatch: pytest.MonkeyPatch
+    objective: dict[str, Any], build_run: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes: dict[str, Any] = {"objective": {"method": method}, "rollout__trained_steps": {"steps": [0, 2]}}
-    if method == "ppo":
+    changes: dict[str, Any] = {"objective": objective, "rollout__trained_steps": {"steps": [0, 2]}}
+    if objective.get("method") == "ppo":
         changes |= {"rollout__kernel": "flow", "rollout__noise_level": 0.7}
     config, parts = build_run(**changes)
     seen: dict[str, float] = {"states": 0, "scored": 0}

@@ -6,22 +6,30 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig
 from PIL import Image
 from typer.testing import CliRunner
 
 from opd_ds.cli.main import app
+from opd_ds.cluster.world import World
+from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.files import recipe_names
 from opd_ds.config.loading import load_config
 from opd_ds.errors import UserError
 from opd_ds.models import FAMILIES, lora
+from opd_ds.runs.files import find_files
+from opd_ds.runs.without_effect import files_without_effect
 from opd_ds.testing.family_checks import build, tiny_module
+from opd_ds.training.networks import load_family
+from tests.tiny import write_config
 
 RECIPES = {
     "mopd_flux1": "flux",
     "mopd_flux1_kontext": "flux_kontext",
     "mopd_flux2_klein": "flux2",
     "mopd_qwen_image": "qwen_image",
+    "absorb_qwen_image": "qwen_image",
     "mopd_z_image": "z_image",
     "mopd_wan21": "wan",
 }
@@ -73,3 +81,17 @@ def test_a_family_recipe_is_complete_but_for_teachers(name: str, tmp_path: Path)
     printed = dry_run(name, tmp_path, base, *(f"tasks.{task}.teacher={teacher}" for task in tasks))
     assert f"2: {', '.join(f'{task} (teacher my-lora)' for task in tasks)}" in printed
     assert "placement: shared" in printed
+
+
+def test_a_model_absorbs_its_own_guidance_by_a_recipe(tiny_world: Path, tmp_path: Path) -> None:
+    """The base as the one teacher: asked in the student's network, and without a hint that it teaches nothing."""
+    data = {"model": {"path": str(tiny_world / "base"), "height": 16, "width": 16, "max_text_length": 10}}
+    teacher = {"teacher": str(tiny_world / "base"), "prompts": str(tiny_world / "prompts.txt"), "eval_prompts": None}
+    data |= {"tasks": {"aesthetic": teacher, "ocr": None, "geneval": None}}
+    config = load_config("absorb_sd35m", write_config(tmp_path / "own.yaml", data), [f"run.output_dir={tmp_path}"])
+    assert isinstance(config, DistilConfig)
+    assert (config.student_guidance("aesthetic"), config.teachers["aesthetic"].guidance) == (1.0, 4.5)
+    files = find_files(config, World())
+    assert files.teachers["aesthetic"].settings.placement == "shared"
+    family = load_family(config, files.model, torch.device("cpu"))
+    assert not [line for line in files_without_effect(config, files, family) if "teacher" in line]

@@ -21,11 +21,13 @@ from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import TeacherSection
 from opd_ds.errors import UserError
 from opd_ds.models import lora
+from opd_ds.plan.devices import parse_devices
+from opd_ds.plan.memory import run_memory
 from opd_ds.runs.files import find_files
 from opd_ds.runs.setup import Parts
 from tests.ranks import TRAIN_MANY, launch
 from tests.runs import metrics
-from tests.tiny import ALL_SHARDED, run_settings, write_config
+from tests.tiny import ALL_SHARDED, costs_of, run_settings, write_config
 
 Build = Callable[..., tuple[RunConfig, Parts]]
 
@@ -55,13 +57,13 @@ def wide(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(world: Path, wide: Path, placement: str = "auto", **changes: Any) -> dict[str, Any]:
-    """A LoRA student, three LoRA teachers and an anchor."""
+    """A LoRA student; three LoRA teachers, the base as a fourth, and an anchor."""
 
     def teacher(path: Path, guidance: float) -> dict[str, Any]:
         return {"path": str(path), "guidance": guidance, "placement": placement}
 
     prompts = str(world / "prompts.txt")
-    paths = {"one": world / "adapter", "two": world / "adapter2", "three": wide}
+    paths = {"one": world / "adapter", "two": world / "adapter2", "three": wide, "four": world / "base"}
     tasks = {name: {"teacher": teacher(path, 1.5), "prompts": prompts} for name, path in paths.items()}
     return {
         "student__kind": "lora",
@@ -173,27 +175,42 @@ def test_replica_is_gathered_once_for_rollout_and_teachers(
 
 
 @pytest.mark.parametrize(
-    ("placement", "student", "is_lora", "expected"),
+    ("placement", "student", "what", "expected"),
     [
-        ("auto", "lora", True, "shared"),
-        ("auto", "lora", False, "resident"),
-        ("auto", "full", True, "resident"),
-        ("offload", "lora", True, "offload"),
-        ("resident", "lora", True, "resident"),
-        ("shared", "lora", True, "shared"),
+        ("auto", "lora", "lora", "shared"),
+        ("auto", "lora", "base", "shared"),
+        ("auto", "lora", "full", "resident"),
+        ("auto", "full", "lora", "resident"),
+        ("auto", "full", "base", "resident"),
+        ("offload", "lora", "lora", "offload"),
+        ("resident", "lora", "base", "resident"),
+        ("shared", "lora", "lora", "shared"),
     ],
 )
-def test_where_a_teacher_stands(placement: str, student: str, is_lora: bool, expected: str) -> None:
+def test_where_a_teacher_stands(placement: str, student: str, what: str, expected: str) -> None:
     section = TeacherSection(path="x", placement=placement)  # type: ignore[arg-type]
-    assert section.placed("tasks.a.teacher", student, is_lora=is_lora).placement == expected
+    placed = section.placed("tasks.a.teacher", student, is_lora=what == "lora", is_base=what == "base")
+    assert placed.placement == expected
 
 
 def test_what_cannot_be_shared_is_refused(build_run: Build, tiny_world: Path, wide: Path) -> None:
     section = TeacherSection(path="x", placement="shared")
-    with pytest.raises(UserError, match=r"tasks\.a\.teacher\.placement = 'shared'.*a full checkpoint"):
+    with pytest.raises(UserError, match=r"tasks\.a\.teacher\.placement = 'shared'.*another full checkpoint"):
         section.placed("tasks.a.teacher", "lora", is_lora=False)
     with pytest.raises(UserError, match=r"student\.kind = 'full'"):
         section.placed("tasks.a.teacher", "full", is_lora=True)
+
+
+def test_the_base_in_the_students_network_takes_no_memory(tiny_world: Path, tmp_path: Path) -> None:
+    """The plan knows it by its path, however that is written."""
+    (tmp_path / "link").symlink_to(tiny_world / "base")
+    for path in (tiny_world / "base", tmp_path / "link"):
+        task = {"teacher": str(path), "prompts": str(tiny_world / "prompts.txt")}
+        for kind in ("lora", "full"):
+            data = run_settings(tiny_world, tmp_path, student__kind=kind, tasks={"a": task})
+            config = DistilConfig.model_validate(data)
+            memory = run_memory(config, costs_of(config), parse_devices("1xA100-40GB", "--gpus"))
+            assert any(part.name == "teachers" for part in memory.device) == (kind == "full")
 
 
 def test_batches_found_by_each_rank_are_refused_where_forwards_are_collective(

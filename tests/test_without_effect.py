@@ -99,9 +99,11 @@ def test_weights_that_are_the_bases_own_are_named(
     file = empty / "adapter_model.safetensors"
     save_file({key: v * ("lora_A" in key) for key, v in load_file(file).items()}, file)
     data = run_settings(tiny_world, tmp_path / "out", student__kind="lora", student__start=str(empty))
-    data["tasks"]["one"]["teacher"]["path"] = str(tiny_world / "base")
+    data["tasks"]["one"]["teacher"] = {"path": str(tiny_world / "base"), "guidance": 2.0}
     lines = said(data, caplog)
     assert any("tasks.one.teacher.path = " in line and "is model.path itself" in line for line in lines)
+    data["tasks"]["one"]["teacher"]["guidance"] = 4.5  # another one is something to learn
+    assert not any("is model.path itself" in line for line in said(data, caplog))
     assert any("student.start = " in line and "all its lora_B are zero" in line for line in lines)
     assert not any("tasks.two" in line for line in lines)
 

@@ -134,7 +134,7 @@ def _ask(_: Files, folder: Path) -> None:
     TeacherPool(family, own, device)
     family.load_encoders()
     family.decode(torch.zeros(1, *family.latent_shape))
-    for name in files.teachers.keys() - own.keys():
+    for name in (name for name in files.teachers.keys() - own.keys() if files.teachers[name].is_lora):
         lora.read_adapter(files.teachers[name].path, family.pipeline_class)
 
 

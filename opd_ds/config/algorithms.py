@@ -10,9 +10,10 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from opd_ds.config.base import Algorithm
 from opd_ds.config.objectives import ClosedForm, FlowMatching, Objective, PolicyGradient
+from opd_ds.config.paths import same_place
 from opd_ds.config.rl import GuardSection, LearnedSection, NftSection, RewardAlgorithm
 from opd_ds.config.schema import RunConfig
-from opd_ds.config.sections import ANCHOR, AnchorSection, TaskSection, TeacherSection, TrainedSteps
+from opd_ds.config.sections import ANCHOR, BASE, AnchorSection, BaseSection, TaskSection, TeacherSection, TrainedSteps
 
 # A further algorithm is one line here: its section says the rest, its trainer included.
 ALGORITHMS: dict[str, type[Algorithm]] = {
@@ -54,6 +55,7 @@ class DistilConfig(RunConfig):
 
     objective: AnyObjective = Field(ClosedForm(), description="by what the student learns from its teachers")
     anchor: AnchorSection | None = None
+    base: BaseSection = BaseSection()
     tasks: dict[str, TaskSection] = Field(min_length=1, description="what is learned, by names of your own")
 
     @property
@@ -66,24 +68,59 @@ class DistilConfig(RunConfig):
 
     @property
     def all_teachers(self) -> dict[str, TeacherSection]:
-        return self.teachers | ({ANCHOR: self.anchor} if self.anchor else {})
+        found = self.teachers | ({ANCHOR: self.anchor} if self.anchor else {})
+        if self.objective.extrapolation:
+            placed: BaseSection | TeacherSection = self.base
+            if self._anchor_is_base and self.base.placement == "auto":
+                placed = found[ANCHOR]  # one network serves both
+            # It is asked with each teacher's guidance; 1 is one that every family knows.
+            found[BASE] = TeacherSection(
+                path=self.model.path, guidance=1.0, placement=placed.placement, deepspeed=placed.deepspeed
+            )
+        return found
 
     def with_teachers(self, sections: Mapping[str, TeacherSection]) -> DistilConfig:
         tasks = {name: task.model_copy(update={"teacher": sections[name]}) for name, task in self.tasks.items()}
-        return self.model_copy(update={"tasks": tasks, "anchor": sections.get(ANCHOR)})
+        base = self.base
+        if (section := sections.get(BASE)) is not None:
+            base = BaseSection(placement=section.placement, deepspeed=section.deepspeed)
+        return self.model_copy(update={"tasks": tasks, "anchor": sections.get(ANCHOR), "base": base})
 
     @property
-    def frozen_velocities(self) -> int:
-        return super().frozen_velocities + self.objective.asks_teacher + (self.anchor is not None)
+    def _anchor_is_base(self) -> bool:
+        return self.anchor is not None and same_place(self.anchor.path, self.model.path)
+
+    def asked(self, task: str) -> dict[str, float]:
+        """The frozen networks that are asked at a task's trained states, named as in `all_teachers`, and the guidance
+        of each. The base has the teacher's: what is extrapolated is then what the teacher has learned, and not the
+        difference of two guidances. An anchor that is the base with the same guidance is not asked a second time.
+        """
+        guidance = self.tasks[task].teacher.guidance
+        found = {task: guidance} if self.objective.asks_teacher else {}
+        if self.objective.extrapolation:
+            found[BASE] = guidance
+        if self.anchor and not (BASE in found and self._anchor_is_base and self.anchor.guidance == guidance):
+            found[ANCHOR] = self.anchor.guidance
+        return found
+
+    def roles(self, task: str) -> dict[str, str]:
+        """Which of `asked` is what to the loss: `teacher`, `anchor`, `base`."""
+        asked = self.asked(task)
+        found = {"teacher": task, "base": BASE} if BASE in asked else {"teacher": task} if task in asked else {}
+        return found | ({"anchor": ANCHOR if ANCHOR in asked else BASE} if self.anchor else {})
+
+    def resume_settings(self) -> dict[str, Any]:
+        data = super().resume_settings()
+        if not self.objective.extrapolation:
+            data["objective"].pop("extrapolation")  # as in checkpoints from before there was one
+        return data
 
     def rollout_guidance(self, task: str) -> float:
         own = self.objective.drawn_by == "student"
         return self.student_guidance(task) if own else self.tasks[task].teacher.guidance
 
     def queried_guidances(self, task: str) -> list[float]:
-        asked = super().queried_guidances(task)
-        asked += [self.tasks[task].teacher.guidance] if self.objective.asks_teacher else []
-        return asked + ([self.anchor.guidance] if self.anchor else [])
+        return list(self.asked(task).values())
 
     @model_validator(mode="after")
     def _same_forwards(self) -> DistilConfig:

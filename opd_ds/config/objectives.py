@@ -12,8 +12,25 @@ from opd_ds.config.base import Algorithm
 class Objective(Algorithm):
     """A way to learn from teachers; `method` is its name."""
 
-    method: str
     title: ClassVar[str] = "On-policy distillation (arXiv 2605.15055)"
+
+    method: str
+    extrapolation: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="lambda in the target v_T + lambda (v_T - v_base), beyond the teacher as seen from model.path "
+        "(ExOPD, arXiv 2602.12125, has 0.25); 0: the teacher itself, and the base is not asked",
+    )
+
+    @model_validator(mode="after")
+    def _something_to_extrapolate(self) -> Objective:
+        if self.extrapolation and not self.asks_teacher:
+            raise ValueError(
+                f"extrapolation = {self.extrapolation:g} goes beyond velocities of the teacher, and method = "
+                f"{self.method!r} asks for none; leave it out, or use another method"
+            )
+        return self
 
 
 class PaperObjective(Objective):

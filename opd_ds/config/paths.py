@@ -79,6 +79,14 @@ def beside(value: str, folder: Path, key: str, *, only_file: bool = False) -> st
     return value
 
 
+def same_place(one: str, other: str) -> bool:
+    """Whether two values name the same: word for word, or one local file or folder."""
+    if one == other:
+        return True
+    places = [Path(value).expanduser() for value in (one, other)]
+    return all(place.exists() for place in places) and places[0].samefile(places[1])
+
+
 def looked_for(value: str) -> str:
     """Where a relative path was looked for, for an error message; empty for another."""
     if Path(value).expanduser().is_absolute():

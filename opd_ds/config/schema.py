@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from opd_ds.config.base import Algorithm, Section
 from opd_ds.config.sections import (
     ANCHOR,
+    BASE,
     STOCHASTIC_KERNELS,
     WEIGHTED_SUM,
     EvaluatedSection,
@@ -125,7 +126,7 @@ class RunConfig(Section, ABC):
     @property
     def frozen_velocities(self) -> int:
         """How many frozen networks are asked at every trained state, each answer kept until training."""
-        return self.algorithm.student_snapshots
+        return max(len(self.queried_guidances(task)) for task in self.tasks)
 
     @property
     def group_size(self) -> int:
@@ -204,7 +205,7 @@ class RunConfig(Section, ABC):
 
     @property
     def all_teachers(self) -> dict[str, TeacherSection]:
-        """By task, and the anchor under `ANCHOR`."""
+        """By task, and the anchor and the base under `ANCHOR` and `BASE`."""
         return self.teachers
 
     def with_teachers(self, sections: Mapping[str, TeacherSection]) -> RunConfig:
@@ -212,8 +213,8 @@ class RunConfig(Section, ABC):
         return self
 
     def teacher_key(self, name: str) -> str:
-        """The key of a teacher or of the anchor."""
-        return "anchor" if name == ANCHOR else f"tasks.{name}.teacher"
+        """The key of a teacher, of the anchor or of the base."""
+        return {ANCHOR: "anchor", BASE: "base"}.get(name, f"tasks.{name}.teacher")
 
     def check_noise(self, key: str) -> None:
         """Raise ValueError where the algorithm that `key` names needs noise and the rollout draws none."""

@@ -12,6 +12,8 @@ from opd_ds.errors import UserError
 STOCHASTIC_KERNELS = ("flow", "dance", "ddim", "cps")
 # The name under which the anchor is asked; no task can have it.
 ANCHOR = "(anchor)"
+# The same of the base, where targets are extrapolated from it.
+BASE = "(base)"
 # What FILE.py:NAME, a reward of a user's own file, is known by.
 OWN_REWARD = ".py:"
 # The label of a task's weighted sum of rewards; no reward can have it.
@@ -252,6 +254,25 @@ class ScoringSection(Section):
     )
 
 
+Placement = Annotated[
+    Literal["auto", "resident", "shared", "offload", "stream", "zero_inference"],
+    Field(
+        description="resident: on the device; shared: a further adapter in the LoRA student's network, or that network "
+        "without its adapters; offload: on the host, on the device while it is asked; stream: on the host, block by "
+        "block with every forward, the next one on its way; zero_inference: sharded over the ranks; auto: shared where "
+        "the student is a LoRA and the teacher a LoRA or model.path itself, else resident"
+    ),
+]
+ShardedBy = Annotated[
+    str | None, Field(description="ds_config of a zero_inference teacher; default zero_inference_gpu")
+]
+
+
+def _check_sharding(placement: str, deepspeed: str | None) -> None:
+    if deepspeed is not None and placement != "zero_inference":
+        raise ValueError(f"deepspeed is read only with placement = 'zero_inference', not {placement!r}")
+
+
 class TeacherSection(Section):
     """The model that a task is learned from; a path alone stands for a mapping with that path."""
 
@@ -259,38 +280,32 @@ class TeacherSection(Section):
 
     path: str = Field(description="LoRA or full checkpoint: folder, safetensors file, hub id or package:<path>")
     guidance: float = Field(4.5, ge=0, description="the teacher's own, apart from the student's")
-    placement: Literal["auto", "resident", "shared", "offload", "stream", "zero_inference"] = Field(
-        "auto",
-        description="resident: on the device; shared: a further adapter in the LoRA student's network; offload: on the "
-        "host, on the device while it is asked; stream: on the host, block by block with every forward, the next one "
-        "on its way; zero_inference: sharded over the ranks; auto: shared where student and teacher are LoRAs, else "
-        "resident",
-    )
-    deepspeed: str | None = Field(None, description="ds_config of a zero_inference teacher; default zero_inference_gpu")
+    placement: Placement = "auto"
+    deepspeed: ShardedBy = None
     trust_base: bool = Field(False, description="accept a LoRA that names another base (a renamed copy of ours)")
 
     @model_validator(mode="after")
     def _consistent(self) -> TeacherSection:
-        if self.deepspeed is not None and self.placement != "zero_inference":
-            raise ValueError(f"deepspeed is read only with placement = 'zero_inference', not {self.placement!r}")
+        _check_sharding(self.placement, self.deepspeed)
         return self
 
-    def placed(self, key: str, student: str, *, is_lora: bool) -> TeacherSection:
+    def placed(self, key: str, student: str, *, is_lora: bool, is_base: bool = False) -> TeacherSection:
         """The section with its placement decided, where that is `auto`.
 
         Args:
             key: of the section in the run config.
             student: `student.kind`. All LoRAs of a run stand on its base, in its precision.
+            is_base: it is `model.path` itself, which a LoRA student's network is with its adapters switched off.
 
         Raises:
             UserError: `shared` where it is not possible.
         """
-        possible = is_lora and student == "lora"
+        possible = student == "lora" and (is_lora or is_base)
         if self.placement == "shared" and not possible:
-            found = "the teacher is a full checkpoint" if not is_lora else f"student.kind = {student!r}"
+            found = f"student.kind = {student!r}" if student != "lora" else "the teacher is another full checkpoint"
             raise UserError(
-                f"{key}.placement = 'shared' makes the teacher an adapter in a LoRA student's network, but {found}; "
-                "set it to resident, offload, stream or zero_inference"
+                f"{key}.placement = 'shared' asks the teacher in a LoRA student's network, but {found}; set it to "
+                " resident, offload, stream or zero_inference"
             )
         if self.placement != "auto":
             return self
@@ -301,6 +316,18 @@ class AnchorSection(TeacherSection):
     """A frozen teacher that every task is also held to, with a small weight (Flow-OPD, arXiv 2605.08063)."""
 
     weight: PositiveFloat = Field(0.02, description="factor on the anchor's part beside the task teacher's")
+
+
+class BaseSection(Section):
+    """`model.path` as a frozen network beside the student; read with `objective.extrapolation` above 0."""
+
+    placement: Placement = "auto"
+    deepspeed: ShardedBy = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BaseSection:
+        _check_sharding(self.placement, self.deepspeed)
+        return self
 
 
 class RewardSection(Section):

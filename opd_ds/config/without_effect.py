@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from opd_ds.config.base import Section
 from opd_ds.config.schema import RunConfig
-from opd_ds.config.sections import STOCHASTIC_KERNELS, EmaSection
+from opd_ds.config.sections import BASE, STOCHASTIC_KERNELS, EmaSection
 
 _TINY_SHARE, _MOSTLY, _TINY_RATE = 1e-3, 0.5, 1e-9
 
@@ -113,6 +113,8 @@ def _student(config: RunConfig) -> Iterator[str]:
 
 
 def _tasks(config: RunConfig) -> Iterator[str]:
+    if "base" in type(config).model_fields and _is_given(config, "base") and BASE not in config.all_teachers:
+        yield "base is read only with objective.extrapolation above 0"
     largest = max(task.weight for task in config.tasks.values())
     for name, task in config.tasks.items():
         if task.weight < _TINY_SHARE * largest:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from opd_ds.config.paths import PACKAGE_PREFIX, resolve_path
 from opd_ds.config.schema import RunConfig
-from opd_ds.config.sections import PromptsSection, StudentSection
+from opd_ds.config.sections import BASE, PromptsSection, StudentSection
 from opd_ds.data.readers import FILES, locate
 from opd_ds.doctor.findings import Seen, attempt, size_text
 from opd_ds.errors import UserError
@@ -28,7 +28,8 @@ def look_at_files(config: RunConfig) -> list[Seen]:
     if config.student.start is not None:
         values["student.start"] = config.student.start
     for name, teacher in config.all_teachers.items():
-        values[f"{config.teacher_key(name)}.path"] = teacher.path
+        if name != BASE:  # which is model.path
+            values[f"{config.teacher_key(name)}.path"] = teacher.path
     prompts = {f"tasks.{name}.prompts": task.prompts for name, task in config.tasks.items()}
     for name, section in config.evaluated.items():
         if section.eval_prompts is not None:

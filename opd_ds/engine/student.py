@@ -105,9 +105,9 @@ class StudentEngine:
                 self._whole = None
 
     @contextmanager
-    def using(self, adapter: str) -> Iterator[Callable[..., Any]]:
-        """The network with another adapter of it, to ask without a gradient: inside `gathered` the whole network, else
-        the sharded one, whose forwards are collective.
+    def using(self, adapter: str | None) -> Iterator[Callable[..., Any]]:
+        """The network with another adapter of it, or with none, to ask without a gradient: inside `gathered` the whole
+        network, else the sharded one, whose forwards are collective.
         """
         with lora.using(self._whole or self.module, adapter):
             yield self._whole or self

@@ -169,13 +169,15 @@ def _adapted(transformer: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def using(transformer: nn.Module, name: str) -> Iterator[None]:
-    """Inside, `name` is the only active adapter. Which parameters have gradients stays as it is."""
+def using(transformer: nn.Module, name: str | None) -> Iterator[None]:
+    """Inside, `name` is the only active adapter; None: no adapter is active, and the network is the plain base. Which
+    parameters have gradients stays as it is.
+    """
     layers = list(_adapted(transformer).values())
     before = [layer.active_adapters for layer in layers]
     try:
         for layer in layers:
-            privates.switch_adapter(layer, [name])
+            privates.switch_adapter(layer, [] if name is None else [name])
         yield
     finally:
         for layer, names in zip(layers, before, strict=True):

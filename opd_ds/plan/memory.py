@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import ceil, prod
 
+from opd_ds.config.paths import same_place
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import ANCHOR, TeacherSection
 from opd_ds.engine import fill_sizes, frozen_ds_config, student_ds_config
@@ -192,13 +193,14 @@ def _find_teachers(config: RunConfig, costs: Costs, devices: Devices, student: Z
     """
     shared: dict[tuple[str, ...], dict[str, TeacherSection]] = {}
     for task, teacher in config.all_teachers.items():
-        if not costs.on_disk(teacher.path):
+        is_base = same_place(teacher.path, config.model.path)
+        if not is_base and not costs.on_disk(teacher.path):
             named = costs.adapter(teacher.path) is not None
             kind = f"a LoRA of rank {config.student.lora.rank}" if named else "a full checkpoint"
             notes.append(f"teacher of {task}: {teacher.path} is not on disk; taken for {kind}")
-        is_lora = costs.adapter(teacher.path) is not None
-        placed = teacher.placed(config.teacher_key(task), config.student.kind, is_lora=is_lora)
-        kind = "lora" if is_lora else teacher.path
+        is_lora = not is_base and costs.adapter(teacher.path) is not None
+        placed = teacher.placed(config.teacher_key(task), config.student.kind, is_lora=is_lora, is_base=is_base)
+        kind = "lora" if is_lora or placed.placement == "shared" else teacher.path
         shared.setdefault((kind, placed.placement, str(teacher.deepspeed)), {})[task] = placed
     found = []
     for (_, placement, _), tasks in shared.items():
@@ -208,7 +210,8 @@ def _find_teachers(config: RunConfig, costs: Costs, devices: Devices, student: Z
             template, source = costs.ds_config(first.deepspeed or "zero_inference_gpu", "teacher.deepspeed")
             completed = frozen_ds_config(template, config.precision, devices.count, source)
             zero = Zero.of(fill_sizes(completed, costs.base_sizes), devices.count)
-        adapters = sum(costs.adapter(path) or 0 for path in {teacher.path for teacher in tasks.values()})
+        paths = {teacher.path for teacher in tasks.values() if not same_place(teacher.path, config.model.path)}
+        adapters = sum(costs.adapter(path) or 0 for path in paths)
         found.append(Teacher(tuple(tasks), placement, adapters, zero))
     return found
 

@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 from opd_ds.config.schema import RunConfig
+from opd_ds.config.sections import BASE, BaseSection
 from opd_ds.errors import UserError
 from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import GIB, Devices
@@ -93,6 +94,8 @@ class Setting:
                 name: task.model_copy(update={"teacher": config.teachers[name].model_copy(update=place)})
                 for name, task in config.tasks.items()
             }
+            if BASE in config.all_teachers:
+                changes["base"] = BaseSection(placement=self.placement)
         return config.model_copy(update=changes)
 
     def overrides(self, config: RunConfig) -> list[str]:
@@ -114,6 +117,8 @@ class Setting:
                 lines.append(f"tasks.{name}.teacher.placement={self.placement}")
                 if teacher.deepspeed is not None:
                     lines.append(f"tasks.{name}.teacher.deepspeed=null")
+            if BASE in config.all_teachers:
+                lines += [f"base.placement={self.placement}", "base.deepspeed=null"]
         return lines
 
 

@@ -76,7 +76,7 @@ def find_files(config: RunConfig, world: World) -> RunFiles:
     model = find_base(config)
     start = resolve_path(config.student.start, "student.start") if config.student.start else None
     teachers = {
-        name: _find_teacher(config, config.teacher_key(name), teacher, world)
+        name: _find_teacher(config, config.teacher_key(name), teacher, world, model)
         for name, teacher in config.all_teachers.items()
     }
     if world.size > 1:
@@ -124,13 +124,13 @@ def _say_oddities(config: RunConfig, prompts: dict[str, PromptSet], eval_prompts
             )  # fmt: skip
 
 
-def _find_teacher(config: RunConfig, key: str, teacher: TeacherSection, world: World) -> TeacherSpec:
+def _find_teacher(config: RunConfig, key: str, teacher: TeacherSection, world: World, model: Path) -> TeacherSpec:
     ds_config = None
     place = resolve_path(teacher.path, f"{key}.path")
     with about(f"{key}.path = {teacher.path!r}"):
         found = inspect(place)
         found.refuse_problem()
-    teacher = teacher.placed(key, config.student.kind, is_lora=found.is_adapter)
+    teacher = teacher.placed(key, config.student.kind, is_lora=found.is_adapter, is_base=place == model)
     if teacher.placement == "zero_inference":
         path = resolve_ds_config(teacher.deepspeed or "zero_inference_gpu", f"{key}.deepspeed")
         completed = frozen_ds_config(read_ds_config(path), config.precision, world.size, str(path))

@@ -131,6 +131,7 @@ def allowed_changes(config: RunConfig) -> list[str]:
         "student.ema.warmup",
         *(f"tasks.{name}.weight" for name in config.tasks),
         *(["anchor.weight"] if ANCHOR in config.all_teachers else []),
+        *([] if config.learns_from_rewards else ["objective.extrapolation"]),
     ]
 
 
@@ -141,7 +142,8 @@ def refuse_other_changes(config: RunConfig, keys: tuple[str, ...]) -> None:
         if key not in known:
             raise UserError(
                 f"--allow-change {key}: not possible in a run that goes on; possible are the keys of optimizer, "
-                f"run.rounds, student.ema.decay and warmup, tasks.NAME.weight and anchor.weight.{nearest(key, known)}"
+                f"run.rounds, student.ema.decay and warmup, tasks.NAME.weight, anchor.weight and "
+                f"objective.extrapolation.{nearest(key, known)}"
             )
 
 

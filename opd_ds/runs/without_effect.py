@@ -29,6 +29,8 @@ def files_without_effect(config: RunConfig, files: RunFiles, family: ModelFamily
     placed = {} if files.start is None else {"student.start": (str(config.student.start), files.start)}
     for name, spec in files.teachers.items():
         key = config.teacher_key(name)
+        if spec.path == files.model and not _asks_for_nothing(config, name):
+            continue
         placed[f"{key}.path"] = (spec.settings.path, spec.path)
         if spec.settings.trust_base and not spec.is_lora:
             yield f"{key}.trust_base is for LoRAs, and {key}.path = {spec.settings.path!r} is a full checkpoint"
@@ -45,6 +47,13 @@ def files_without_effect(config: RunConfig, files: RunFiles, family: ModelFamily
             )
     if files.start is not None:
         yield from _targets(config, files.start, family)
+
+
+def _asks_for_nothing(config: RunConfig, name: str) -> bool:
+    """Whether the base as a teacher asks for what the base draws. With another guidance it asks for more, and what is
+    no task's teacher is the base on purpose.
+    """
+    return name in config.tasks and config.teachers[name].guidance == config.student_guidance(name)
 
 
 def idle_rounds(config: RunConfig, files: RunFiles) -> int:

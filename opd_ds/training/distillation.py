@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 
 from opd_ds.config.algorithms import DistilConfig
-from opd_ds.config.sections import ANCHOR
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.diffusion.rollout import Trajectory
 from opd_ds.models import Conditioning
@@ -76,12 +76,9 @@ class Distillation(BufferedTrainer):
                 trajectories = self._roll_out_tasks(batches, meter)
                 buffers = {task: _buffer(trajectories[task], batch) for task, batch in batches.items()}
             with meter.phase("score"):
-                teachers = self._query_teachers(buffers, meter)
-                anchors = self._query_anchor(buffers, meter)
+                said = self._query(buffers, meter)
         data = {
-            task: TrainingData(
-                buffers[task], self._known(trajectories[task], teachers[task], anchors.get(task)), batches[task].pairs
-            )
+            task: TrainingData(buffers[task], self._known(task, trajectories[task], said[task]), batches[task].pairs)
             for task in batches
         }
         return Experience(data, {task: trajectory.final for task, trajectory in trajectories.items()})
@@ -97,30 +94,30 @@ class Distillation(BufferedTrainer):
                 found |= zip(group.rows, rolled.split(group.sizes), strict=True)
         return {task: found[task] for task in batches}
 
-    def _query_teachers(self, buffers: dict[str, TrajectoryBuffer], meter: RoundMeter) -> dict[str, PerPair]:
-        """One pass per teacher over all steps and samples of the round."""
-        found = {}
-        tasks = self._teachers.in_turn(buffers)
-        following = [*tasks[1:], ANCHOR if self._config.anchor else None]
-        for task, then in zip(tasks, following, strict=True):
-            with self._teachers.active(task) as teacher:
+    def _query(self, buffers: dict[str, TrajectoryBuffer], meter: RoundMeter) -> dict[str, dict[str, PerPair]]:
+        """By task, what each of its frozen networks says of all its pairs (see `DistilConfig.asked`). One network after
+        the other, so that one which travels does so once.
+        """
+        asking: dict[str, list[str]] = {}
+        for task in buffers:
+            for name in self._config.asked(task):
+                asking.setdefault(name, []).append(task)
+        names = self._teachers.in_turn(asking)
+        found: dict[str, dict[str, PerPair]] = {task: {} for task in buffers}
+        for name, then in zip_longest(names, names[1:]):
+            with self._teachers.active(name) as network:
                 if then is not None:
                     self._teachers.prefetch(then)
-                found[task] = self._query_frozen(teacher, buffers[task], self._teachers.guidance(task), meter)
+                for task in asking[name]:
+                    guidance = self._config.asked(task)[name]
+                    found[task][name] = self._query_frozen(network, buffers[task], guidance, meter)
         return found
 
-    def _query_anchor(self, buffers: dict[str, TrajectoryBuffer], meter: RoundMeter) -> dict[str, PerPair]:
-        """The anchor over all tasks; nothing where there is none."""
-        if self._config.anchor is None:
-            return {}
-        guidance = self._teachers.guidance(ANCHOR)
-        with self._teachers.active(ANCHOR) as anchor:
-            return {task: self._query_frozen(anchor, buffer, guidance, meter) for task, buffer in buffers.items()}
-
-    def _known(self, trajectory: Trajectory, teacher: PerPair, anchor: PerPair | None) -> Columns[TeacherVelocities]:
+    def _known(self, task: str, trajectory: Trajectory, said: Mapping[str, PerPair]) -> Columns[TeacherVelocities]:
         """What the loss knows of one task's pairs."""
         velocity, noise = (None if v is None else PerState(v) for v in (trajectory.velocity, trajectory.noise))
-        return Columns(self.known_class, named(teacher=teacher, anchor=anchor, velocity=velocity, noise=noise))
+        by_role = {role: said[name] for role, name in self._config.roles(task).items()}
+        return Columns(self.known_class, named(velocity=velocity, noise=noise, **by_role))
 
 
 def _buffer(trajectory: Trajectory, batch: TaskBatch) -> TrajectoryBuffer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from opd_ds.config.sections import ANCHOR
 from opd_ds.diffusion.noise import SampleNoise, sample_seed
 from opd_ds.training.buffer import Columns, PerState, TrajectoryBuffer, named, noised_states
 from opd_ds.training.distillation import Distillation
@@ -36,11 +37,11 @@ class FlowMatching(Distillation):
                 for task, batch in batches.items()
             }
         with meter.phase("score"):
-            anchors = self._query_anchor(buffers, meter)
+            said = self._query(buffers, meter)
         data = {
             task: TrainingData(
                 buffers[task],
-                Columns(self.known_class, named(teacher=PerState(noised[task].flow), anchor=anchors.get(task))),
+                Columns(self.known_class, named(teacher=PerState(noised[task].flow), anchor=said[task].get(ANCHOR))),
                 batches[task].pairs,
             )
             for task in batches

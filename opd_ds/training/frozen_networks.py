@@ -21,21 +21,20 @@ class FrozenNetwork(ABC):
     @abstractmethod
     @contextmanager
     def asked(self, adapter: str | None) -> Iterator[Callable[..., Any]]:
-        """Inside, the network is on the device, with `adapter` switched on."""
+        """Inside, the network is on the device, with `adapter` switched on, or none."""
 
     def prefetch(self) -> None:  # noqa: B027 (most have nothing to do)
         """It is queried next: its transfer starts now if the device can hold it."""
 
 
 class InStudent(FrozenNetwork):
-    """The student's own network, with a frozen adapter in the place of its own (`placement: shared`)."""
+    """The student's own network (`placement: shared`), with a frozen adapter in the place of its own, or with none."""
 
     def __init__(self, student: StudentEngine) -> None:
         self._student = student
 
     @contextmanager
     def asked(self, adapter: str | None) -> Iterator[Callable[..., Any]]:
-        assert adapter is not None
         with torch.no_grad(), self._student.using(adapter) as network:
             yield network
 

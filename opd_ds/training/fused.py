@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from opd_ds.config.algorithms import DistilConfig
-from opd_ds.config.sections import ANCHOR
 from opd_ds.diffusion.rollout import Predictor, chunks
 from opd_ds.models import Conditioning
 from opd_ds.training.accumulator import LossTerm, RoundAccumulator
@@ -69,37 +68,30 @@ class FusedDistillation(Trainer):
             if step not in trained:
                 with torch.no_grad():
                     return self._velocity(self._student, state, sigma, cond, group.guidance, meter)
+            parts = {task: own for task in group.rows if (own := group.of(task, rows)).start < own.stop}
             # Before the student's forward, whose activations wait for its backward: a teacher in the student's network
             # would come between the two.
-            anchor = self._query(ANCHOR, state, sigma, cond, meter) if self._config.anchor else None
-            known = TeacherVelocities(self._query_each(group, state, sigma, cond, rows, meter), anchor)
+            known = {task: self._query(task, state[own], sigma[own], cond[own], meter) for task, own in parts.items()}
             with torch.enable_grad():
                 velocity = self._velocity(self._student, state, sigma, cond, group.guidance, meter)
             at = torch.full((len(x),), step, device=x.device)
-            losses, measured = self.loss(velocity, at, known)
             terms = []
-            for task in group.rows:
-                own = group.of(task, rows)
-                of_task = {name: values[own] for name, values in measured.items()}
+            for task, own in parts.items():
+                losses, measured = self.loss(velocity[own], at[own], known[task])
                 weight = weights[rows, step][own]
-                terms.append(LossTerm(task, losses[own], of_task, at[own], weight, batches[task].pairs))
+                terms.append(LossTerm(task, losses, measured, at[own], weight, batches[task].pairs))
             accumulator.add(*terms)
             return velocity.detach()
 
         return predict
 
-    def _query_each(
-        self, group: RolloutGroup, state: Tensor, sigma: Tensor, cond: Conditioning, rows: slice, meter: RoundMeter
-    ) -> Tensor:
-        """Each task's teacher at its own rows."""
-        found = []
-        for task in group.rows:
-            own = group.of(task, rows)
-            if own.start < own.stop:
-                found.append(self._query(task, state[own], sigma[own], cond[own], meter))
-        return torch.cat(found)
-
     @torch.no_grad()
-    def _query(self, teacher: str, state: Tensor, sigma: Tensor, cond: Conditioning, meter: RoundMeter) -> Tensor:
-        with self._teachers.active(teacher) as network:
-            return self._velocity(network, state, sigma, cond, self._teachers.guidance(teacher), meter)
+    def _query(
+        self, task: str, state: Tensor, sigma: Tensor, cond: Conditioning, meter: RoundMeter
+    ) -> TeacherVelocities:
+        """What the frozen networks of a task say of some of its rows."""
+        said = {}
+        for name, guidance in self._config.asked(task).items():
+            with self._teachers.active(name) as network:
+                said[name] = self._velocity(network, state, sigma, cond, guidance, meter)
+        return TeacherVelocities(**{role: said[name] for role, name in self._config.roles(task).items()})

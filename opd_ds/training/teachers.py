@@ -62,11 +62,14 @@ class TeacherPool:
             self._networks |= dict.fromkeys(tasks, network)
 
     def _by_network(self) -> list[list[str]]:
-        """Tasks whose teachers can live in one network: adapters of one placement, or the same checkpoint."""
+        """Tasks whose teachers can live in one network: the student's, adapters of one placement, or the same
+        checkpoint.
+        """
         together: dict[tuple[str, ...], list[str]] = {}
         for task, spec in self._specs.items():
             where = (spec.settings.placement, str(spec.settings.deepspeed))
-            together.setdefault(("lora" if spec.is_lora else str(spec.path), *where), []).append(task)
+            alike = "lora" if spec.is_lora or spec.settings.placement == "shared" else str(spec.path)
+            together.setdefault((alike, *where), []).append(task)
         return list(together.values())
 
     def _build(self, tasks: list[str], *, compiled: bool) -> FrozenNetwork:
@@ -92,8 +95,8 @@ class TeacherPool:
 
     @contextmanager
     def active(self, task: str) -> Iterator[Any]:
-        """The callable network of the task's teacher, on the device, its adapter switched on; to be asked without a
-        gradient.
+        """The callable network of the task's teacher, on the device, its adapter switched on (none, where it is a full
+        checkpoint); to be asked without a gradient.
         """
         spec = self._specs[task]
         with self._networks[task].asked(_adapter_name(spec.path) if spec.is_lora else None) as network:
@@ -139,8 +142,10 @@ def _parameter_builder(
 
 
 def load_shared(module: nn.Module, specs: Iterable[TeacherSpec], family: ModelFamily) -> None:
-    """Add the teachers whose placement is `shared` to the LoRA student's network, as frozen adapters beside its own."""
-    shared = [spec for spec in specs if spec.settings.placement == "shared"]
+    """Add the LoRA teachers whose placement is `shared` to the LoRA student's network, as frozen adapters beside its
+    own.
+    """
+    shared = [spec for spec in specs if spec.settings.placement == "shared" and spec.is_lora]
     if shared:
         _add_adapters(module, shared, family)
         lora.activate(module, STUDENT_ADAPTER, trainable=True)
