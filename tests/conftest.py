@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import sys
@@ -101,3 +102,18 @@ def build_run(tiny_world: Path, tmp_path: Path, group: Group) -> Callable[..., t
         return config, prepare(config, group)
 
     return build
+
+
+@pytest.fixture
+def sgd(tmp_path: Path) -> Callable[[int], str]:
+    """ds_config of plain SGD at a ZeRO stage."""
+
+    def write(stage: int) -> str:
+        file = tmp_path / f"sgd{stage}.json"
+        zero = {"stage": stage, "overlap_comm": False, "stage3_param_persistence_threshold": 0}
+        optimizer = {"type": "SGD", "params": {"lr": "auto"}}
+        settings = {"zero_optimization": zero, "zero_allow_untested_optimizer": True, "optimizer": optimizer}
+        file.write_text(json.dumps(settings))
+        return str(file)
+
+    return write

@@ -23,7 +23,7 @@ from opd_ds.runs.setup import Parts
 from opd_ds.runs.train import train
 from tests.ranks import TRAIN_MANY, launch
 from tests.runs import assert_close, metrics
-from tests.test_round import SGD, gradients, sgd  # noqa: F401
+from tests.test_round import SGD, gradients
 from tests.tiny import ALL_SHARDED, costs_of, run_settings, write_config
 
 Build = Callable[..., tuple[RunConfig, Parts]]
@@ -58,7 +58,7 @@ def plain_loop(config: DistilConfig, parts: Parts, world: Path, task: str) -> tu
 def test_the_target_and_the_gradient_are_those_of_a_plain_loop(
     build_run: Build,
     tiny_world: Path,
-    sgd: Callable[[int], str],  # noqa: F811
+    sgd: Callable[[int], str],
 ) -> None:
     """However the round is cut and wherever the base stands; the teacher's own guidance is the base's."""
     task = {"teacher": {"path": str(tiny_world / "other"), "guidance": 3.0}, "prompts": str(tiny_world / "prompts.txt")}

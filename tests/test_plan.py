@@ -374,12 +374,16 @@ def test_where_teachers_draw_the_students_weights_are_not_gathered_for_it(
 
 
 @pytest.mark.parametrize(
-    "objective", [{}, {"extrapolation": 0.25}, {"method": "ppo"}, {"method": "sft"}], ids=lambda keys: str(keys)
+    "objective",
+    [{}, {"extrapolation": 0.25}, {"guided": "apart", "extrapolation": 0.25}, {"method": "ppo"}, {"method": "sft"}],
+    ids=str,
 )
 def test_the_buffers_bytes_are_those_of_the_real_buffer(
     objective: dict[str, Any], build_run: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes: dict[str, Any] = {"objective": objective, "rollout__trained_steps": {"steps": [0, 2]}}
+    if "guided" in objective:
+        changes["tasks__one__teacher__guidance"] = 2.0
     if objective.get("method") == "ppo":
         changes |= {"rollout__kernel": "flow", "rollout__noise_level": 0.7}
     config, parts = build_run(**changes)

@@ -30,21 +30,6 @@ def gradients(parts: Parts) -> dict[str, torch.Tensor]:
     return {name: before[name] - after[name] for name in before}
 
 
-@pytest.fixture
-def sgd(tmp_path: Path) -> Callable[[int], str]:
-    """ds_config of plain SGD at a ZeRO stage."""
-
-    def write(stage: int) -> str:
-        file = tmp_path / f"sgd{stage}.json"
-        zero = {"stage": stage, "overlap_comm": False, "stage3_param_persistence_threshold": 0}
-        optimizer = {"type": "SGD", "params": {"lr": "auto"}}
-        settings = {"zero_optimization": zero, "zero_allow_untested_optimizer": True, "optimizer": optimizer}
-        file.write_text(json.dumps(settings))
-        return str(file)
-
-    return write
-
-
 def own_teacher(world: Path, **changes: Any) -> dict[str, Any]:
     return {"teacher": {"path": str(world / "base"), "guidance": 2.0, **changes}, "prompts": str(world / "prompts.txt")}
 

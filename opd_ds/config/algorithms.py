@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Union
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from opd_ds.config.base import Algorithm
-from opd_ds.config.objectives import ClosedForm, FlowMatching, Objective, PolicyGradient
+from opd_ds.config.objectives import ClosedForm, FlowMatching, Objective, PaperObjective, PolicyGradient
 from opd_ds.config.paths import same_place
 from opd_ds.config.rl import GuardSection, LearnedSection, NftSection, RewardAlgorithm
 from opd_ds.config.schema import RunConfig
@@ -41,7 +41,7 @@ def _chosen_by(key: str, kind: type[Algorithm], default: str | None = None) -> A
 
 
 if TYPE_CHECKING:
-    AnyObjective = Objective
+    AnyObjective = PaperObjective
     AnyRewardAlgorithm = RewardAlgorithm
 else:
     AnyObjective = _chosen_by("method", Objective, "closed_form")
@@ -109,10 +109,29 @@ class DistilConfig(RunConfig):
         found = {"teacher": task, "base": BASE} if BASE in asked else {"teacher": task} if task in asked else {}
         return found | ({"anchor": ANCHOR if ANCHOR in asked else BASE} if self.anchor else {})
 
+    def kept_apart(self, task: str, passes: Callable[[float], int]) -> set[str]:
+        """Those of `asked` of which both branches are kept too, until training, where there are two: all that are
+        compared apart, else the teacher alone, for the errors that are measured of it.
+
+        Args:
+            passes: of one guided velocity of the run's family, by guidance.
+        """
+        asked = self.asked(task)
+        if task not in asked or passes(self.student_guidance(task)) == 1 or passes(asked[task]) == 1:
+            return set()
+        return set(asked) if self.objective.guided == "apart" else {task}
+
+    def kept_velocities(self, task: str, passes: Callable[[float], int]) -> int:
+        return super().kept_velocities(task, passes) + 2 * len(self.kept_apart(task, passes))
+
     def resume_settings(self) -> dict[str, Any]:
         data = super().resume_settings()
+        # As in checkpoints from before there were such settings.
         if not self.objective.extrapolation:
-            data["objective"].pop("extrapolation")  # as in checkpoints from before there was one
+            data["objective"].pop("extrapolation")
+        if self.objective.guided == "together":
+            for key in ("guided", "direction_weight"):
+                data["objective"].pop(key)
         return data
 
     def rollout_guidance(self, task: str) -> float:
@@ -130,6 +149,22 @@ class DistilConfig(RunConfig):
                     raise ValueError(
                         "scoring.micro_batch = 'auto' may come out differently on each rank, but the forwards of "
                         f"{self.teacher_key(name)}.placement = 'zero_inference' are collective; give a number"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _two_branches(self) -> DistilConfig:
+        if self.objective.guided == "together":
+            return self
+        for task in self.tasks:
+            student = "rollout.guidance" if self.tasks[task].guidance is None else f"tasks.{task}.guidance"
+            found = {student: self.student_guidance(task)}
+            found |= {f"{self.teacher_key(name)}.guidance": value for name, value in self.asked(task).items()}
+            for key, value in found.items():
+                if value == 1:
+                    raise ValueError(
+                        "objective.guided = 'apart' compares the velocities with prompt and without, and with "
+                        f"{key} = 1 there is one alone; give it a guidance, or set objective.guided to 'together'"
                     )
         return self
 

@@ -46,6 +46,14 @@ class PaperObjective(Objective):
         description="of the steps: the exact KL's (for transition only), half the squared error of the target, or "
         "that scaled to a mean of 1 over the steps",
     )
+    guided: Literal["together", "apart"] = Field(
+        "together",
+        description="of a guided velocity v_u + g (v_c - v_u): together compares it as a whole; apart compares v_c and "
+        "v_c - v_u (PDM, arXiv 2607.24731); for method = 'closed_form'",
+    )
+    direction_weight: PositiveFloat = Field(
+        1.0, description="factor on the squared error of v_c - v_u beside that of v_c; read with guided = 'apart' only"
+    )
     clip: PositiveFloat = Field(
         1e-4, description="the likelihood ratio counts as 1 - clip to 1 + clip; read with method = 'ppo' only"
     )
@@ -56,6 +64,10 @@ class PaperObjective(Objective):
             raise ValueError(
                 f"method = {self.method!r} has an objective of its own; leave target and weighting out, or use "
                 "method = 'closed_form'"
+            )
+        if self.guided == "apart" and self.method != "closed_form":
+            raise ValueError(
+                f"guided = 'apart' is an objective of its own beside method = {self.method!r}; use 'closed_form'"
             )
         if self.weighting == "kl" and self.target != "transition":
             raise ValueError(f"weighting = 'kl' belongs to target = 'transition', not {self.target!r}; use 'uniform'")

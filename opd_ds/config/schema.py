@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -125,7 +125,7 @@ class RunConfig(Section, ABC):
 
     @property
     def frozen_velocities(self) -> int:
-        """How many frozen networks are asked at every trained state, each answer kept until training."""
+        """How many frozen networks are asked at every trained state."""
         return max(len(self.queried_guidances(task)) for task in self.tasks)
 
     @property
@@ -157,6 +157,14 @@ class RunConfig(Section, ABC):
     def queried_guidances(self, task: str) -> list[float]:
         """Guidance scales of the frozen networks that are asked at every trained state of a task."""
         return [self.student_guidance(task)] * self.algorithm.student_snapshots
+
+    def kept_velocities(self, task: str, passes: Callable[[float], int]) -> int:
+        """How many velocities of frozen networks are kept of every trained state until training.
+
+        Args:
+            passes: of one guided velocity of the run's family, by guidance.
+        """
+        return len(self.queried_guidances(task))
 
     def resume_settings(self) -> dict[str, Any]:
         """The settings, by section, that decide a run's numbers; speed settings are left out."""

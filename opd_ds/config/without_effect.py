@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from opd_ds.config.base import Section
+from opd_ds.config.objectives import PaperObjective
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import BASE, STOCHASTIC_KERNELS, EmaSection
 
@@ -113,6 +114,10 @@ def _student(config: RunConfig) -> Iterator[str]:
 
 
 def _tasks(config: RunConfig) -> Iterator[str]:
+    objective = config.algorithm
+    together = isinstance(objective, PaperObjective) and objective.guided == "together"
+    if together and _is_given(objective, "direction_weight"):
+        yield "objective.direction_weight is read with objective.guided = 'apart' only"
     if "base" in type(config).model_fields and _is_given(config, "base") and BASE not in config.all_teachers:
         yield "base is read only with objective.extrapolation above 0"
     largest = max(task.weight for task in config.tasks.values())

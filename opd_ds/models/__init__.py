@@ -11,6 +11,7 @@ from opd_ds.errors import UserError, nearest
 from opd_ds.models.base import ModelFamily
 from opd_ds.models.compilation import block_names, compile_blocks, compile_forwards, leave_uncompiled, log_compiled
 from opd_ds.models.conditioning import Conditioning
+from opd_ds.models.guidance import GuidedVelocity, guide, join
 from opd_ds.models.prompt_encoding import ENCODED_AT_ONCE, REFERENCE
 from opd_ds.models.stored_weights import ParameterBuilder, ParametersElsewhere, StoredTensor, WholeParameters
 
@@ -52,6 +53,7 @@ __all__ = [
     "FAMILIES",
     "REFERENCE",
     "Conditioning",
+    "GuidedVelocity",
     "ModelFamily",
     "ParameterBuilder",
     "ParametersElsewhere",
@@ -62,6 +64,8 @@ __all__ = [
     "compile_blocks",
     "compile_forwards",
     "family_class",
+    "guide",
+    "join",
     "leave_uncompiled",
     "log_compiled",
 ]

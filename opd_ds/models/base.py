@@ -218,15 +218,19 @@ class ModelFamily(PromptEncoding):
         self.check_guidance("guidance", guidance)
         if guidance == 1.0:
             return self.velocity(transformer, latents, sigma, cond)
+        return self.combine(*self.branches(transformer, latents, sigma, cond, uncond), guidance)
+
+    def branches(
+        self, transformer: Callable[..., Any], latents: Tensor, sigma: Tensor, cond: Conditioning, uncond: Conditioning
+    ) -> tuple[Tensor, Tensor]:
+        """What guidance joins, in two passes: the velocities by the negative prompt and by the prompt."""
         uncond = (uncond.expand(len(cond)) if len(uncond) == 1 else uncond).with_references(cond.references)
         if self.guides_in_two_calls:
             v_cond = self.velocity(transformer, latents, sigma, cond)
-            v_uncond = self.velocity(transformer, latents, sigma, uncond)
-            return self.combine(v_uncond, v_cond, guidance)
+            return self.velocity(transformer, latents, sigma, uncond), v_cond
         both = Conditioning.cat([uncond, cond])
-        velocity = self.velocity(transformer, torch.cat([latents, latents]), sigma.repeat(2), both)
-        v_uncond, v_cond = velocity.chunk(2)
-        return self.combine(v_uncond, v_cond, guidance)
+        v_uncond, v_cond = self.velocity(transformer, torch.cat([latents, latents]), sigma.repeat(2), both).chunk(2)
+        return v_uncond, v_cond
 
     def check_guidance(self, key: str, guidance: float) -> None:
         """Raise UserError, naming `key` of the run config, for a guidance that the model does not know."""

@@ -271,11 +271,14 @@ def buffer_bytes(config: RunConfig, model: Model, devices: Devices) -> Mapping[s
     """Bytes of a rank's `TrajectoryBuffer`s of one round: `states` and what is kept beside them, `scored`."""
     if config.rollout.mode == "fused":
         return {"states": 0, "scored": 0}
-    rows = rows_per_rank(config, devices) * config.tasks_per_round
+    rows = rows_per_rank(config, devices)
     latent = bytes_of(config.precision) * prod(model.family.latent_shape)
+    passes = family_class(config.model.family).passes
+    kept = sorted(config.kept_velocities(task, passes) for task in config.tasks)[-config.tasks_per_round :]
+    states = rows * config.tasks_per_round * config.rollout.steps
     return {
-        "states": rows * config.rollout.steps * latent * (1 + config.algorithm.kept_per_state),
-        "scored": rows * config.trained_steps * latent * config.frozen_velocities,
+        "states": states * latent * (1 + config.algorithm.kept_per_state),
+        "scored": rows * config.trained_steps * latent * sum(kept),
     }
 
 

@@ -19,7 +19,7 @@ class Loss(Protocol[Known_contra]):
     """The loss of an algorithm.
 
     Attributes:
-        measures: names of what it measures beside itself.
+        measures: names of what it measures beside itself, of some tasks or of all.
     """
 
     @property
@@ -51,7 +51,8 @@ class LossTerm:
     """One task's rows of a micro-batch.
 
     Attributes:
-        loss, measured: float32 [b], of these rows, and what else the loss measured of them.
+        loss, measured: float32 [b], of these rows, and what else the loss measured of them: the same names for all
+            rows of a task.
         steps: int64 [b], on the device of `loss`.
         weights: [b], there as well, 0 for padding and for samples that do not count.
         pairs: (sample, step) pairs of the task in this optimizer step that count, over all ranks.
@@ -92,6 +93,7 @@ class RoundAccumulator:
         self._rows = ("count", "loss", *measures)
         self._left = micro_batches
         self._sums = {task: torch.zeros(len(self._rows), steps, device=group.device) for task in weights}
+        self._measured: dict[str, set[str]] = {task: set() for task in weights}
 
     def add(self, *shares: LossTerm) -> None:
         """One micro-batch: the rows of one task, or of several that were computed together."""
@@ -100,7 +102,9 @@ class RoundAccumulator:
         self._student.accumulate(torch.stack(parts).sum(), last=self._left == 0)
         for share in shares:
             weights = share.weights
-            values = {"count": torch.ones_like(weights), "loss": share.loss, **share.measured}
+            absent = dict.fromkeys(self._rows, torch.zeros_like(weights))
+            values = absent | {"count": torch.ones_like(weights), "loss": share.loss, **share.measured}
+            self._measured[share.task] |= share.measured.keys()
             # Not a product with the weight alone: 0 times what overflowed would be NaN, in what is only measured too.
             rows = [torch.where(weights > 0, values[name].detach() * weights, 0.0) for name in self._rows]
             self._sums[share.task].index_add_(1, share.steps, torch.stack(rows))
@@ -118,7 +122,8 @@ class RoundAccumulator:
         by_step: dict[str, dict[str, Tensor]] = {}
         for task, (count, loss, *measured) in zip(self._sums, totals, strict=True):
             round_loss += self._weights[task] * float(loss.sum() / count.sum())
-            named = dict(zip(self._rows[2:], measured, strict=True))
+            rows = zip(self._rows[2:], measured, strict=True)
+            named = {name: row for name, row in rows if name in self._measured[task]}
             means[task] = {name: float(row.sum() / count.sum()) for name, row in named.items()}
             by_step[task] = {name: row / count for name, row in named.items()}
         return RoundLosses(round_loss, means, by_step)

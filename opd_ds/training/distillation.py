@@ -6,11 +6,16 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate, zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from opd_ds.config.algorithms import DistilConfig
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.diffusion.rollout import Trajectory
-from opd_ds.models import Conditioning
+from opd_ds.errors import UserError
+from opd_ds.models import Conditioning, GuidedVelocity, ModelFamily
 from opd_ds.training.buffer import Columns, PerPair, PerState, TrajectoryBuffer, named
 from opd_ds.training.meter import RoundMeter
 from opd_ds.training.objectives import ClosedFormLoss, TeacherVelocities
@@ -94,7 +99,15 @@ class Distillation(BufferedTrainer):
                 found |= zip(group.rows, rolled.split(group.sizes), strict=True)
         return {task: found[task] for task in batches}
 
-    def _query(self, buffers: dict[str, TrajectoryBuffer], meter: RoundMeter) -> dict[str, dict[str, PerPair]]:
+    @classmethod
+    def check(cls, config: DistilConfig, family: ModelFamily) -> None:
+        super().check(config, family)
+        check_branches(config, family)
+
+    def _losses(self, predicted: GuidedVelocity, steps: Tensor, known: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.loss(predicted.velocity, steps, known, predicted.branches)
+
+    def _query(self, buffers: dict[str, TrajectoryBuffer], meter: RoundMeter) -> dict[str, dict[str, Said]]:
         """By task, what each of its frozen networks says of all its pairs (see `DistilConfig.asked`). One network after
         the other, so that one which travels does so once.
         """
@@ -103,21 +116,56 @@ class Distillation(BufferedTrainer):
             for name in self._config.asked(task):
                 asking.setdefault(name, []).append(task)
         names = self._teachers.in_turn(asking)
-        found: dict[str, dict[str, PerPair]] = {task: {} for task in buffers}
+        found: dict[str, dict[str, Said]] = {task: {} for task in buffers}
         for name, then in zip_longest(names, names[1:]):
             with self._teachers.active(name) as network:
                 if then is not None:
                     self._teachers.prefetch(then)
                 for task in asking[name]:
                     guidance = self._config.asked(task)[name]
-                    found[task][name] = self._query_frozen(network, buffers[task], guidance, meter)
+                    if name in self._config.kept_apart(task, self._family.passes):
+                        found[task][name] = self._query_branches(network, buffers[task], guidance, meter)
+                    else:
+                        found[task][name] = Said(self._query_frozen(network, buffers[task], guidance, meter))
         return found
 
-    def _known(self, task: str, trajectory: Trajectory, said: Mapping[str, PerPair]) -> Columns[TeacherVelocities]:
+    def _query_branches(self, network: Any, buffer: TrajectoryBuffer, guidance: float, meter: RoundMeter) -> Said:
+        """`_query_frozen` with what guidance made the velocities of."""
+
+        def say(x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+            predicted = self._predict(network, x, sigma, cond, guidance, meter)
+            assert predicted.branches is not None
+            return torch.cat([predicted.velocity[:, None], predicted.branches], 1)
+
+        values = self._ask(buffer, say)
+        return Said(PerPair(values[:, 0]), PerPair(values[:, 1:]))
+
+    def _known(self, task: str, trajectory: Trajectory, said: Mapping[str, Said]) -> Columns[TeacherVelocities]:
         """What the loss knows of one task's pairs."""
         velocity, noise = (None if v is None else PerState(v) for v in (trajectory.velocity, trajectory.noise))
-        by_role = {role: said[name] for role, name in self._config.roles(task).items()}
-        return Columns(self.known_class, named(velocity=velocity, noise=noise, **by_role))
+        roles = self._config.roles(task)
+        guided = {role: said[name].guided for role, name in roles.items()}
+        branches = {f"{role}_branches": said[name].branches for role, name in roles.items()}
+        return Columns(self.known_class, named(velocity=velocity, noise=noise, **guided, **branches))
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a frozen network said of one task's pairs: `guided` velocities, and what guidance made them of, where that
+    is kept.
+    """
+
+    guided: PerPair
+    branches: PerPair | None = None
+
+
+def check_branches(config: DistilConfig, family: ModelFamily) -> None:
+    """Raise UserError where branches of guidance are to be compared in a family that has none."""
+    if config.objective.guided == "apart" and family.embedded_guidance:
+        raise UserError(
+            f"objective.guided = 'apart': model.family = {config.model.family!r} takes the guidance as an input of its "
+            "network, in one pass, so there are no two branches; set it to 'together'"
+        )
 
 
 def _buffer(trajectory: Trajectory, batch: TaskBatch) -> TrajectoryBuffer:

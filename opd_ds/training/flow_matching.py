@@ -38,10 +38,11 @@ class FlowMatching(Distillation):
             }
         with meter.phase("score"):
             said = self._query(buffers, meter)
+        anchors = {task: of[ANCHOR].guided for task, of in said.items() if ANCHOR in of}
         data = {
             task: TrainingData(
                 buffers[task],
-                Columns(self.known_class, named(teacher=PerState(noised[task].flow), anchor=said[task].get(ANCHOR))),
+                Columns(self.known_class, named(teacher=PerState(noised[task].flow), anchor=anchors.get(task))),
                 batches[task].pairs,
             )
             for task in batches

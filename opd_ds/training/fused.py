@@ -7,9 +7,9 @@ from torch import Tensor
 
 from opd_ds.config.algorithms import DistilConfig
 from opd_ds.diffusion.rollout import Predictor, chunks
-from opd_ds.models import Conditioning
+from opd_ds.models import Conditioning, ModelFamily
 from opd_ds.training.accumulator import LossTerm, RoundAccumulator
-from opd_ds.training.distillation import RolloutGroup, rollout_groups
+from opd_ds.training.distillation import RolloutGroup, check_branches, rollout_groups
 from opd_ds.training.meter import RoundMeter
 from opd_ds.training.objectives import ClosedFormLoss, TeacherVelocities
 from opd_ds.training.trainer import Components, Learned, TaskBatch, Trainer
@@ -26,6 +26,11 @@ class FusedDistillation(Trainer):
         self._config: DistilConfig = parts.config
         self._teachers = parts.teachers
         self.loss = ClosedFormLoss(self._config, self._coefficients, self._sigmas, parts.group.device)
+
+    @classmethod
+    def check(cls, config: DistilConfig, family: ModelFamily) -> None:
+        super().check(config, family)
+        check_branches(config, family)
 
     def _learn(self, index: int, meter: RoundMeter) -> Learned:
         with meter.phase("encode"):
@@ -73,11 +78,13 @@ class FusedDistillation(Trainer):
             # would come between the two.
             known = {task: self._query(task, state[own], sigma[own], cond[own], meter) for task, own in parts.items()}
             with torch.enable_grad():
-                velocity = self._velocity(self._student, state, sigma, cond, group.guidance, meter)
+                predicted = self._predict(self._student, state, sigma, cond, group.guidance, meter)
+            velocity, branches = predicted.velocity, predicted.branches
             at = torch.full((len(x),), step, device=x.device)
             terms = []
             for task, own in parts.items():
-                losses, measured = self.loss(velocity[own], at[own], known[task])
+                apart = None if branches is None else branches[own]
+                losses, measured = self.loss(velocity[own], at[own], known[task], apart)
                 weight = weights[rows, step][own]
                 terms.append(LossTerm(task, losses, measured, at[own], weight, batches[task].pairs))
             accumulator.add(*terms)
@@ -93,5 +100,9 @@ class FusedDistillation(Trainer):
         said = {}
         for name, guidance in self._config.asked(task).items():
             with self._teachers.active(name) as network:
-                said[name] = self._velocity(network, state, sigma, cond, guidance, meter)
-        return TeacherVelocities(**{role: said[name] for role, name in self._config.roles(task).items()})
+                said[name] = self._predict(network, state, sigma, cond, guidance, meter)
+        roles = self._config.roles(task)
+        guided = {role: said[name].velocity for role, name in roles.items()}
+        both = {f"{role}_branches": said[name].branches for role, name in roles.items()}
+        branches = {name: values for name, values in both.items() if values is not None}
+        return TeacherVelocities(**guided, **branches)

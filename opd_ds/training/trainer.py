@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -19,7 +19,7 @@ from opd_ds.diffusion.rollout import Predictor, Trajectory, rollout
 from opd_ds.engine import Group, ShardedEma, StudentEngine, WeightSnapshot
 from opd_ds.errors import NonFiniteError
 from opd_ds.evaluation.reward_pool import RewardPool
-from opd_ds.models import Conditioning, ModelFamily
+from opd_ds.models import Conditioning, GuidedVelocity, ModelFamily, guide
 from opd_ds.training.accumulator import Loss, LossTerm, RoundAccumulator, RoundLosses
 from opd_ds.training.auto_batch import AutoMicroBatch
 from opd_ds.training.buffer import Columns, PerPair, TrajectoryBuffer, choose_steps
@@ -247,15 +247,22 @@ class Trainer(ABC):
         table = self._coefficients if coefficients is None else coefficients
         return self._rollout(predict, noise, table, keep=self._family.dtype, transitions=transitions)
 
-    @torch.no_grad()
     def _query_frozen(self, network: Any, buffer: TrajectoryBuffer, guidance: float, meter: RoundMeter) -> PerPair:
         """A frozen network's velocities at the chosen pairs."""
 
-        def query(rows: slice) -> Tensor:
-            inputs = buffer.inputs(buffer.pairs(rows), self._device_sigmas)
-            return self._velocity(network, *inputs, guidance, meter)
+        def say(x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+            return self._velocity(network, x, sigma, cond, guidance, meter)
 
-        return PerPair(torch.cat(self._scoring.run(buffer.pair_count, query)))
+        return PerPair(self._ask(buffer, say))
+
+    @torch.no_grad()
+    def _ask(self, buffer: TrajectoryBuffer, say: Callable[[Tensor, Tensor, Conditioning], Tensor]) -> Tensor:
+        """What `say` makes of all chosen pairs."""
+
+        def query(rows: slice) -> Tensor:
+            return say(*buffer.inputs(buffer.pairs(rows), self._device_sigmas))
+
+        return torch.cat(self._scoring.run(buffer.pair_count, query))
 
     def _train(self, data: Mapping[str, TrainingData[Any]], meter: RoundMeter) -> RoundLosses:
         """Forward and backward of all pairs of all tasks."""
@@ -268,11 +275,15 @@ class Trainer(ABC):
                 for pairs in one.buffer.micro_batches(size):
                     states, sigma, cond = one.buffer.inputs(pairs, self._device_sigmas)
                     guidance = self._settings.student_guidance(task)
-                    velocity = self._velocity(self._student, states, sigma, cond, guidance, meter)
-                    losses, measured = self.loss(velocity, pairs.step, one.known.at(pairs))
+                    predicted = self._predict(self._student, states, sigma, cond, guidance, meter)
+                    losses, measured = self._losses(predicted, pairs.step, one.known.at(pairs))
                     weights = one.buffer.weights[pairs.sample]
                     accumulator.add(LossTerm(task, losses, measured, pairs.step, weights, one.pairs))
             return accumulator.measure()
+
+    def _losses(self, predicted: GuidedVelocity, steps: Tensor, known: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """`self.loss` of a micro-batch."""
+        return self.loss(predicted.velocity, steps, known)
 
     def _accumulator(self, tasks: list[str], micro_batches: int) -> RoundAccumulator:
         weights = {task: self._settings.tasks[task].weight for task in tasks}
@@ -300,11 +311,16 @@ class Trainer(ABC):
     def _velocity(
         self, network: Any, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float, meter: RoundMeter
     ) -> Tensor:
+        return self._predict(network, x, sigma, cond, guidance, meter).velocity
+
+    def _predict(
+        self, network: Any, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float, meter: RoundMeter
+    ) -> GuidedVelocity:
         meter.heartbeat()
         uncond = self._uncond if cond.negative is None else cond.negative
-        velocity = self._family.guided_velocity(network, x, sigma, cond, uncond, guidance)
-        meter.count(len(x) * self._family.passes(guidance), backward=velocity.requires_grad)
-        return velocity
+        predicted = guide(self._family, network, x, sigma, cond, uncond, guidance)
+        meter.count(len(x) * self._family.passes(guidance), backward=predicted.velocity.requires_grad)
+        return predicted
 
     def _rollout(
         self,
