@@ -32,6 +32,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "velocity": {"objective": {"target": "velocity", "weighting": "uniform"}},
     "one query": {"rollout__trained_steps": {"queries": 1}},
     "one low-noise query": {"rollout__trained_steps": {"queries": 1, "favour": "low_noise"}},
+    "two high-noise queries": {"rollout__trained_steps": {"queries": 2, "favour": "high_noise", "spread": True}},
     "SFT": {"objective__method": "sft"},
 }
 
@@ -72,8 +73,11 @@ def test_the_policy_gradients_mean_is_the_closed_form(tiny_world: Path, tmp_path
     assert (spread > 0.1 * exact.abs().mean()).all()
 
 
-def test_sft_learns_from_the_teachers_pictures_alone(build_run: Build, tiny_world: Path) -> None:
+def test_sft_learns_from_the_teachers_pictures_alone(
+    build_run: Build, tiny_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They are the teacher's own final latents, and nobody is asked at the student's states."""
+    monkeypatch.setattr(RunConfig, "shows_rollouts", lambda self, index: True)
     task = own_teacher(tiny_world, path=str(tiny_world / "other"), guidance=1.0)
     _, parts = build_run(tasks={"t": task}, objective__method="sft", rollout__guidance=1.0)
     report = parts.trainer.run_round(0)
@@ -183,6 +187,7 @@ def test_a_start_that_does_not_fit_is_refused(
         ({"objective": {"method": "sft", "target": "velocity"}}, "has an objective of its own"),
         (SDE | {"objective__method": "ppo", "rollout__mode": "fused"}, "knows objective.method = 'closed_form' only"),
         ({"rollout__trained_steps": {"fraction": 0.5, "favour": "low_noise"}}, "is for random steps"),
+        ({"rollout__trained_steps": {"queries": 1, "spread": True}}, "is for several random steps"),
         (
             {"anchor": {"path": "x", "placement": "offload"}, "rollout__mode": "fused"},
             "anchor.placement = 'offload' is brought in once a round",

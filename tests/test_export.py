@@ -97,11 +97,10 @@ def rolled_out(checkpoint: Path, family: ModelFamily, *, averaged: bool) -> Tens
     cond, uncond = family.encode(PROMPTS[:3]), family.encode([""])
     with torch.no_grad():
         return rollout(
-            lambda x, sigma, rows, step: family.guided_velocity(student, x, sigma, cond[rows], uncond, 2.0),
+            lambda x, sigma, rows, step: family.guided_velocity(student, x, sigma, cond, uncond, 2.0),
             SampleNoise([1, 2, 3], family.latent_shape),
             kernel("euler").coefficients(family.sigmas(4)),
             family.sigmas(4),
-            micro_batch=3,
             device=torch.device("cpu"),
         ).final
 

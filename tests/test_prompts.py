@@ -13,7 +13,7 @@ from opd_ds.config.sections import TrainedSteps
 from opd_ds.data import PromptSet, draw_prompts, shard
 from opd_ds.diffusion.noise import SampleNoise, sample_seed
 from opd_ds.errors import UserError
-from opd_ds.training.buffer import choose_steps
+from opd_ds.training.steps import choose_steps
 
 
 @given(st.integers(1, 50), st.integers(1, 9))

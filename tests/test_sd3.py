@@ -10,7 +10,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from opd_ds.diffusion import kernel
 from opd_ds.diffusion.noise import SampleNoise
-from opd_ds.diffusion.rollout import rollout
+from opd_ds.diffusion.rollout import micro_batches, rollout
 from opd_ds.errors import UserError
 from opd_ds.models import build_family
 from opd_ds.models.sd3 import SD3
@@ -55,11 +55,13 @@ def test_euler_rollout_gives_the_latents_and_pictures_of_diffusers(
     network, cond, uncond = ours.load_transformer(), ours.encode(prompts), ours.encode([""])
     with torch.no_grad():
         trajectory = rollout(
-            lambda x, sigma, rows, step: ours.guided_velocity(network, x, sigma, cond[rows], uncond, guidance),
+            lambda x, sigma, rows, step: ours.guided_velocity(
+                network, x, sigma, cond.select(rows.device, rows.host), uncond, guidance
+            ),
             SampleNoise(seeds, ours.latent_shape),
             kernel("euler").coefficients(ours.sigmas(10)),
             ours.sigmas(10),
-            micro_batch=2,
+            micro_batches([10, 10, 10], 2),
             device=CPU,
         )
     torch.testing.assert_close(trajectory.final, expected, rtol=0, atol=1e-4)

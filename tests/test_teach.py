@@ -288,13 +288,31 @@ def two_tasks(world: Path, **first: Any) -> dict[str, Any]:
 
 def test_joint_learning_alternates_or_does_all_at_once(build: Build, redness: Redness, tiny_world: Path) -> None:
     tasks = two_tasks(tiny_world, turns=2)
-    _, parts = build(NFT | {"schedule": "alternate"}, tasks=tasks)
+    _, parts = build(NFT, train__schedule="alternate", tasks=tasks)
     order = [list(parts.trainer.run_round(index).rolled) for index in range(4)]
     assert order == [["bright"], ["bright"], ["dark"], ["bright"]]
     _, parts = build(NFT, tasks=tasks)
     report = parts.trainer.run_round(0)
     assert list(report.rolled) == ["bright", "dark"]
     assert report.samples == 16
+
+
+@pytest.mark.parametrize("teach", [NFT | {"old_policy": {"rate": 0.1, "start": 1}}, GUARD], ids=["nft", "guard"])
+def test_several_updates_a_round_train_on_whole_groups(
+    build: Build, redness: Redness, teach: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the micro-batches; the old policy follows by optimizer steps."""
+    followed: list[float] = []
+    monkeypatch.setattr("opd_ds.engine.WeightSnapshot.follow", lambda self, decay: followed.append(decay))
+    changes: dict[str, Any] = {"train__updates_per_round": 2, "train__inner_epochs": 2, "student__ema": {"decay": 0.0}}
+    found = []
+    for size in (3, 64):
+        _, parts = build(teach, train__micro_batch=size, optimizer={"lr": 1e-2, "eps": 1e-2}, **changes)
+        reports = [parts.trainer.run_round(index) for index in range(2)]
+        found.append([(report.losses.loss, report.grad_norm) for report in reports])
+        assert reports[0].passes["backward"] == 2 * 8 * (4 if teach["algorithm"] == "nft" else 3)
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(found[1]), rtol=1e-3, atol=1e-6)
+    assert followed[:2] == ([pytest.approx(0.3), 0.5] if teach["algorithm"] == "nft" else [])
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -331,6 +349,7 @@ def test_recipes_of_both_kinds_are_complete() -> None:
     ("change", "message"),
     [
         ({"rollout__samples": 6}, "rollout.samples = 6 is no multiple of teach.group = 4"),
+        ({"train__updates_per_round": 4}, "updates_per_round = 4 does not divide the 2 prompts a round of task bright"),
         ({"rollout__mode": "fused"}, "rewards come after a rollout"),
         ({"teach__beta": -1}, "teach.beta = -1: allowed: more than 0"),
         ({"teach__betta": 1}, "teach.betta = 1: unknown key; allowed here: algorithm, group, .*Did you mean 'beta'"),

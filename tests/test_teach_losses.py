@@ -15,10 +15,11 @@ from opd_ds.config.rl import GuardSection, NftSection
 from opd_ds.config.sections import TrainedSteps
 from opd_ds.diffusion import kernel, log_ratio
 from opd_ds.diffusion.noise import SampleNoise
-from opd_ds.training.buffer import choose_steps, noised_states
+from opd_ds.training.buffer import noised_states
 from opd_ds.training.rl.advantages import group_advantages, optimality, weighted_sum
 from opd_ds.training.rl.grpo_guard import GrpoGuardKnown, GrpoGuardLoss
 from opd_ds.training.rl.nft import NftKnown, NftLoss
+from opd_ds.training.steps import choose_steps, mean_last_step
 
 CPU = torch.device("cpu")
 SHAPE = (4, 8, 8)
@@ -85,11 +86,17 @@ def test_nft_loss_is_the_one_of_the_authors_code(seed: int, beta: float, step: i
 
 def test_noised_states_are_flow_matchings() -> None:
     final = draws(1, 2, "x0")["x0"]
-    noised = noised_states(final, SampleNoise([1, 2], SHAPE), SIGMAS, torch.float32)
+    every = torch.arange(10).expand(2, -1)
+    noised = noised_states(final, SampleNoise([1, 2], SHAPE), SIGMAS, every, torch.float32)
     assert noised.states.shape == (2, 10, *SHAPE)
     sigma = SIGMAS[:-1].float()[None, :, None, None, None]
     torch.testing.assert_close(noised.states - sigma * noised.flow, final[:, None].expand(-1, 10, -1, -1, -1))
     assert not torch.equal(noised.flow[:, 0], noised.flow[:, 1])  # each step has noise of its own
+    some = torch.tensor([[1, 4], [0, 9]])
+    fewer = noised_states(final, SampleNoise([1, 2], SHAPE), SIGMAS, some, torch.float32)
+    for name in ("states", "flow"):
+        expected = getattr(noised, name)[torch.arange(2)[:, None], some]
+        assert torch.equal(getattr(fewer, name), expected)
 
 
 # ---- GRPO-Guard ----
@@ -262,3 +269,27 @@ def test_low_noise_queries_fall_late() -> None:
     assert float((even.mean() + 0.5) / 16) == pytest.approx(0.5, abs=0.02)
     several = choose_steps(TrainedSteps(queries=3, favour="low_noise"), 16, 0, 0, "t", list(range(50)))
     assert all(len(set(row)) == 3 for row in several.tolist())
+    noisy = choose_steps(TrainedSteps(queries=1, favour="high_noise"), 16, 0, 0, "t", list(range(3000))).double()
+    assert float((noisy.mean() + 0.5) / 16) == pytest.approx(2 / 7, abs=0.01)
+
+
+@pytest.mark.parametrize("favour", ["none", "low_noise", "high_noise"])
+@pytest.mark.parametrize(("steps", "queries"), [(4, 3), (10, 2), (16, 4), (5, 5)])
+def test_queries_that_are_spread_lie_apart_and_fall_where_they_are_wanted(
+    steps: int, queries: int, favour: Any
+) -> None:
+    setting = TrainedSteps(queries=queries, favour=favour, spread=True)
+    drawn = choose_steps(setting, steps, 0, 0, "t", list(range(400)))
+    assert drawn.shape == (400, queries)
+    assert (drawn.diff() > 0).all()
+    if favour == "none":
+        assert int(drawn.diff().min()) >= steps // queries
+        found = torch.bincount(drawn.flatten(), minlength=steps) / 400
+        torch.testing.assert_close(found, torch.full((steps,), queries / steps), rtol=0, atol=0.15)
+    else:  # as likely as one query falls there, but no step more than once
+        one = choose_steps(TrainedSteps(queries=1, favour=favour), steps, 0, 0, "t", list(range(400)))
+        wanted = torch.bincount(one.flatten(), minlength=steps) / 400 * queries
+        found = torch.bincount(drawn.flatten(), minlength=steps) / 400
+        assert (found <= 1).all()
+        assert (found[wanted < 1] > wanted[wanted < 1] - 0.2).all()
+    assert mean_last_step(setting, steps) == pytest.approx(float(drawn[:, -1].double().mean()), abs=0.25)

@@ -18,7 +18,7 @@ from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.rl import GuardSection, NftSection
 from opd_ds.diffusion import gaussian_kl, kernel, kernel_names
 from opd_ds.diffusion.noise import SampleNoise
-from opd_ds.diffusion.rollout import Trajectory, rollout
+from opd_ds.diffusion.rollout import Keep, Rows, Trajectory, micro_batches, rollout
 from opd_ds.models import Conditioning
 from opd_ds.training.buffer import TrajectoryBuffer, noised_states
 from opd_ds.training.objectives import ClosedFormLoss, DrawnTransitions, PolicyGradientLoss, TeacherVelocities
@@ -105,13 +105,13 @@ def test_a_rollout_takes_the_same_way(name: str) -> None:
     table = kernel(name, 0.6 if stochastic else 0.0).coefficients(SIGMAS)
 
     def rolled(shape: tuple[int, ...]) -> Trajectory:
-        def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
+        def predict(x: Tensor, sigma: Tensor, rows: Rows, step: int) -> Tensor:
             assert x.shape[1:] == shape
             return torch.stack([torch.sin(one * (1 + level)) for one, level in zip(x, sigma, strict=True)])
 
         noise = SampleNoise([1, 2, 3], shape)
-        options: dict[str, Any] = {"keep": torch.float32, "transitions": True, "micro_batch": 2, "device": CPU}
-        return rollout(predict, noise, table, SIGMAS, **options)
+        keep = Keep(torch.arange(len(table)).expand(3, -1), torch.float32, transitions=True)
+        return rollout(predict, noise, table, SIGMAS, micro_batches([len(table)] * 3, 2), device=CPU, keep=keep)
 
     video, picture = rolled(VIDEO), rolled(PICTURE)
     for part in ("final", "states", "velocity", "noise"):
@@ -119,19 +119,19 @@ def test_a_rollout_takes_the_same_way(name: str) -> None:
 
 
 def test_noised_states_and_the_buffer_keep_samples_and_steps_apart() -> None:
-    final = torch.randn(SAMPLES, *VIDEO)
-    video = noised_states(final, SampleNoise([1, 2, 3], VIDEO), SIGMAS, torch.float32)
-    picture = noised_states(as_picture(final), SampleNoise([1, 2, 3], PICTURE), SIGMAS, torch.float32)
+    final, chosen = torch.randn(SAMPLES, *VIDEO), torch.tensor([[0, 2], [1, 3], [2, 3]])
+    video = noised_states(final, SampleNoise([1, 2, 3], VIDEO), SIGMAS, chosen, torch.float32)
+    picture = noised_states(as_picture(final), SampleNoise([1, 2, 3], PICTURE), SIGMAS, chosen, torch.float32)
     assert video.states is not None
     assert picture.states is not None
     torch.testing.assert_close(as_picture(video.states), picture.states)
-    chosen = torch.tensor([[0, 2], [1, 3], [2, 3]])
     buffer = TrajectoryBuffer(video.states, chosen, torch.ones(SAMPLES), Conditioning({"x": torch.arange(SAMPLES)}))
     for pairs in buffer.micro_batches(4):
         states, sigma, cond = buffer.inputs(pairs, SIGMAS.float())
         assert torch.equal(cond.tensors["x"], pairs.sample)
         for row, (sample, step) in enumerate(zip(pairs.sample, pairs.step, strict=True)):
-            assert torch.equal(states[row], video.states[sample, step])
+            slot = chosen[sample].tolist().index(step)
+            assert torch.equal(states[row], video.states[sample, slot])
             assert sigma[row] == SIGMAS[step].float()
 
 

@@ -60,6 +60,11 @@ IDLE: dict[str, tuple[dict[str, Any], str]] = {
         "model.negative_prompt is not read where every guidance is 1",
     ),
     "weight": ({"tasks__one__weight": 1e-5}, "tasks.one.weight = 1e-05 is lost beside another task's 1"),
+    "turns": ({"tasks__one__turns": 2}, "tasks.one.turns = 2 is not read with train.schedule = 'together'"),
+    "rounds": (
+        {"train__schedule": "alternate", "run__rounds": 1},
+        "train.schedule = 'alternate': none of the 1 rounds trains task two",
+    ),
     "gather": ({"rollout__gather": "once", "deepspeed": "zero2"}, "rollout.gather = 'once' is read under ZeRO-3 only"),
     "trusted base": ({"tasks__one__teacher__trust_base": True}, "tasks.one.teacher.trust_base is for LoRAs"),
 }  # fmt: skip

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from opd_ds.data import draw_prompts
 from opd_ds.diffusion import Coefficients, kernel, kl_weight, ppo_style_loss, velocity_error
 from opd_ds.diffusion.noise import SampleNoise, sample_seed
-from opd_ds.diffusion.rollout import Trajectory, rollout
+from opd_ds.diffusion.rollout import Keep, Rows, Trajectory, rollout
 from opd_ds.errors import UserError
 from opd_ds.models import Conditioning, ModelFamily
 
@@ -156,13 +156,12 @@ class _Gradients:
         cond = self._family.encode([prompts[row] for row in rows])
         seeds = [sample_seed(draws.seed, number, "gradients", i) for i in range(draws.batch)]
 
-        def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
-            return self._family.velocity(self._student, x, sigma, cond[rows])
+        def predict(x: Tensor, sigma: Tensor, rows: Rows, step: int) -> Tensor:
+            return self._family.velocity(self._student, x, sigma, cond)
 
         noise = SampleNoise(seeds, self._family.latent_shape)
-        options: dict[str, Any] = {"micro_batch": draws.batch, "device": self._family.device}
-        options |= {"keep": self._family.dtype, "transitions": True}
-        return rollout(predict, noise, self._table, self.sigmas, **options), cond
+        keep = Keep(torch.arange(draws.steps).expand(draws.batch, -1), self._family.dtype, transitions=True)
+        return rollout(predict, noise, self._table, self.sigmas, device=self._family.device, keep=keep), cond
 
     def of(
         self, states: Tensor, cond: Conditioning, step: int

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
 import yaml
 
 from opd_ds.cluster.world import World
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import TrainedSection
-from opd_ds.data import shard
+from opd_ds.data import rows_on_a_rank
 from opd_ds.engine import Alone, learning_rates
 from opd_ds.runs.files import RunFiles
 from opd_ds.runs.preflight import preflight
@@ -37,21 +38,23 @@ def describe(config: RunConfig, world: World, start: Start) -> str:
     config, files, family, resumed = checked.config, checked.files, checked.family, checked.resumed
     settings = config.rollout
     trained = config.trained_steps
-    part = shard(settings.samples, 0, world.size)
-    pairs = len(part) * trained
-    filled = len(part) * world.size - settings.samples
+    updates, rounds = config.train.updates_per_round, config.tasks_of(0)
+    rows = {task: rows_on_a_rank(config.samples(task), world.size, updates) for task in config.tasks}
+    pairs = [count * trained for count in rows.values()]
+    filled = {task: count * world.size - config.samples(task) for task, count in rows.items()}
     one_pass = family.passes(settings.guidance) == 1
     passes = "one pass" if one_pass else "two passes (guidance), batched in one"
     tasks = ", ".join(
         f"{name} (teacher {files.teachers[name].path.name})" if name in files.teachers else f"{name} ({_rewards(task)})"
         for name, task in config.tasks.items()
     )
-    prompts = settings.samples // config.group_size
-    group = [f"prompts a round        {prompts} per task, {config.group_size} images of each"]
-    asked = -(-pairs // config.scoring_micro_batch) * config.frozen_velocities
-    at_once = config.tasks_per_round
+    samples = [config.samples(task) for task in config.tasks]
+    prompts = [count // config.group_size for count in samples]
+    group = [f"prompts a round        {_each(prompts)} per task, {config.group_size} images of each"]
+    asked = [-(-count // config.scoring_micro_batch) * config.frozen_velocities for count in pairs]
+    trainings = [-(-count // updates // config.train.micro_batch) * updates for count in pairs]
     if settings.mode == "fused":
-        count = -(-len(part) * len(config.tasks) // settings.micro_batch)
+        count = -(-sum(rows[task] for task in rounds) // settings.micro_batch)
         work = [
             f"rollout and training   {settings.steps} steps in {count} micro-batches over all tasks, {passes}, then "
             "one optimizer step",
@@ -59,9 +62,9 @@ def describe(config: RunConfig, world: World, start: Start) -> str:
     else:
         work = [
             f"rollout                {settings.steps} steps in micro-batches of {settings.micro_batch}, {passes}",
-            f"scoring                {asked} forwards of frozen weights per task and process",
-            f"training               {-(-pairs // config.train.micro_batch) * at_once} micro-batches of "
-            f"{config.train.micro_batch} per process, then one optimizer step",
+            f"scoring                {_each(asked)} forwards of frozen weights per task and process",
+            f"training               {_each(trainings)} micro-batches of {config.train.micro_batch} per task and "
+            f"process, {config.train.inner_epochs} x, and {config.steps_per_round} optimizer steps",
         ]
     frames = f", {family.frames} frames" if family.frames else ""
     lines = [
@@ -69,11 +72,13 @@ def describe(config: RunConfig, world: World, start: Start) -> str:
         f"starts from            {f'{resumed.checkpoint}, {resumed.done} rounds done' if resumed else 'round 0'}",
         f"height x width         {family.height} x {family.width}{frames}",
         f"tasks                  {len(config.tasks)}: {tasks}",
-        f"samples a round        {settings.samples} per task, {settings.samples * at_once} in all",
+        f"tasks of a round       {_schedule(config)}",
+        f"samples a round        {_each(samples)} per task",
         *(group if config.group_size > 1 else []),
-        f"samples per process    {len(part)} per task"
-        + (f" ({filled} padding samples at weight 0, because {settings.samples} is not a multiple)" if filled else ""),
-        f"trained steps          {trained} of {settings.steps}: {pairs} (state, step) pairs per task and process",
+        f"samples per process    {_each(rows.values())} per task"
+        + (f" ({_each(filled.values())} padding samples at weight 0)" if any(filled.values()) else ""),
+        f"trained steps          {trained} of {settings.steps}: {_each(pairs)} (state, step) pairs per task and "
+        "process",
         *work,
         f"learning rate          {_rates(config, files)}",
         f"rounds                 {config.run.rounds}, a checkpoint every {config.run.checkpoint_every}",
@@ -83,8 +88,21 @@ def describe(config: RunConfig, world: World, start: Start) -> str:
     return "\n".join(["# run", resolved, "# arithmetic", *lines, "", f"# ds_config ({config.deepspeed})", ds_config])
 
 
+def _each(counts: Iterable[int]) -> str:
+    """One number where all tasks have it."""
+    numbers = list(counts)
+    return ", ".join(map(str, numbers if len(set(numbers)) > 1 else numbers[:1]))
+
+
+def _schedule(config: RunConfig) -> str:
+    if config.train.schedule == "together" or len(config.tasks) == 1:
+        return "all"
+    shares = ", ".join(f"{task} {config.share_of_rounds(task):.0%}" for task in config.tasks)
+    return f"one, {'in turn' if config.train.schedule == 'alternate' else 'drawn'}: {shares} of the rounds"
+
+
 def _rates(config: RunConfig, files: RunFiles) -> str:
-    steps = config.train.inner_epochs
+    steps = config.steps_per_round
     rates = learning_rates(files.schedule, files.student_ds_config, config.run.rounds * steps)
     idle = idle_rounds(config, files)
     text = f"{rates[0]:.3g} in the first step, {max(rates):.3g} at most, {rates[-1]:.3g} in the last"

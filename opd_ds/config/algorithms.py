@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Union
 
@@ -180,11 +179,12 @@ class DistilConfig(RunConfig):
                     f"= {teacher.placement!r} is brought in once a round; set it to 'resident' or 'shared', or "
                     "rollout.mode to 'buffered'"
                 )
-        if self.train.inner_epochs > 1:
-            raise ValueError(
-                f"rollout.mode = 'fused' trains while it rolls out, so train.inner_epochs = {self.train.inner_epochs} "
-                "is not possible; set it to 1 or rollout.mode to 'buffered'"
-            )
+        for key in ("inner_epochs", "updates_per_round"):
+            if getattr(self.train, key) > 1:
+                raise ValueError(
+                    f"rollout.mode = 'fused' trains while it rolls out, so train.{key} = {getattr(self.train, key)} "
+                    "is not possible; set it to 1 or rollout.mode to 'buffered'"
+                )
         if not self.objective.fused_trainer:
             fusing = [name for name in algorithm_names(Objective) if ALGORITHMS[name].fused_trainer]
             raise ValueError(
@@ -214,21 +214,6 @@ class TeachConfig(RunConfig):
     def group_size(self) -> int:
         return self.teach.group
 
-    @property
-    def _turns(self) -> list[str]:
-        return [name for name, task in self.tasks.items() for _ in range(task.turns)]
-
-    def tasks_of(self, index: int) -> list[str]:
-        if self.teach.schedule == "together":
-            return super().tasks_of(index)
-        return [self._turns[index % len(self._turns)]]
-
-    def visits(self, index: int, task: str) -> int:
-        if self.teach.schedule == "together":
-            return index
-        cycles, place = divmod(index, len(self._turns))
-        return cycles * Counter(self._turns)[task] + self._turns[:place].count(task)
-
     def resume_settings(self) -> dict[str, Any]:
         data = super().resume_settings()
         data["teach"].pop("reward_attempts")
@@ -237,11 +222,12 @@ class TeachConfig(RunConfig):
     @model_validator(mode="after")
     def _consistent(self) -> TeachConfig:
         rollout, teach = self.rollout, self.teach
-        if rollout.samples % teach.group:
-            raise ValueError(
-                f"rollout.samples = {rollout.samples} is no multiple of teach.group = {teach.group}; it counts the "
-                "images of all prompts of a task and round"
-            )
+        for name in self.tasks:
+            if self.samples(name) % teach.group:
+                raise ValueError(
+                    f"{self.samples_key(name)} = {self.samples(name)} is no multiple of teach.group = {teach.group}; "
+                    "it counts the images of all prompts of a task and round"
+                )
         if self.scoring.micro_batch == "auto":
             raise ValueError(
                 "scoring.micro_batch = 'auto' may come out differently on each rank, but frozen policies are asked "

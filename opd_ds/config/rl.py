@@ -22,7 +22,6 @@ class LearnedSection(TrainedSection):
     rewards: tuple[WeightedReward, ...] = Field(
         min_length=1, description="their weighted sum is learned from, and is the headline"
     )
-    turns: PositiveInt = Field(1, description="rounds in a row on this task where tasks alternate")
 
     @model_validator(mode="after")
     def _something_is_learned(self) -> LearnedSection:
@@ -61,9 +60,6 @@ class RewardAlgorithm(Algorithm):
     advantage_std: Literal["batch", "group"] = Field("batch", description="whose deviation scales the advantages")
     advantage_clip: PositiveFloat = Field(5.0, description="advantages are cut off at this value on both sides of 0")
     reward_attempts: PositiveInt = Field(3, description="calls of a reward before images without a score are left out")
-    schedule: Literal["together", "alternate"] = Field(
-        "together", description="with several tasks: all in every round, or one after the other"
-    )
 
 
 class NftSection(RewardAlgorithm):

@@ -32,6 +32,7 @@ from opd_ds.config.sections import (
     TrainSection,
     WatchSection,
 )
+from opd_ds.config.turns import rounds_before, tasks_of_round
 
 
 class RunConfig(Section, ABC):
@@ -76,6 +77,18 @@ class RunConfig(Section, ABC):
         if len(set(names)) < len(names):
             raise ValueError(f"trackers: {max(names, key=names.count)!r} is named twice; name each once")
         self._check_reward_labels()
+        return self
+
+    @model_validator(mode="after")
+    def _whole_updates(self) -> RunConfig:
+        for name in self.tasks:
+            updates, prompts = self.train.updates_per_round, self.samples(name) // self.group_size
+            if prompts % updates:
+                what = "prompts" if self.group_size > 1 else "samples"
+                raise ValueError(
+                    f"train.updates_per_round = {updates} does not divide the {prompts} {what} a round of task {name}; "
+                    f"change it or {self.samples_key(name)}"
+                )
         return self
 
     def _check_reward_labels(self) -> None:
@@ -133,17 +146,36 @@ class RunConfig(Section, ABC):
         """Images of one prompt in a round."""
         return 1
 
+    @property
+    def turns(self) -> dict[str, int]:
+        """By task, see `opd_ds.config.turns`."""
+        return {name: task.turns for name, task in self.tasks.items()}
+
     def tasks_of(self, index: int) -> list[str]:
         """The tasks of round `index`, counted from 0."""
-        return list(self.tasks)
+        return tasks_of_round(self.train.schedule, self.turns, self.run.seed, index)
 
     def visits(self, index: int, task: str) -> int:
         """Rounds on `task` before round `index`: its prompts are walked through without repetition."""
-        return index
+        return rounds_before(self.train.schedule, self.turns, self.run.seed, index, task)
+
+    def share_of_rounds(self, task: str) -> float:
+        """In which part of all rounds a task is trained."""
+        return 1.0 if self.train.schedule == "together" else self.tasks[task].turns / sum(self.turns.values())
+
+    def samples(self, task: str) -> int:
+        """Trajectories of a task in a round, over all ranks."""
+        own = self.tasks[task].samples
+        return self.rollout.samples if own is None else own
+
+    def samples_key(self, task: str) -> str:
+        """The key that `samples` comes from."""
+        return "rollout.samples" if self.tasks[task].samples is None else f"tasks.{task}.samples"
 
     @property
-    def tasks_per_round(self) -> int:
-        return len(self.tasks_of(0))
+    def steps_per_round(self) -> int:
+        """Optimizer steps."""
+        return self.train.inner_epochs * self.train.updates_per_round
 
     def student_guidance(self, task: str) -> float:
         """The student's guidance scale on a task, in rollout, training and evaluation."""
@@ -171,6 +203,8 @@ class RunConfig(Section, ABC):
         data = self.model_dump(mode="json", include=set(self.resume_invariants))
         for key in ("micro_batch", "mode", "gather"):
             data["rollout"].pop(key)
+        if not self.rollout.trained_steps.spread:
+            data["rollout"]["trained_steps"].pop("spread")  # as in checkpoints from before there was one
         data["student"].pop("gradient_checkpointing")
         if self.optimizer.min_lr == 0:
             data["optimizer"].pop("min_lr")  # as in checkpoints from before there was one
@@ -205,6 +239,24 @@ class RunConfig(Section, ABC):
         if chosen.queries is not None:
             return chosen.queries
         return len(chosen.steps) if chosen.steps is not None else int(self.rollout.steps * (chosen.fraction or 0))
+
+    def shows_rollouts(self, index: int) -> bool:
+        """Whether somebody looks at the images that are drawn in round `index`, counted from 0, so that they have to be
+        finished.
+        """
+        if self.learns_from_rewards or self.algorithm.drawn_by == "teacher":
+            return True
+        every, looked_at = self.watch.every, self.watch.rollouts and any(task.rewards for task in self.tasks.values())
+        return bool(every and (index + 1) % every == 0 and looked_at)
+
+    def steps_until_trained(self, last: int) -> int:
+        """How many steps a rollout takes, that nobody looks at, to train steps up to `last`: the last of them is taken
+        only where the transition is trained, or where the rollout's forward is the training's. With random steps in
+        fused mode a rollout takes all of them: there micro-batches must hold the same tasks on every rank.
+        """
+        if self.rollout.mode == "fused" and self.rollout.trained_steps.queries:
+            return self.rollout.steps
+        return last + (self.rollout.mode == "fused" or self.algorithm.needs_noise)
 
     @property
     def teachers(self) -> dict[str, TeacherSection]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from opd_ds.config.base import Folder, Section
+from opd_ds.config.turns import TaskSchedule
 from opd_ds.errors import UserError
 
 STOCHASTIC_KERNELS = ("flow", "dance", "ddim", "cps")
@@ -174,14 +175,23 @@ class TrainedSteps(Section):
     fraction: float | None = Field(None, gt=0, le=1, description="the first int(steps * fraction) steps")
     steps: tuple[NonNegativeInt, ...] | None = Field(None, description="these steps, counted from the noise end")
     queries: PositiveInt | None = Field(None, description="this many random steps per trajectory")
-    favour: Literal["none", "low_noise"] = Field(
-        "none", description="where random queries fall: everywhere alike, or by Beta(5, 2) towards the image's end"
+    favour: Literal["none", "low_noise", "high_noise"] = Field(
+        "none",
+        description="where random queries fall: everywhere alike, by Beta(5, 2) towards the image's end, or by its "
+        "mirror image towards the noise, where rollouts also end soonest",
+    )
+    spread: bool = Field(
+        False,
+        description="several random queries of a trajectory lie apart, where favour wants them; else each falls by "
+        "itself, and neighbouring states say nearly the same",
     )
 
     @model_validator(mode="after")
     def _one(self) -> TrainedSteps:
         if self.favour != "none" and self.queries is None:
             raise ValueError(f"favour = {self.favour!r} is for random steps: give queries, not fraction or steps")
+        if self.spread and (self.queries or 0) < 2:
+            raise ValueError("spread = true is for several random steps of a trajectory: give queries, 2 or more")
         given = [key for key in ("fraction", "steps", "queries") if getattr(self, key) is not None]
         if len(given) != 1:
             found = f"; here are {' and '.join(given)}: null takes one away" if given else ""
@@ -192,7 +202,9 @@ class TrainedSteps(Section):
 class RolloutSection(Section):
     """How the student draws the images that it learns on."""
 
-    samples: PositiveInt = Field(description="trajectories per task and round over all ranks")
+    samples: PositiveInt = Field(
+        description="trajectories per task and round over all ranks, unless a task has its own number"
+    )
     steps: PositiveInt = Field(10, description="sampler steps of a trajectory")
     kernel: Literal["euler", "flow", "dance", "ddim", "dpm1", "dpm2", "cps"] = Field(
         "euler", description="sampler; flow, dance, ddim and cps draw noise at every step, the others do not"
@@ -241,7 +253,15 @@ class TrainSection(Section):
     """How a round's pairs are trained on."""
 
     micro_batch: PositiveInt = Field(8, description="(state, step) pairs per forward/backward and rank")
-    inner_epochs: PositiveInt = Field(1, description="passes over the buffer, each one optimizer step")
+    schedule: TaskSchedule = Field(
+        "together",
+        description="the tasks of a round: all of them, their losses added up; alternate: one, after the other; "
+        "random: one, drawn anew for each round; with tasks.NAME.turns",
+    )
+    updates_per_round: PositiveInt = Field(
+        1, description="disjoint parts of a round's samples, each trained on in an optimizer step of its own"
+    )
+    inner_epochs: PositiveInt = Field(1, description="passes over all samples of a round")
 
 
 class ScoringSection(Section):
@@ -415,6 +435,14 @@ class TrainedSection(EvaluatedSection):
 
     prompts: PromptsSection = Field(description="training prompts")
     weight: PositiveFloat = Field(1.0, description="factor on this task's loss")
+    samples: PositiveInt | None = Field(
+        None, description="trajectories of a round over all ranks; default: rollout.samples"
+    )
+    turns: PositiveInt = Field(
+        1,
+        description="with train.schedule = alternate: rounds in a row on this task; with random: its share of the "
+        "rounds, in parts of all tasks' turns",
+    )
 
 
 class TaskSection(TrainedSection):
@@ -456,4 +484,6 @@ class WatchSection(Section):
 
     every: NonNegativeInt = Field(0, description="rounds between two reward evaluations; 0: never")
     held_out: NonNegativeInt = Field(8, description="images per task of the first held-out prompts, on fixed noise")
-    rollouts: NonNegativeInt = Field(8, description="images per task of the round's own rollouts on rank 0")
+    rollouts: NonNegativeInt = Field(
+        8, description="images per task of the round's own rollouts on rank 0; above 0 these rollouts are finished"
+    )

@@ -31,7 +31,7 @@ def _is_given(section: Section, name: str) -> bool:
 
 
 def _average(config: RunConfig) -> Iterator[str]:
-    ema, steps = config.student.ema, config.run.rounds * config.train.inner_epochs
+    ema, steps = config.student.ema, config.run.rounds * config.steps_per_round
     if ema.decay == 0:
         for name in ("warmup", "every"):
             if _is_given(ema, name):
@@ -124,3 +124,13 @@ def _tasks(config: RunConfig) -> Iterator[str]:
     for name, task in config.tasks.items():
         if task.weight < _TINY_SHARE * largest:
             yield f"tasks.{name}.weight = {task.weight:g} is lost beside another task's {largest:g}"
+        if config.train.schedule == "together" and task.turns > 1:
+            yield f"tasks.{name}.turns = {task.turns} is not read with train.schedule = 'together'"
+    untrained = dict.fromkeys(config.tasks)
+    for index in range(config.run.rounds):
+        for name in config.tasks_of(index):
+            untrained.pop(name, None)
+        if not untrained:
+            break
+    for name in untrained:
+        yield f"train.schedule = {config.train.schedule!r}: none of the {config.run.rounds} rounds trains task {name}"

@@ -45,9 +45,16 @@ class Shard:
         return len(self.indices)
 
 
-def shard(total: int, rank: int, world: int) -> Shard:
-    """Contiguous shares of ceil(total / world) samples."""
-    share = -(-total // world)
+def rows_on_a_rank(total: int, world: int, updates: int = 1) -> int:
+    """How many samples a rank holds, with those that it repeats."""
+    return updates * -(-(total // updates) // world)
+
+
+def shard(total: int, rank: int, world: int, updates: int = 1) -> Shard:
+    """Contiguous shares of ceil(total / world) samples; of each of the round's `updates` disjoint parts, one after the
+    other, where there are several. They have to divide `total`.
+    """
+    size, share = total // updates, rows_on_a_rank(total, world, updates) // updates
     positions = range(rank * share, (rank + 1) * share)
-    weights = torch.tensor([float(position < total) for position in positions])
-    return Shard([min(position, total - 1) for position in positions], weights, total)
+    indices = [update * size + min(position, size - 1) for update in range(updates) for position in positions]
+    return Shard(indices, torch.tensor([float(position < size) for position in positions] * updates), total)

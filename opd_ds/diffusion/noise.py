@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,12 +23,12 @@ class SampleNoise:
 
     def __init__(self, seeds: list[int], shape: tuple[int, ...]) -> None:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._shape = shape
+        self.shape = shape
 
     @classmethod
     def cat(cls, parts: list[SampleNoise]) -> SampleNoise:
         """The samples of all `parts` in order; they go on drawing from the same generators."""
-        joined = cls([], parts[0]._shape)
+        joined = cls([], parts[0].shape)
         joined._generators = [generator for part in parts for generator in part._generators]
         return joined
 
@@ -36,10 +37,11 @@ class SampleNoise:
 
     def __getitem__(self, rows: slice) -> SampleNoise:
         """The samples `rows`; they go on drawing from the same generators."""
-        part = SampleNoise([], self._shape)
+        part = SampleNoise([], self.shape)
         part._generators = self._generators[rows]
         return part
 
-    def draw(self, rows: slice) -> Tensor:
+    def draw(self, rows: slice | Sequence[int]) -> Tensor:
         """The next noise of the samples `rows`: [b, *shape]."""
-        return torch.stack([torch.randn(self._shape, generator=g) for g in self._generators[rows]])
+        drawing = self._generators[rows] if isinstance(rows, slice) else [self._generators[row] for row in rows]
+        return torch.stack([torch.randn(self.shape, generator=generator) for generator in drawing])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -12,8 +12,107 @@ from opd_ds.diffusion import Coefficients, predicted_x0
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.utils.transfer import to_device
 
-# (latents [b, C, ...], sigma [b] float32, rows of the batch, step) -> velocity [b, C, ...]
-Predictor = Callable[[Tensor, Tensor, slice, int], Tensor]
+
+@dataclass(frozen=True)
+class Rows:
+    """Some samples of a rollout, in ascending order: on the host, and the same int64 [b] on the device."""
+
+    host: list[int]
+    device: Tensor
+
+    @staticmethod
+    def of(rows: list[int], device: torch.device) -> Rows:
+        return Rows(rows, to_device(torch.tensor(rows), device))
+
+
+# (latents [b, C, ...], sigma [b] float32, whose they are, step) -> velocity [b, C, ...]
+Predictor = Callable[[Tensor, Tensor, Rows, int], Tensor]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples that are denoised together.
+
+    Attributes:
+        rows: in ascending order.
+        steps: how many steps each of them takes; a sample that has taken its steps leaves the batch.
+    """
+
+    rows: list[int]
+    steps: list[int]
+
+    @property
+    def length(self) -> int:
+        """Steps that the longest takes, so many forwards there are."""
+        return max(self.steps)
+
+    def of_length(self, length: int) -> MicroBatch:
+        """The same with so many forwards: the longest goes on until then."""
+        longest = self.steps.index(self.length)
+        return replace(self, steps=[*self.steps[:longest], length, *self.steps[longest + 1 :]])
+
+    def whole(self, steps: int) -> MicroBatch:
+        """The same where every sample takes all `steps`."""
+        return replace(self, steps=[steps] * len(self.rows))
+
+
+def micro_batches(steps: Sequence[int], size: int) -> list[MicroBatch]:
+    """Samples that take `steps[row]` steps, in micro-batches of at most `size`: those that go on for longest are
+    together, so that a forward has few rows only at the end of a micro-batch. Samples of one length stay in order.
+    """
+    order = sorted(range(len(steps)), key=lambda row: -steps[row])
+    together = [sorted(order[rows]) for rows in chunks(len(order), size)]
+    return [MicroBatch(rows, [steps[row] for row in rows]) for rows in together]
+
+
+def in_step(steps: Sequence[Sequence[int]], size: int, rank: int) -> list[MicroBatch]:
+    """The micro-batches of `rank`, where those of all ranks have the same numbers of forwards, as ZeRO-3 needs.
+
+    Args:
+        steps: by rank, how many steps each of its samples takes; equally many samples on all ranks.
+    """
+    everywhere = [micro_batches(own, size) for own in steps]
+    lengths = [max(part.length for part in column) for column in zip(*everywhere, strict=True)]
+    return [part.of_length(length) for part, length in zip(everywhere[rank], lengths, strict=True)]
+
+
+class KeptLatents:
+    """What is kept of the states at chosen steps: `values` [B, K, C, ...].
+
+    Args:
+        chosen: int64 [B, K] on the host, no step twice in a row.
+        shape: of one latent.
+    """
+
+    def __init__(self, chosen: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self._chosen = chosen
+        self.values = torch.empty(*chosen.shape, *shape, dtype=dtype, device=device)
+
+    def put(self, step: int, rows: list[int], values: Tensor) -> None:
+        """`values` [b, C, ...] of the samples `rows` at `step`; kept of those that chose it."""
+        chosen = self._chosen[rows]
+        own, slot = (chosen == step).nonzero(as_tuple=True)
+        if len(own) == 0:
+            return
+        places = to_device(torch.tensor(rows)[own] * chosen.shape[1] + slot, values.device)
+        if len(own) < len(rows):
+            values = values[to_device(own, values.device)]
+        self.values.flatten(0, 1).index_copy_(0, places, values.to(self.values.dtype))
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What a rollout keeps: the states at `chosen` int64 [B, K], on the host, in the dtype that the network sees
+    anyway; with `transitions` also what the network said there and the noise that was drawn, which together say how
+    likely each transition was without a difference of large numbers.
+    """
+
+    chosen: Tensor
+    dtype: torch.dtype
+    transitions: bool = False
+
+    def column(self, shape: tuple[int, ...], device: torch.device) -> KeptLatents:
+        return KeptLatents(self.chosen, shape, self.dtype, device)
 
 
 @dataclass(frozen=True)
@@ -21,9 +120,9 @@ class Trajectory:
     """Where a rollout went.
 
     Attributes:
-        final: [B, C, ...] float32, the clean latents.
-        states: [B, T, C, ...], the latents each step started from; None where they were not kept.
-        velocity, noise: [B, T, C, ...], what the network said there and the eps that was drawn (0 on a step without
+        final: [B, C, ...] float32, the latents after a sample's last step: clean where it took all.
+        states: [B, K, C, ...], the latents that the kept steps started from; None where none were kept.
+        velocity, noise: [B, K, C, ...], what the network said there and the eps that was drawn (0 on a step without
             noise); None where they were not kept.
     """
 
@@ -58,25 +157,28 @@ def rollout(
     noise: SampleNoise,
     coefficients: Coefficients,
     sigmas: Tensor,
+    parts: Sequence[MicroBatch] | None = None,
     *,
-    micro_batch: int,
     device: torch.device,
-    keep: torch.dtype | None = None,
-    transitions: bool = False,
+    keep: Keep | None = None,
 ) -> Trajectory:
-    """Denoise `len(noise)` samples from pure noise along `sigmas` [T+1].
-
-    Latents are carried in float32 between steps. States are kept only when `keep` names a dtype: the network sees them
-    in its own anyway, so nothing is lost. With `transitions` velocities and drawn noise are kept as well; together
-    they say how likely each transition was without a difference of large numbers.
+    """Denoise `len(noise)` samples from pure noise along `sigmas` [T+1]; latents are carried in float32 between steps.
 
     `predict` decides about gradients: a plain rollout passes one that runs under no_grad; fused training passes one
     that also accumulates the loss of the step and returns the detached velocity.
+
+    Args:
+        parts: of the samples, each in one of them; None: all together, every step.
     """
-    parts = []
-    for rows in chunks(len(noise), micro_batch):
-        parts.append(_micro_batch(predict, noise, coefficients, sigmas.tolist(), rows, device, keep, transitions))
-    return Trajectory.cat(parts)
+    count, steps = len(noise), len(coefficients)
+    if parts is None:
+        parts = [MicroBatch(list(range(count)), [steps] * count)]
+    final = torch.empty(count, *noise.shape, device=device)
+    columns = 0 if keep is None else 3 if keep.transitions else 1
+    kept = [keep.column(noise.shape, device) for _ in range(columns)] if keep is not None else []
+    for part in parts:
+        _micro_batch(predict, noise, coefficients, sigmas.tolist(), part, final, kept)
+    return Trajectory(final, *(column.values for column in kept))
 
 
 def _micro_batch(
@@ -84,26 +186,31 @@ def _micro_batch(
     noise: SampleNoise,
     coefficients: Coefficients,
     grid: list[float],
-    rows: slice,
-    device: torch.device,
-    keep: torch.dtype | None,
-    transitions: bool,
-) -> Trajectory:
-    x = to_device(noise.draw(rows), device)
+    part: MicroBatch,
+    final: Tensor,
+    kept: list[KeptLatents],
+) -> None:
+    """Fills the part's rows of `final`, and of `kept`: states, and velocities and noise where there are three."""
+    device, left = final.device, dict(zip(part.rows, part.steps, strict=True))
+    rows, x = Rows.of(part.rows, device), to_device(noise.draw(part.rows), device)
     history: Tensor | None = None
-    states, velocities, drawn = [], [], []
-    for step in range(len(coefficients)):
-        if keep is not None:
-            states.append(x.to(keep))
+    for step in range(part.length + 1):
+        for column in kept[:1]:
+            column.put(step, rows.host, x)
+        staying = [place for place, row in enumerate(rows.host) if left[row] > step]
+        if len(staying) < len(rows.host):
+            final.index_copy_(0, rows.device, x)  # of those that stay, too: overwritten when they leave
+            if not staying:
+                return
+            index = to_device(torch.tensor(staying), device)
+            rows, x = Rows([rows.host[place] for place in staying], rows.device[index]), x[index]
+            history = None if history is None else history[index]
         sigma = torch.full((len(x),), grid[step], device=device)
         velocity = predict(x, sigma, rows, step).float()
         mean = coefficients.mean(step, x, velocity, history)
         history = predicted_x0(x, velocity, grid[step])
         std = float(coefficients.std[step])
-        eps = to_device(noise.draw(rows), device) if std > 0 else None
+        eps = to_device(noise.draw(rows.host), device) if std > 0 else None
         x = mean if eps is None else mean + std * eps
-        if transitions:
-            velocities.append(velocity.to(keep))
-            drawn.append((torch.zeros_like(x) if eps is None else eps).to(keep))
-    stacked = [torch.stack(column, dim=1) if column else None for column in (states, velocities, drawn)]
-    return Trajectory(x, *stacked)
+        for column, values in zip(kept[1:], (velocity, torch.zeros_like(x) if eps is None else eps), strict=False):
+            column.put(step, rows.host, values)

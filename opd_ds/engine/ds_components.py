@@ -184,7 +184,7 @@ def fill_scheduler(ds: dict[str, Any], config: RunConfig, source: str) -> None:
         UserError: an unknown type or parameter, a schedule in the run config as well, or one under which no step of
             the run would change a weight.
     """
-    block, wanted, steps = ds["scheduler"], config.optimizer, config.train.inner_epochs
+    block, wanted, steps = ds["scheduler"], config.optimizer, config.steps_per_round
     kind = block["type"] = _named(block["type"], _PEAK_OF, f"{source}: scheduler.type")
     params = block["params"] = {name: value for name, value in block.get("params", {}).items() if value is not None}
     if wanted.schedule != "constant" or (wanted.warmup_rounds and params.get("warmup_num_steps") != AUTO):

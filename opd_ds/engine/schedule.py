@@ -38,7 +38,7 @@ class Schedule:
         """
         if "scheduler" in ds_config:
             return None
-        wanted, lr, steps = config.optimizer, ds_config["optimizer"]["params"]["lr"], config.train.inner_epochs
+        wanted, lr, steps = config.optimizer, ds_config["optimizer"]["params"]["lr"], config.steps_per_round
         if wanted.min_lr > lr:
             raise UserError(f"optimizer.min_lr = {wanted.min_lr:g} is above the learning rate, {lr:g}; lower it")
         return Schedule(wanted.schedule, config.run.rounds * steps, wanted.warmup_rounds * steps, wanted.min_lr / lr)

@@ -16,7 +16,7 @@ from opd_ds.config.schema import RunConfig
 from opd_ds.data import PromptSet
 from opd_ds.diffusion import kernel
 from opd_ds.diffusion.noise import SampleNoise, sample_seed
-from opd_ds.diffusion.rollout import chunks, rollout
+from opd_ds.diffusion.rollout import Rows, chunks, rollout
 from opd_ds.engine import Group
 from opd_ds.models import Conditioning, ModelFamily
 from opd_ds.pictures import Picture
@@ -113,14 +113,13 @@ class Painter:
     def _micro_batch(
         self, network: Any, part: list[Item], cond: Conditioning, guidance: float
     ) -> Iterator[Image.Image]:
-        def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
-            part = cond[rows]
-            uncond = self._uncond if part.negative is None else part.negative
-            return self._family.guided_velocity(network, x, sigma, part, uncond, guidance)
+        def predict(x: Tensor, sigma: Tensor, rows: Rows, step: int) -> Tensor:
+            uncond = self._uncond if cond.negative is None else cond.negative
+            return self._family.guided_velocity(network, x, sigma, cond, uncond, guidance)
 
         self._group.progress("drawing images")
         noise = SampleNoise([item.seed(self._settings.seed) for item in part], self._family.latent_shape)
-        drawn = rollout(predict, noise, self._table, self._sigmas, micro_batch=len(part), device=self._group.device)
+        drawn = rollout(predict, noise, self._table, self._sigmas, device=self._group.device)
         return map(to_image, self._family.decode(drawn.final).cpu())
 
 

@@ -122,7 +122,8 @@ def _tokens(latents: Tensor) -> Tensor:
 def _places(latents: Tensor, frame: int) -> Tensor:
     """Of each token, (frame, row, column): int64 [h/2 * w/2, 3]."""
     places = positions(1, latents.shape[2] // _PATCH, latents.shape[3] // _PATCH, device=latents.device)
-    return places + torch.tensor([frame, 0, 0], device=latents.device)
+    places[:, 0] += frame
+    return places
 
 
 def positions(*lengths: int, device: torch.device) -> Tensor:

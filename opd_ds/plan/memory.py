@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from math import ceil, prod
+from math import prod
 
 from opd_ds.config.paths import same_place
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import ANCHOR, TeacherSection
+from opd_ds.data import rows_on_a_rank
 from opd_ds.engine import fill_sizes, frozen_ds_config, student_ds_config
 from opd_ds.models import family_class
 from opd_ds.plan.costs import Costs
@@ -262,38 +263,50 @@ def _teacher(config: RunConfig, teacher: Teacher, costs: Costs, element: int, *,
 # ---- what a round keeps and computes ----
 
 
-def rows_per_rank(config: RunConfig, devices: Devices) -> int:
+def rows_per_rank(config: RunConfig, devices: Devices, task: str) -> int:
     """Trajectories of one task and round on a rank."""
-    return ceil(config.rollout.samples / devices.count)
+    return rows_on_a_rank(config.samples(task), devices.count, config.train.updates_per_round)
+
+
+def largest_rows(config: RunConfig, devices: Devices) -> int:
+    """Trajectories of the largest task of a round on a rank."""
+    return max(rows_per_rank(config, devices, task) for task in config.tasks)
+
+
+def rows_of_a_round(config: RunConfig, devices: Devices) -> int:
+    """Trajectories on a rank in the round that has most of them."""
+    if config.train.schedule != "together":
+        return largest_rows(config, devices)
+    return sum(rows_per_rank(config, devices, task) for task in config.tasks)
 
 
 def buffer_bytes(config: RunConfig, model: Model, devices: Devices) -> Mapping[str, float]:
     """Bytes of a rank's `TrajectoryBuffer`s of one round: `states` and what is kept beside them, `scored`."""
     if config.rollout.mode == "fused":
         return {"states": 0, "scored": 0}
-    rows = rows_per_rank(config, devices)
     latent = bytes_of(config.precision) * prod(model.family.latent_shape)
     passes = family_class(config.model.family).passes
-    kept = sorted(config.kept_velocities(task, passes) for task in config.tasks)[-config.tasks_per_round :]
-    states = rows * config.tasks_per_round * config.rollout.steps
+    kept = [rows_per_rank(config, devices, task) * config.kept_velocities(task, passes) for task in config.tasks]
     return {
-        "states": states * latent * (1 + config.algorithm.kept_per_state),
-        "scored": rows * config.trained_steps * latent * sum(kept),
+        "states": rows_of_a_round(config, devices)
+        * config.trained_steps
+        * latent
+        * (1 + config.algorithm.kept_per_state),
+        "scored": config.trained_steps * latent * (sum(kept) if config.train.schedule == "together" else max(kept)),
     }
 
 
 def buffer_parts(config: RunConfig, costs: Costs, devices: Devices) -> list[Part]:
     """The buffer and the encoded prompts, with the copies that are made of them on the way."""
     sizes = buffer_bytes(config, costs.model, devices)
-    rows = rows_per_rank(config, devices)
-    every = rows * config.tasks_per_round
+    every = rows_of_a_round(config, devices)
     training = frozenset({Phase.TRAIN, Phase.REDUCE})
     later = training | {Phase.ROLLOUT, Phase.SCORE, Phase.STEP}
-    single = (1 / config.tasks_per_round) * sizes["scored"]
+    single = largest_rows(config, devices) / every * sizes["scored"]
     return [
-        # Stacked by step, then joined over micro-batches: both are there for a moment.
         Part("trajectory buffer", sizes["states"], later),
-        Part("trajectory buffer: joining", sizes["states"], frozenset({Phase.ROLLOUT})),
+        # Where rewards are learned from micro-batches are joined: both are there for a moment.
+        Part("trajectory buffer: joining", sizes["states"] * config.learns_from_rewards, frozenset({Phase.ROLLOUT})),
         Part("trajectory buffer: scored", sizes["scored"], training | {Phase.SCORE, Phase.STEP}),
         Part("trajectory buffer: joining", single, frozenset({Phase.SCORE})),
         Part("encoded prompts", every * costs.prompt, later | {Phase.ENCODE}),
@@ -305,19 +318,20 @@ def batches(config: RunConfig, devices: Devices) -> dict[str, int]:
     """Rows of the largest forward, guidance included: `rollout`, `score`, `train` (all that one backward needs),
     `evaluate`.
     """
-    rows = rows_per_rank(config, devices)
+    rows = largest_rows(config, devices)
     pairs = rows * config.trained_steps
+    trained = pairs // config.train.updates_per_round
     student = max(student_passes(config, task) for task in config.tasks)
     passes = frozen_passes(config)
     asked = passes_at_once(config, passes)
     fused = config.rollout.mode == "fused"
     by_teacher = config.algorithm.drawn_by == "teacher"
     alone = config.learns_from_rewards or by_teacher
-    rollout = min(config.rollout.micro_batch, rows * (1 if alone else config.tasks_per_round))
+    rollout = min(config.rollout.micro_batch, rows if alone else rows_of_a_round(config, devices))
     return {
         "rollout": rollout * passes_at_once(config, passes if by_teacher else student),
         "score": (min(rollout, rows) if fused else min(config.scoring_micro_batch, pairs)) * asked,
-        "train": (rollout if fused else min(config.train.micro_batch, pairs)) * student,
+        "train": (rollout if fused else min(config.train.micro_batch, trained)) * student,
         "evaluate": config.evaluation.micro_batch * passes_at_once(config, max(student, passes)),
     }
 
@@ -364,7 +378,7 @@ def _vae(config: RunConfig, costs: Costs, devices: Devices, element: int, *, eva
         decode = decoded_bytes(config, costs, config.evaluation.micro_batch)
         parts.append(Part("VAE decode", decode, frozenset({Phase.DECODE})))
     if config.learns_from_rewards:
-        drawn = min(config.rollout.micro_batch, rows_per_rank(config, devices))
+        drawn = min(config.rollout.micro_batch, largest_rows(config, devices))
         parts.append(Part("VAE decode", decoded_bytes(config, costs, drawn), frozenset({Phase.ROLLOUT})))
     return parts
 

@@ -12,7 +12,7 @@ from opd_ds.config.sections import BASE, BaseSection
 from opd_ds.errors import UserError
 from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import GIB, Devices
-from opd_ds.plan.memory import Memory, allowance, layout, rows_per_rank, run_memory
+from opd_ds.plan.memory import Memory, allowance, largest_rows, layout, rows_of_a_round, run_memory
 from opd_ds.plan.network import find_model
 from opd_ds.plan.timing import Seconds, round_seconds
 from opd_ds.plan.zero import Phase
@@ -173,10 +173,10 @@ def settings(config: RunConfig, devices: Devices) -> Iterator[Setting]:
     gradients of many micro-batches would add up in it.
     """
     evaluate, decode = config.evaluation.micro_batch, config.model.decode_micro_batch
-    rows = rows_per_rank(config, devices)
+    pairs = largest_rows(config, devices) // config.train.updates_per_round * config.trained_steps
     fused = config.rollout.mode == "fused"
-    rollouts = _up_to(rows * config.tasks_per_round)
-    trains = (config.train.micro_batch,) if fused else _up_to(rows * config.trained_steps)
+    rollouts = _up_to(rows_of_a_round(config, devices))
+    trains = (config.train.micro_batch,) if fused else _up_to(pairs)
     placements: tuple[str | None, ...] = (_PLACEMENTS[:1] if fused else _PLACEMENTS) if config.teachers else (None,)
     for deepspeed in _STAGES[0 if config.precision == "fp32" else 1 :]:
         for checkpointing in (False, True):

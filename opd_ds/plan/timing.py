@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from math import ceil
 
@@ -20,6 +21,7 @@ LINK_ACHIEVED = 0.70  # of what links carry
 BETWEEN_NODES = 25e9  # bytes a second, device and direction
 OPERATION = 6e-6  # seconds to start a kernel: small batches wait for the host
 HOST_MEMORY = 150e9  # bytes a second of a node, shared by its processes
+_ROUNDING = 1e-9
 ADAM_BYTES = 28  # read and written an element by an optimizer step on the host
 
 
@@ -69,21 +71,23 @@ def round_seconds(config: RunConfig, costs: Costs, devices: Devices, placed_as: 
             "rollout": rollout,
             "score": asked("score", coming) + (0.0 if drawing else travel),
             "train": _seconds(trained, sizes["train"], train, moved, config, devices),
-            "step": config.train.inner_epochs * _step_seconds(counts, element, zero, devices),
+            "step": config.steps_per_round * _step_seconds(counts, element, zero, devices),
         }
     )
 
 
 def passes_of_a_round(config: RunConfig, devices: Devices) -> dict[str, Passes]:
-    """Of one rank and of all the tasks of a round, by phase; samples that pad a rank's share are counted too."""
-    filled = rows_per_rank(config, devices) / config.rollout.samples
-    at_once = config.tasks_per_round / len(config.tasks)
-    total: dict[str, Passes] = {}
+    """Of one rank and of all the tasks of a round, by phase: a mean where a round has one of them; samples that pad a
+    rank's share are counted too.
+    """
+    forward: dict[str, float] = defaultdict(float)
+    backward: dict[str, float] = defaultdict(float)
     for task in config.tasks:
+        share = config.share_of_rounds(task) * rows_per_rank(config, devices, task) / config.samples(task)
         for phase, passes in round_passes(config, task).items():
-            total[phase] = total.get(phase, Passes()) + passes
-    share = filled * at_once
-    return {name: Passes(ceil(p.forward * share), ceil(p.backward * share)) for name, p in total.items()}
+            forward[phase] += share * passes.forward
+            backward[phase] += share * passes.backward
+    return {phase: Passes(ceil(forward[phase] - _ROUNDING), ceil(backward[phase] - _ROUNDING)) for phase in forward}
 
 
 def _seconds(passes: int, batch: int, cost: Cost, moved: float, config: RunConfig, devices: Devices) -> float:
@@ -160,7 +164,7 @@ def _encode_seconds(config: RunConfig, model: Model, element: int, devices: Devi
     """Text encoders over a rank's prompts, and their way to the device."""
     if config.model.text_encoders == "cached":
         return 0.0
-    prompts = rows_per_rank(config, devices) * config.tasks_per_round
+    prompts = sum(config.share_of_rounds(task) * rows_per_rank(config, devices, task) for task in config.tasks)
     work = 2 * model.encoders * model.tokens * prompts
     seconds = work / (ACHIEVED * devices.kind.flops * PRECISION_FACTOR[config.precision])
     if config.model.text_encoders == "offload" and not devices.kind.is_cpu:

@@ -35,10 +35,16 @@ def run_identity(config: RunConfig, files: RunFiles, family: ModelFamily) -> dic
         tasks[name] |= teacher(name)
     for name, task in config.tasks.items():
         if isinstance(task, LearnedSection):
-            tasks[name]["turns"] = task.turns
             tasks[name]["rewards"] = [
                 {"name": reward.name, "label": reward.label, "weight": reward.weight} for reward in task.rewards
             ]
+    for name, task in config.tasks.items():
+        if task.samples is not None:
+            tasks[name]["samples"] = task.samples
+        if config.train.schedule != "together":
+            tasks[name]["turns"] = task.turns
+    for key in ("inner_epochs", "updates_per_round", "schedule"):
+        kept[key] = getattr(config.train, key)
     anchor = config.all_teachers.get(ANCHOR)
     if isinstance(anchor, AnchorSection):
         kept["anchor"] = {"weight": anchor.weight, **teacher(ANCHOR)}
@@ -52,7 +58,7 @@ def run_identity(config: RunConfig, files: RunFiles, family: ModelFamily) -> dic
         "latent_shape": list(family.latent_shape),
         "max_text_length": family.max_text_length,
     }
-    return {"seed": config.run.seed, "inner_epochs": config.train.inner_epochs, "base": base, "tasks": tasks, **kept}
+    return {"seed": config.run.seed, "base": base, "tasks": tasks, **kept}
 
 
 def with_rewards(identity: dict[str, Any], rewards: Mapping[str, Reward]) -> dict[str, Any]:

@@ -30,11 +30,15 @@ RESTARTS_VARIABLE = "SLURM_RESTART_COUNT"
 _KEYS = {
     "seed": "run.seed",
     "inner_epochs": "train.inner_epochs",
+    "updates_per_round": "train.updates_per_round",
+    "schedule": "train.schedule",
     "base.sha256": "model.path",
     "base.negative_prompt": "model.negative_prompt",
     "base.latent_shape": "model.height, width or frames",
     "base.max_text_length": "model.max_text_length",
 }
+# Of checkpoints from before there was a choice.
+_ABSENT = {"updates_per_round": 1, "schedule": "together"}
 _OF_A_REWARD = ".identity."
 # Entries of the completed ds_config, and the settings that they are filled from.
 _FILLED_FROM = {
@@ -200,7 +204,7 @@ def _refusal(config: RunConfig, current: dict[str, Any], point: ResumePoint, key
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    before, now = flat(saved), flat(current)
+    before, now = flat(_ABSENT | saved), flat(current)
     # The run config first: what the ds_config says mostly comes from it, and users set it there.
     for key in sorted(before.keys() | now.keys(), key=lambda key: (key.startswith("ds_config."), key)):
         if before.get(key) != now.get(key):

@@ -58,7 +58,7 @@ def _asks_for_nothing(config: RunConfig, name: str) -> bool:
 
 def idle_rounds(config: RunConfig, files: RunFiles) -> int:
     """Rounds all of whose optimizer steps have the learning rate 0."""
-    steps = config.train.inner_epochs
+    steps = config.steps_per_round
     rates = learning_rates(files.schedule, files.student_ds_config, config.run.rounds * steps)
     return sum(not any(rates[first : first + steps]) for first in range(0, len(rates), steps))
 

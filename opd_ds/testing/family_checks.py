@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from opd_ds.diffusion import kernel
 from opd_ds.diffusion.noise import SampleNoise
-from opd_ds.diffusion.rollout import Trajectory, rollout
+from opd_ds.diffusion.rollout import Keep, Trajectory, rollout
 from opd_ds.errors import UserError
 from opd_ds.models import Conditioning, ModelFamily, build_family, family_class, lora
 from opd_ds.testing.tiny.parts import references
@@ -73,13 +73,12 @@ def trajectory(
     """A network's `euler` rollout, with the family's negative prompt. States are kept where `keep` names a dtype."""
     (cond, uncond), sigmas = encode(family, prompts), family.sigmas(steps)
     return rollout(
-        lambda x, sigma, rows, step: family.guided_velocity(network, x, sigma, cond[rows], uncond, guidance),
+        lambda x, sigma, rows, step: family.guided_velocity(network, x, sigma, cond, uncond, guidance),
         noise,
         kernel("euler").coefficients(sigmas),
         sigmas,
-        micro_batch=len(prompts),
         device=family.device,
-        keep=keep,
+        keep=None if keep is None else Keep(torch.arange(steps).expand(len(prompts), -1), keep),
     )
 
 

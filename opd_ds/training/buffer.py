@@ -10,9 +10,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from opd_ds.config.sections import TrainedSteps
-from opd_ds.diffusion.noise import SampleNoise, sample_seed
-from opd_ds.diffusion.rollout import chunks
+from opd_ds.diffusion.noise import SampleNoise
+from opd_ds.diffusion.rollout import KeptLatents, chunks
 from opd_ds.models import Conditioning
 from opd_ds.utils.transfer import to_device
 
@@ -36,12 +35,12 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PerState:
-    """What is known of every state of every trajectory: [B, T, C, ...]."""
+    """What was kept of the chosen states of every trajectory: [B, K, C, ...]."""
 
     values: Tensor
 
     def at(self, pairs: Pairs) -> Tensor:
-        return self.values[pairs.sample, pairs.step]
+        return self.values.flatten(0, 1)[pairs.rows]
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,8 @@ class TrajectoryBuffer:
     """One task's trajectories on this rank.
 
     Attributes:
-        states: [B, T, C, ...], the dtype the network sees.
-        chosen: [B, K] int64, the trained steps of each trajectory.
+        states: [B, K, C, ...], where the trained steps started from, in the dtype the network sees.
+        chosen: [B, K] int64, these steps, on the host.
         weights: [B] float32, on the device of `states`, 1 for a sample, 0 for one that only pads the rank's part or
             does not count.
         cond: the B encoded prompts.
@@ -124,58 +123,39 @@ class TrajectoryBuffer:
         sample, step, host_sample = self._pairs
         return Pairs(sample[rows], step[rows], rows, host_sample[rows])
 
-    def micro_batches(self, size: int) -> list[Pairs]:
-        """All chosen pairs in micro-batches of `size`."""
-        return [self.pairs(rows) for rows in chunks(self.pair_count, size)]
+    def micro_batches(self, size: int, update: int = 0, updates: int = 1) -> list[Pairs]:
+        """The chosen pairs in micro-batches of `size`: all, or those of one of so many equal parts of the samples."""
+        own = self.pair_count // updates
+        first = update * own
+        return [self.pairs(slice(first + rows.start, first + rows.stop)) for rows in chunks(own, size)]
 
     def inputs(self, pairs: Pairs, sigmas: Tensor) -> tuple[Tensor, Tensor, Conditioning]:
         """States [b, C, ...], their sigma [b] and prompts; `sigmas` float32 [T+1], on the device of the states."""
         cond = self.cond.select(pairs.sample, pairs.host_sample)
-        return self.states[pairs.sample, pairs.step], sigmas[pairs.step], cond
+        return self.states.flatten(0, 1)[pairs.rows], sigmas[pairs.step], cond
 
 
 @dataclass(frozen=True)
 class NoisedStates:
-    """Clean latents at every noise level: `states`, and `flow` = eps - x0, what flow matching asks for there; both
-    [B, T, C, ...].
+    """Clean latents at the chosen noise levels of each: `states`, and `flow` = eps - x0, what flow matching asks for
+    there; both [B, K, C, ...].
     """
 
     states: Tensor
     flow: Tensor
 
 
-def noised_states(final: Tensor, noise: SampleNoise, sigmas: Tensor, dtype: torch.dtype) -> NoisedStates:
-    """Clean latents [B, C, ...], noised afresh to each of `sigmas` [T+1] but the last: x = (1 - sigma) x0 + sigma eps,
-    in `dtype`.
+def noised_states(
+    final: Tensor, noise: SampleNoise, sigmas: Tensor, chosen: Tensor, dtype: torch.dtype
+) -> NoisedStates:
+    """Clean latents [B, C, ...], noised afresh to the `chosen` int64 [B, K] of `sigmas` [T+1]: x = (1 - sigma) x0 +
+    sigma eps, in `dtype`. Every step has noise of its own, whichever are chosen.
     """
-    states, flow = [], []
-    for sigma in sigmas.tolist()[:-1]:
-        eps = to_device(noise.draw(slice(None)), final.device)
-        states.append(((1 - sigma) * final + sigma * eps).to(dtype))
-        flow.append((eps - final).to(dtype))
-    return NoisedStates(torch.stack(states, 1), torch.stack(flow, 1))
-
-
-def choose_steps(
-    setting: TrainedSteps, steps: int, seed: int, round_index: int, task: str, indices: list[int]
-) -> Tensor:
-    """The trained steps of the samples `indices`: int64 [B, K]; random queries are named by the sample."""
-    if setting.queries is not None:
-        likely = _low_noise(steps) if setting.favour == "low_noise" else torch.ones(steps, dtype=torch.float64)
-        drawn = []
-        for index in indices:
-            generator = torch.Generator().manual_seed(sample_seed(seed, round_index, f"{task}/queries", index))
-            drawn.append(torch.multinomial(likely, setting.queries, generator=generator).sort().values)
-        return torch.stack(drawn)
-    if setting.steps is not None:
-        fixed = torch.tensor(sorted(setting.steps))
-    else:
-        assert setting.fraction is not None
-        fixed = torch.arange(int(steps * setting.fraction))
-    return fixed.expand(len(indices), -1)
-
-
-def _low_noise(steps: int) -> Tensor:
-    """Beta(5, 2) over the trajectory's length, which DanceOPD (arXiv 2606.27377) asks at: its mass on each step [T]."""
-    edges = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    return (6 * edges**5 - 5 * edges**6).diff()  # the regularised incomplete beta function I_x(5, 2)
+    shape, device = tuple(final.shape[1:]), final.device
+    states, flow = KeptLatents(chosen, shape, dtype, device), KeptLatents(chosen, shape, dtype, device)
+    rows = list(range(len(final)))
+    for step, sigma in enumerate(sigmas.tolist()[:-1]):
+        eps = to_device(noise.draw(slice(None)), device)
+        states.put(step, rows, (1 - sigma) * final + sigma * eps)
+        flow.put(step, rows, eps - final)
+    return NoisedStates(states.values, flow.values)

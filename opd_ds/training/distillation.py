@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import accumulate, zip_longest
+from itertools import accumulate, chain, zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from opd_ds.cluster.world import World
 from opd_ds.config.algorithms import DistilConfig
 from opd_ds.diffusion.noise import SampleNoise
-from opd_ds.diffusion.rollout import Trajectory
+from opd_ds.diffusion.rollout import Keep, MicroBatch, Rows, Trajectory, in_step
 from opd_ds.errors import UserError
 from opd_ds.models import Conditioning, GuidedVelocity, ModelFamily
 from opd_ds.training.buffer import Columns, PerPair, PerState, TrajectoryBuffer, named
@@ -28,26 +30,29 @@ class RolloutGroup:
 
     Attributes:
         rows: of each task, one after the other.
+        parts: the micro-batches of the rollout, with as many forwards on every rank.
     """
 
     guidance: float
     rows: dict[str, slice]
     cond: Conditioning
     noise: SampleNoise
+    parts: list[MicroBatch]
 
     @property
     def sizes(self) -> list[int]:
         return [rows.stop - rows.start for rows in self.rows.values()]
 
-    def of(self, task: str, rows: slice) -> slice:
+    def of(self, task: str, rows: Rows) -> slice:
         """What of `rows` is the task's, counted from the start of `rows`; it may be empty."""
         own = self.rows[task]
-        first = max(own.start, rows.start)
-        return slice(first - rows.start, max(min(own.stop, rows.stop), first) - rows.start)
+        return slice(bisect_left(rows.host, own.start), bisect_left(rows.host, own.stop))
 
 
-def rollout_groups(config: DistilConfig, batches: dict[str, TaskBatch]) -> list[RolloutGroup]:
-    """The round's tasks by student guidance."""
+def rollout_groups(config: DistilConfig, index: int, batches: dict[str, TaskBatch], world: World) -> list[RolloutGroup]:
+    """The tasks of round `index` by student guidance. Where nobody looks at the images, every sample's rollout ends at
+    its last trained step.
+    """
     together: dict[float, list[str]] = {}
     for task in batches:
         together.setdefault(config.student_guidance(task), []).append(task)
@@ -56,7 +61,14 @@ def rollout_groups(config: DistilConfig, batches: dict[str, TaskBatch]) -> list[
         ends = list(accumulate(len(batches[task].part) for task in tasks))
         rows = {task: slice(end - len(batches[task].part), end) for task, end in zip(tasks, ends, strict=True)}
         cond = Conditioning.cat([batches[task].cond for task in tasks])
-        groups.append(RolloutGroup(guidance, rows, cond, SampleNoise.cat([batches[task].noise for task in tasks])))
+        noise = SampleNoise.cat([batches[task].noise for task in tasks])
+        by_task = [batches[task].last_steps(world.size) for task in tasks]
+        last = [list(chain.from_iterable(own)) for own in zip(*by_task, strict=True)]
+        taken = [list(map(config.steps_until_trained, own)) for own in last]
+        parts = in_step(taken, config.rollout.micro_batch, world.rank)
+        if config.shows_rollouts(index):
+            parts = [part.whole(config.rollout.steps) for part in parts]
+        groups.append(RolloutGroup(guidance, rows, cond, noise, parts))
     return groups
 
 
@@ -78,23 +90,28 @@ class Distillation(BufferedTrainer):
         with ExitStack() as stack:
             with meter.phase("rollout"):
                 stack.enter_context(self._teachers.gathered())  # for both
-                trajectories = self._roll_out_tasks(batches, meter)
+                trajectories = self._roll_out_tasks(index, batches, meter)
                 buffers = {task: _buffer(trajectories[task], batch) for task, batch in batches.items()}
             with meter.phase("score"):
                 said = self._query(buffers, meter)
         data = {
-            task: TrainingData(buffers[task], self._known(task, trajectories[task], said[task]), batches[task].pairs)
-            for task in batches
+            task: TrainingData(
+                buffers[task], self._known(task, trajectories[task], said[task]), [batch.pairs] * batch.updates
+            )
+            for task, batch in batches.items()
         }
-        return Experience(data, {task: trajectory.final for task, trajectory in trajectories.items()})
+        shown = trajectories if self._config.shows_rollouts(index) else {}
+        return Experience(data, {task: trajectory.final for task, trajectory in shown.items()})
 
-    def _roll_out_tasks(self, batches: dict[str, TaskBatch], meter: RoundMeter) -> dict[str, Trajectory]:
-        """The student's own trajectories, by task."""
+    def _roll_out_tasks(self, index: int, batches: dict[str, TaskBatch], meter: RoundMeter) -> dict[str, Trajectory]:
+        """The student's own trajectories in round `index`, by task."""
         found: dict[str, Trajectory] = {}
         with self._student.gathered() as student:
-            for group in rollout_groups(self._config, batches):
+            for group in rollout_groups(self._config, index, batches, self._group.world):
+                chosen = torch.cat([batches[task].chosen for task in group.rows])
+                keep = Keep(chosen, self._family.dtype, self.keeps_transitions)
                 rolled = self._roll_out(
-                    student, group.cond, group.noise, group.guidance, meter, transitions=self.keeps_transitions
+                    student, group.cond, group.noise, group.guidance, meter, parts=group.parts, keep=keep
                 )
                 found |= zip(group.rows, rolled.split(group.sizes), strict=True)
         return {task: found[task] for task in batches}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from opd_ds.config.sections import ANCHOR
 from opd_ds.diffusion.noise import SampleNoise, sample_seed
+from opd_ds.diffusion.rollout import micro_batches
 from opd_ds.training.buffer import Columns, PerState, TrajectoryBuffer, named, noised_states
 from opd_ds.training.distillation import Distillation
 from opd_ds.training.meter import RoundMeter
@@ -24,14 +25,17 @@ class FlowMatching(Distillation):
         self, index: int, batches: dict[str, TaskBatch], meter: RoundMeter
     ) -> Experience[TeacherVelocities]:
         with meter.phase("rollout"):
+            settings = self._config.rollout
             final, noised = {}, {}
             for task, batch in batches.items():
                 with self._teachers.drawing(task) as teacher:
                     guidance = self._teachers.guidance(task)
-                    final[task] = self._roll_out(teacher, batch.cond, batch.noise, guidance, meter).final
+                    parts = micro_batches([settings.steps] * len(batch.part), settings.micro_batch)
+                    rolled = self._roll_out(teacher, batch.cond, batch.noise, guidance, meter, parts=parts)
+                    final[task] = rolled.final
                 seeds = [sample_seed(self._config.run.seed, index, f"{task}/noised", i) for i in batch.part.indices]
                 noise = SampleNoise(seeds, self._family.latent_shape)
-                noised[task] = noised_states(final[task], noise, self._sigmas, self._family.dtype)
+                noised[task] = noised_states(final[task], noise, self._sigmas, batch.chosen, self._family.dtype)
             buffers = {
                 task: TrajectoryBuffer(noised[task].states, batch.chosen, batch.part.weights, batch.cond)
                 for task, batch in batches.items()
@@ -43,8 +47,8 @@ class FlowMatching(Distillation):
             task: TrainingData(
                 buffers[task],
                 Columns(self.known_class, named(teacher=PerState(noised[task].flow), anchor=anchors.get(task))),
-                batches[task].pairs,
+                [batch.pairs] * batch.updates,
             )
-            for task in batches
+            for task, batch in batches.items()
         }
         return Experience(data, final)

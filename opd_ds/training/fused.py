@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from opd_ds.config.algorithms import DistilConfig
-from opd_ds.diffusion.rollout import Predictor, chunks
+from opd_ds.diffusion.rollout import Predictor, Rows, rollout
 from opd_ds.models import Conditioning, ModelFamily
 from opd_ds.training.accumulator import LossTerm, RoundAccumulator
 from opd_ds.training.distillation import RolloutGroup, check_branches, rollout_groups
@@ -38,18 +38,21 @@ class FusedDistillation(Trainer):
         settings = self._config.rollout
         # With random queries any step may be some sample's; the others then weigh 0, so that ranks stay in step.
         first = next(iter(batches.values()))
-        trained = range(settings.steps) if settings.trained_steps.queries else first.chosen[0].tolist()
-        groups = rollout_groups(self._config, batches)
-        parts = sum(len(chunks(len(group.cond), settings.micro_batch)) for group in groups) * len(trained)
+        trained = range(settings.steps) if settings.trained_steps.queries else first.trained[0].tolist()
+        groups = rollout_groups(self._config, index, batches, self._group.world)
+        parts = sum(step < part.length for group in groups for part in group.parts for step in trained)
         final: dict[str, Tensor] = {}
         with meter.phase("train"):
             accumulator = self._accumulator(list(batches), parts)
             for group in groups:
                 predict = self._training_step(group, batches, set(trained), accumulator, meter)
-                rolled = self._rollout(predict, group.noise, self._coefficients)
+                rolled = rollout(
+                    predict, group.noise, self._coefficients, self._sigmas, group.parts, device=self._group.device
+                )
                 final |= {task: own.final for task, own in zip(group.rows, rolled.split(group.sizes), strict=True)}
             losses = accumulator.measure()
-        return Learned(batches, losses, self._step(losses, meter), final)
+        shown = final if self._config.shows_rollouts(index) else {}
+        return Learned(batches, losses, self._step(losses, meter), shown)
 
     def _training_step(
         self,
@@ -68,8 +71,8 @@ class FusedDistillation(Trainer):
         of_tasks = [chosen[task] * batches[task].part.weights[:, None] for task in group.rows]
         weights = to_device(torch.cat(of_tasks), self._group.device)
 
-        def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
-            state, cond = x.to(self._family.dtype), group.cond[rows]
+        def predict(x: Tensor, sigma: Tensor, rows: Rows, step: int) -> Tensor:
+            state, cond = x.to(self._family.dtype), group.cond.select(rows.device, rows.host)
             if step not in trained:
                 with torch.no_grad():
                     return self._velocity(self._student, state, sigma, cond, group.guidance, meter)
@@ -85,7 +88,7 @@ class FusedDistillation(Trainer):
             for task, own in parts.items():
                 apart = None if branches is None else branches[own]
                 losses, measured = self.loss(velocity[own], at[own], known[task], apart)
-                weight = weights[rows, step][own]
+                weight = weights[rows.device, step][own]
                 terms.append(LossTerm(task, losses, measured, at[own], weight, batches[task].pairs))
             accumulator.add(*terms)
             return velocity.detach()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch.profiler import record_function
 
 from opd_ds.engine import Group
@@ -49,5 +50,7 @@ class RoundMeter:
         self._backward += passes if backward else 0
 
     def passes(self) -> dict[str, int]:
-        """`forward` and `backward` of all ranks together: they do equally many, samples that pad a rank's part too."""
-        return {"forward": self._forward * self._group.world.size, "backward": self._backward * self._group.world.size}
+        """`forward` and `backward` of all ranks together, samples that pad a rank's part too. Collective."""
+        counts = torch.tensor([self._forward, self._backward])
+        total = self._group.sum(counts) if self._group.world.size > 1 else counts
+        return dict(zip(("forward", "backward"), total.long().tolist(), strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -15,16 +15,17 @@ from opd_ds.config.schema import RunConfig
 from opd_ds.data import PromptSet, Shard, draw_prompts, shard
 from opd_ds.diffusion import Coefficients, kernel
 from opd_ds.diffusion.noise import SampleNoise, sample_seed
-from opd_ds.diffusion.rollout import Predictor, Trajectory, rollout
+from opd_ds.diffusion.rollout import Keep, MicroBatch, Rows, Trajectory, rollout
 from opd_ds.engine import Group, ShardedEma, StudentEngine, WeightSnapshot
 from opd_ds.errors import NonFiniteError
 from opd_ds.evaluation.reward_pool import RewardPool
 from opd_ds.models import Conditioning, GuidedVelocity, ModelFamily, guide
 from opd_ds.training.accumulator import Loss, LossTerm, RoundAccumulator, RoundLosses
 from opd_ds.training.auto_batch import AutoMicroBatch
-from opd_ds.training.buffer import Columns, PerPair, TrajectoryBuffer, choose_steps
+from opd_ds.training.buffer import Columns, PerPair, TrajectoryBuffer
 from opd_ds.training.encoding import Asked, encode_batches
 from opd_ds.training.meter import RoundMeter
+from opd_ds.training.steps import choose_steps
 from opd_ds.training.teachers import TeacherPool
 from opd_ds.utils.transfer import to_device
 
@@ -47,19 +48,36 @@ class Components:
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """One task's samples of a round on this rank: prompts, noise, trained steps int64 [B, K]."""
+    """One task's samples of a round on this rank: prompts and noise.
+
+    Attributes:
+        trained: int64 [N, K] on the host, the trained steps of the samples of all ranks, ascending.
+        updates: optimizer steps that share the samples between them.
+    """
 
     part: Shard
     prompts: list[str]
     metadata: list[dict[str, Any]]
     cond: Conditioning
     noise: SampleNoise
-    chosen: Tensor
+    trained: Tensor
+    updates: int
+
+    @property
+    def chosen(self) -> Tensor:
+        """The trained steps of this rank's samples: int64 [B, K]."""
+        return self.trained[self.part.indices]
+
+    def last_steps(self, world: int) -> list[list[int]]:
+        """The last trained step of each sample, by rank."""
+        last = self.trained[:, -1]
+        ranks = (shard(self.part.total, rank, world, self.updates) for rank in range(world))
+        return [last[part.indices].tolist() for part in ranks]
 
     @property
     def pairs(self) -> int:
-        """(sample, step) pairs over all ranks."""
-        return self.part.total * self.chosen.shape[1]
+        """(sample, step) pairs of an optimizer step, over all ranks."""
+        return self.part.total // self.updates * self.trained.shape[1]
 
 
 @dataclass(frozen=True)
@@ -68,12 +86,12 @@ class TrainingData(Generic[Known]):
 
     Attributes:
         known: what the loss knows of them.
-        pairs: how many count in the mean, over all ranks.
+        pairs: how many count in the mean, over all ranks, in each optimizer step.
     """
 
     buffer: TrajectoryBuffer
     known: Columns[Known]
-    pairs: float
+    pairs: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -81,7 +99,7 @@ class Experience(Generic[Known]):
     """What a round has seen before it trains, by task.
 
     Attributes:
-        final: clean latents float32 [B, C, ...] of the rollouts, on the device.
+        final: clean latents float32 [B, C, ...] of the rollouts, on the device; empty where nobody looks at them.
         scores: what rewards said of them, where they are learned from.
     """
 
@@ -117,6 +135,7 @@ class RoundReport:
     Attributes:
         passes: of the network over one latent, all ranks together: `forward` (a guided velocity is two) and `backward`;
             samples that pad a rank's part are passed as well.
+        rolled: by task; empty where nobody looks at the images (`RunConfig.shows_rollouts`), as they are not finished.
         scores: what rewards said of the rollouts, where they are learned from.
         skipped_steps: of this round, because a gradient overflowed in fp16; None in precisions that skip none.
     """
@@ -170,15 +189,15 @@ class Trainer(ABC):
         skipped = self._student.skipped_steps
         learned = self._learn(index, meter)
         rolled = {
-            task: RolloutResult(batch.prompts, batch.metadata, learned.final[task])
-            for task, batch in learned.batches.items()
+            task: RolloutResult(learned.batches[task].prompts, learned.batches[task].metadata, final)
+            for task, final in learned.final.items()
         }
         return RoundReport(
             round=index + 1,
             losses=learned.losses,
             grad_norm=learned.grad_norm,
             learning_rate=self._student.learning_rate,
-            samples=self._settings.rollout.samples * len(rolled),
+            samples=sum(batch.part.total for batch in learned.batches.values()),
             seconds=meter.seconds(),
             passes=meter.passes(),
             rolled=rolled,
@@ -194,20 +213,20 @@ class Trainer(ABC):
 
     def _draw(self, index: int) -> dict[str, TaskBatch]:
         """The round's prompts, encoded, with their noise and their trained steps, by task."""
-        settings, world = self._settings, self._group.world
-        samples, seed = settings.rollout.samples, settings.run.seed
-        part = shard(samples, world.rank, world.size)
-        rows = {
-            task: draw_prompts(
-                len(self._prompts[task]), samples // settings.group_size, seed, settings.visits(index, task), task
-            )
-            for task in settings.tasks_of(index)
+        settings, world, group = self._settings, self._group.world, self._settings.group_size
+        seed, updates = settings.run.seed, settings.train.updates_per_round
+        parts = {
+            task: shard(settings.samples(task), world.rank, world.size, updates) for task in settings.tasks_of(index)
         }
-        drawn = {task: [rows[task][i // settings.group_size] for i in part.indices] for task in rows}
-        prompts = {task: [self._prompts[task].prompts[row] for row in drawn[task]] for task in drawn}
+        drawn = {}
+        for task, part in parts.items():
+            visits = settings.visits(index, task)
+            rows = draw_prompts(len(self._prompts[task]), part.total // group, seed, visits, task)
+            drawn[task] = [rows[i // group] for i in part.indices]
+        prompts = {task: [self._prompts[task].prompts[row] for row in rows] for task, rows in drawn.items()}
         asked = {
             task: Asked(prompts[task], [self._prompts[task].pictures_of(row) for row in drawn[task]], part.indices)
-            for task in drawn
+            for task, part in parts.items()
         }
         conds = encode_batches(self._family, self._group, asked)
         return {
@@ -217,9 +236,10 @@ class Trainer(ABC):
                 [self._prompts[task].metadata[row] for row in drawn[task]],
                 conds[task],
                 SampleNoise([sample_seed(seed, index, task, i) for i in part.indices], self._family.latent_shape),
-                self._choose(index, task, part.indices),
+                self._choose(index, task, list(range(part.total))),
+                updates,
             )
-            for task in drawn
+            for task, part in parts.items()
         }
 
     def _choose(self, index: int, task: str, samples: list[int]) -> Tensor:
@@ -236,16 +256,23 @@ class Trainer(ABC):
         guidance: float,
         meter: RoundMeter,
         *,
+        parts: Sequence[MicroBatch] | None = None,
+        keep: Keep | None = None,
         coefficients: Coefficients | None = None,
-        transitions: bool = False,
     ) -> Trajectory:
-        """A network's trajectories, states kept; `coefficients`: of another sampler than the run's."""
+        """A network's trajectories.
 
-        def predict(x: Tensor, sigma: Tensor, rows: slice, step: int) -> Tensor:
-            return self._velocity(network, x, sigma, cond[rows], guidance, meter)
+        Args:
+            parts, keep: as `rollout` takes them.
+            coefficients: of another sampler than the run's.
+        """
+
+        def predict(x: Tensor, sigma: Tensor, rows: Rows, step: int) -> Tensor:
+            own = cond.select(rows.device, rows.host)
+            return self._velocity(network, x, sigma, own, guidance, meter)
 
         table = self._coefficients if coefficients is None else coefficients
-        return self._rollout(predict, noise, table, keep=self._family.dtype, transitions=transitions)
+        return rollout(predict, noise, table, self._sigmas, parts, device=self._group.device, keep=keep)
 
     def _query_frozen(self, network: Any, buffer: TrajectoryBuffer, guidance: float, meter: RoundMeter) -> PerPair:
         """A frozen network's velocities at the chosen pairs."""
@@ -264,21 +291,20 @@ class Trainer(ABC):
 
         return torch.cat(self._scoring.run(buffer.pair_count, query))
 
-    def _train(self, data: Mapping[str, TrainingData[Any]], meter: RoundMeter) -> RoundLosses:
-        """Forward and backward of all pairs of all tasks."""
-        size = self._settings.train.micro_batch
+    def _train(self, data: Mapping[str, TrainingData[Any]], update: int, meter: RoundMeter) -> RoundLosses:
+        """Forward and backward of the pairs of all tasks, those of one of the round's updates."""
+        size, updates = self._settings.train.micro_batch, self._settings.train.updates_per_round
         with meter.phase("train"):
-            accumulator = self._accumulator(
-                list(data), sum(len(one.buffer.micro_batches(size)) for one in data.values())
-            )
+            batches = {task: one.buffer.micro_batches(size, update, updates) for task, one in data.items()}
+            accumulator = self._accumulator(list(data), sum(map(len, batches.values())))
             for task, one in data.items():
-                for pairs in one.buffer.micro_batches(size):
+                for pairs in batches[task]:
                     states, sigma, cond = one.buffer.inputs(pairs, self._device_sigmas)
                     guidance = self._settings.student_guidance(task)
                     predicted = self._predict(self._student, states, sigma, cond, guidance, meter)
                     losses, measured = self._losses(predicted, pairs.step, one.known.at(pairs))
                     weights = one.buffer.weights[pairs.sample]
-                    accumulator.add(LossTerm(task, losses, measured, pairs.step, weights, one.pairs))
+                    accumulator.add(LossTerm(task, losses, measured, pairs.step, weights, one.pairs[update]))
             return accumulator.measure()
 
     def _losses(self, predicted: GuidedVelocity, steps: Tensor, known: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -322,27 +348,6 @@ class Trainer(ABC):
         meter.count(len(x) * self._family.passes(guidance), backward=predicted.velocity.requires_grad)
         return predicted
 
-    def _rollout(
-        self,
-        predict: Predictor,
-        noise: SampleNoise,
-        coefficients: Coefficients,
-        *,
-        keep: torch.dtype | None = None,
-        transitions: bool = False,
-    ) -> Trajectory:
-        size, device = self._settings.rollout.micro_batch, self._group.device
-        return rollout(
-            predict,
-            noise,
-            coefficients,
-            self._sigmas,
-            micro_batch=size,
-            device=device,
-            keep=keep,
-            transitions=transitions,
-        )
-
 
 class BufferedTrainer(Trainer):
     """A round that first sees, then trains on what it has seen."""
@@ -351,8 +356,9 @@ class BufferedTrainer(Trainer):
         with meter.phase("encode"):
             batches = self._draw(index)
         seen = self._collect(index, batches, meter)
-        for _ in range(self._settings.train.inner_epochs):
-            losses = self._train(seen.data, meter)
+        updates = range(self._settings.train.updates_per_round)
+        for update in [*updates] * self._settings.train.inner_epochs:
+            losses = self._train(seen.data, update, meter)
             grad_norm = self._step(losses, meter)
         self._after_steps(index)
         return Learned(batches, losses, grad_norm, seen.final, seen.scores)

@@ -21,8 +21,9 @@ from opd_ds.diffusion.noise import sample_seed
 from opd_ds.diffusion.rollout import Trajectory
 from opd_ds.errors import UserError
 from opd_ds.models import ModelFamily
-from opd_ds.training.buffer import Columns, PerPair, PerState, TrajectoryBuffer, choose_steps, named
+from opd_ds.training.buffer import Columns, PerPair, PerState, TrajectoryBuffer, named
 from opd_ds.training.rl.trainer import RLTrainer
+from opd_ds.training.steps import choose_steps
 from opd_ds.training.trainer import Components, TaskBatch
 
 

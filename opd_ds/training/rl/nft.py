@@ -94,7 +94,7 @@ class NftTrainer(RLTrainer[PerState, NftKnown]):
         """The images, noised afresh, and the flow at each state."""
         seeds = [sample_seed(self._config.run.seed, index, f"{task}/noised", i) for i in batch.part.indices]
         noise = SampleNoise(seeds, self._family.latent_shape)
-        noised = noised_states(trajectory.final, noise, self._sigmas, self._family.dtype)
+        noised = noised_states(trajectory.final, noise, self._sigmas, batch.chosen, self._family.dtype)
         return TrajectoryBuffer(noised.states, batch.chosen, batch.part.weights, batch.cond), PerState(noised.flow)
 
     def _known(
@@ -105,5 +105,5 @@ class NftTrainer(RLTrainer[PerState, NftKnown]):
 
     def _after_steps(self, index: int) -> None:
         """The old policy moves towards the trained one."""
-        settings, steps = self._nft.old_policy, (index + 1) * self._config.train.inner_epochs
+        settings, steps = self._nft.old_policy, (index + 1) * self._config.steps_per_round
         self._old_policy.follow(min(settings.rate * max(0, steps - settings.start), settings.maximum))

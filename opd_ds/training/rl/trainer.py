@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opd_ds.config.algorithms import TeachConfig
 from opd_ds.diffusion import Coefficients
-from opd_ds.diffusion.rollout import Trajectory, chunks
+from opd_ds.diffusion.rollout import Keep, Trajectory, chunks
 from opd_ds.engine import START, WeightSnapshot
 from opd_ds.errors import UserError
 from opd_ds.training.buffer import Columns, PerPair, PerSample, TrajectoryBuffer
@@ -45,13 +45,13 @@ class Scored:
     Attributes:
         advantages: float64 [B], of this rank's samples, unclipped.
         weights: float32 [B], 0 where a sample does not count.
-        count: of the samples that have a score, over all ranks.
+        counts: of the samples that have a score, over all ranks, in each of the round's updates.
         summary: for the metrics, by name.
     """
 
     advantages: Tensor
     weights: Tensor
-    count: int
+    counts: list[int]
     summary: dict[str, float]
 
 
@@ -94,7 +94,7 @@ class RLTrainer(BufferedTrainer, Generic[Kept, Known]):
             task: TrainingData(
                 TrajectoryBuffer(buffer.states, buffer.chosen, scored[task].weights, buffer.cond),
                 self._known(kept[task][1], scored[task].advantages, olds.get(task), starts.get(task)),
-                float(scored[task].count) * buffer.chosen.shape[1],
+                [float(count) * buffer.chosen.shape[1] for count in scored[task].counts],
             )
             for task, buffer in buffers.items()
         }
@@ -137,10 +137,10 @@ class RLTrainer(BufferedTrainer, Generic[Kept, Known]):
                 batch.noise[rows],
                 guidance,
                 meter,
+                keep=Keep(batch.chosen[rows], self._family.dtype, transitions=True) if self.keeps_transitions else None,
                 coefficients=table,
-                transitions=self.keeps_transitions,
             )
-            parts.append(part if self.keeps_transitions else Trajectory(part.final))
+            parts.append(part)
             pending.append(self._scorer.submit(rewards, part.final, batch.prompts[rows], batch.metadata[rows]))
         return Rollouts(Trajectory.cat(parts), pending)
 
@@ -173,9 +173,11 @@ class RLTrainer(BufferedTrainer, Generic[Kept, Known]):
             scores[places] = values
         total = weighted_sum(scores, [reward.weight for reward in rewards], self._config.teach.reward_scale)
         finite = torch.isfinite(total)
-        if not finite.any():
+        counts = finite.view(batch.updates, -1).sum(1).tolist()
+        if not all(counts):
+            images = f"{len(total) // len(counts)} images" + (" of an update" if len(counts) > 1 else "")
             raise UserError(
-                f"round {meter.round_number}: the rewards of task {task} scored none of its {len(total)} images in "
+                f"round {meter.round_number}: the rewards of task {task} scored none of its {images} in "
                 f"{self._config.teach.reward_attempts} attempts (see the log above); the last checkpoint is intact, go "
                 "on with --resume auto when they work again"
             )
@@ -192,7 +194,7 @@ class RLTrainer(BufferedTrainer, Generic[Kept, Known]):
         for reward, column in zip(rewards, scores.T, strict=True):
             summary[f"{task}/{reward.label}"] = float(column.nanmean())
         advantages = group_advantages(total, group, self._config.teach.advantage_std)
-        return Scored(advantages[indices], batch.part.weights * finite[indices], int(finite.sum()), summary)
+        return Scored(advantages[indices], batch.part.weights * finite[indices], counts, summary)
 
     def _say_what_teaches_nothing(self, task: str, round_number: int, *, all_equal: bool) -> None:
         """At the first of several rounds in a row, and now and then after that."""
