@@ -75,7 +75,7 @@ class Trial:
         (checkpoint,) = (run / CHECKPOINTS_FOLDER).glob("round-*")
         if kind == "lora":
             pipeline = checks.load_pipeline(self.family, self._base)
-            pipeline.load_lora_weights(run / EXPORT_FOLDER)
+            checks.load_lora(self.family, pipeline, run / EXPORT_FOLDER)
         else:
             pipeline = checks.load_pipeline(self.family, run / EXPORT_FOLDER)
         ours = self._roll_out(checkpointed_student(self.family, checkpoint), guidance)
@@ -147,10 +147,12 @@ class Trial:
         family, network = self.family, self.family.load_transformer()
         cond, noise = family.encode(checks.PROMPTS[:1] * rows), SampleNoise(list(range(rows)), family.latent_shape)
         x, sigma = noise.draw(slice(None)), torch.full((rows,), 0.5)
-        kept, seen = _bytes_kept(network, lambda: family.velocity(network, x, sigma, cond))
+        kept, seen = _bytes_kept(network, lambda: family.velocity(family.at_stage(network, 0), x, sigma, cond))
         (text,) = (held_tensors(value)[0].shape[-2] for name, value in seen.items() if name in _TEXTS)
         config = json.loads((self._base / "transformer" / "config.json").read_text(encoding="utf-8"))
         inputs = network_inputs(family.transformer_class, config, family.latent_shape, rows, text, torch.float32)
+        if family.boundary is not None:
+            inputs["stage"] = 0
         return training_cost(family.empty_transformer(), inputs, squared_sum).saved, kept
 
     @torch.no_grad()
@@ -162,11 +164,12 @@ class Trial:
             family.encode([family.negative_prompt]),
             family.sigmas(checks.STEPS).float(),
         )
+        stages = family.stages(sigmas)
 
         def velocity(network: nn.Module, step: int, guidance: float) -> Tensor:
             x = states[:, step]
             sigma: Tensor = sigmas[step].expand(len(x))
-            return family.guided_velocity(network, x, sigma, cond, uncond, guidance)
+            return family.guided_velocity(network, x, sigma, cond, uncond, guidance, stages[step])
 
         columns = []
         for step in range(checks.STEPS):

@@ -39,7 +39,7 @@ def main(folder: Path) -> None:
             if world.is_main:
                 tiny_module(name).write(path)
             group.gather(None)
-            family = build_family(name, path, dtype=torch.bfloat16, device=group.device, height=16, width=16)
+            family = build_family(name, path, dtype=torch.bfloat16, device=group.device, height=32, width=32)
             for way in WAYS if name == "sd3" else ("plain",):
                 check_parts(family, group, config(group, way), way)
             check_lora_student(family, config(group, "plain"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import queue
@@ -24,6 +26,8 @@ from opd_ds.evaluation.charts import Bar, Curve, bars, curves, radar
 from opd_ds.evaluation.report import write_report
 from opd_ds.evaluation.results import FORMAT, Results, _entry
 from opd_ds.evaluation.statistics import normalised_average
+from opd_ds.evaluation.store import PictureStore
+from opd_ds.rewards import Clip
 
 EVIL = '<script>alert(1)</script> "quoted" & {{ 7 * 7 }} </script><img src=x onerror=alert(2)>'
 MODELS = {"base": 0.4, "teacher:one": 0.6, "student": 0.55}
@@ -222,13 +226,37 @@ def test_without_matplotlib_the_report_comes_and_says_how_to_get_charts(
     assert len(Page(without).tags) > 100  # the table, the images and all else
 
 
+def test_clips_play_in_the_report(tmp_path: Path) -> None:
+    """As animated WebP that browsers play by themselves: fewer frames, as long."""
+    results = write_evaluation(tmp_path, ["a"])
+    clip = Clip(tuple(Image.new("RGB", (320, 160), (level, 0, 0)) for level in range(0, 240, 5)), 16.0)
+    store = PictureStore(tmp_path / "images")
+    for model in MODELS:
+        for name in ("text", "look"):
+            store.write(Path(model.replace(":", "-"), name, "00000-0.png"), clip, {})
+    results["settings"] |= {"frames": 48, "fps": 16.0}
+    text = write_report(tmp_path, results, []).read_text()
+    assert "Clips</h2>" in text
+    shown = [base64.b64decode(data) for data in re.findall(r"data:image/webp;base64,([A-Za-z0-9+/=]+)", text)]
+    assert len(shown) == 6
+    with Image.open(io.BytesIO(shown[0])) as picture:
+        assert (picture.size, picture.n_frames, picture.info["loop"]) == ((256, 128), 24, 0)
+        picture.seek(1)
+        picture.load()
+        assert picture.info["duration"] == 125
+
+
 # ---- in a browser ----
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (Debian: apt install chromium)")
 def test_the_report_lives_in_a_browser(tmp_path: Path) -> None:
-    """Images near the window load and far ones do not; filter, search and viewer work; no error, no request."""
+    """Images near the window load and far ones do not; filter, search and viewer work; clips load; no error, no
+    request.
+    """
     results = write_evaluation(tmp_path, [EVIL, *(f"prompt {k}" for k in range(1, 80))])
+    moving = Clip(tuple(Image.new("RGB", (32, 16), (level, 0, 0)) for level in range(0, 200, 20)), 10.0)
+    PictureStore(tmp_path / "images").write(Path("base/text/00001-0.png"), moving, {})
     report = write_report(tmp_path, results, metrics_rows())
     probe = """<script>
     addEventListener("load", () => setTimeout(async () => {
@@ -251,6 +279,8 @@ def test_the_report_lives_in_a_browser(tmp_path: Path) -> None:
       say.stepped = before !== document.getElementById("viewer-prompt").textContent;
       viewer.querySelector("[data-close]").click(); say.closed = !viewer.open;
       say.requests = performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length;
+      const clip = document.querySelector("#text-1 img"); clip.scrollIntoView(); await later(200);
+      say.clip = [clip.naturalWidth, clip.naturalHeight];
       say.wide = document.documentElement.scrollWidth > innerWidth;
       location = "LISTENER?" + encodeURIComponent(JSON.stringify(say));
     }, 300));
@@ -270,6 +300,7 @@ def test_the_report_lives_in_a_browser(tmp_path: Path) -> None:
     assert said["large"] == 3
     assert said["stepped"]
     assert said["closed"]
+    assert said["clip"] == [32, 16]
     assert not said["wide"]
     assert not in_browser(probed, tmp_path / "phone", "500,900")["wide"]
 

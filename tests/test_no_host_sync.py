@@ -37,7 +37,7 @@ from opd_ds.utils.transfer import to_device
 from tests.tiny import run_settings
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-FAMILIES = ("sd3", "flux", "flux2", "qwen_image", "z_image", "wan")
+FAMILIES = ("sd3", "flux", "flux2", "qwen_image", "z_image", "wan", "ltx")
 # Of two lengths where a family's prompts have one: with the mask that this takes.
 PROMPTS = ["the number 5", "a red 3 on blue", "a neat 8 beside a black square on a white square"]
 READS = {
@@ -193,7 +193,7 @@ def families(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     name, folder = request.param, tmp_path_factory.mktemp("family")
     import_module(f"opd_ds.testing.tiny.{name}").write(folder / "base")
     size: dict[str, Any] = {"height": 32, "width": 32, "max_text_length": 64}
-    size |= {"frames": 5} if name == "wan" else {}
+    size |= {"frames": {"wan": 5, "ltx": 9}[name]} if name in ("wan", "ltx") else {}
     host, family = (
         build_family(name, folder / "base", dtype=torch.float32, device=device, **size) for device in (CPU, META)
     )

@@ -53,6 +53,9 @@ PARAMETERS = {
     "Wan2.1-T2V-1.3B-Diffusers": (1.29, 1.43),
     "Wan2.1-T2V-14B-Diffusers": (14.0, 14.4),
     "Wan2.2-TI2V-5B-Diffusers": (4.95, 5.05),
+    "Wan2.1-I2V-14B-480P-Diffusers": (16.3, 16.5),
+    "Wan2.2-T2V-A14B-Diffusers": (28.0, 28.8),  # both networks
+    "LTX-Video": (1.9, 1.95),
 }
 
 
@@ -64,16 +67,20 @@ RECIPES = {
     "qwen_image": "qwen_image",
     "z_image": "z_image",
     "wan": "wan21",
+    "wan_a14b": "wan22_a14b",
+    "wan_i2v": "wan21_i2v",
+    "ltx": "ltx",
 }
 
 
 @pytest.mark.parametrize("name", known_models())
 def test_known_models_have_the_parameters_of_the_real_ones(name: str) -> None:
     configs = known_configs(name)
+    networks = [configs[part] for part in ("transformer", "transformer_2") if part in configs]
     with torch.device("meta"):
-        network = getattr(diffusers, configs["transformer"]["_class_name"]).from_config(configs["transformer"])
+        modules = [getattr(diffusers, config["_class_name"]).from_config(config) for config in networks]
     low, high = PARAMETERS[name]
-    found = count(network)
+    found = count(torch.nn.ModuleList(modules))
     assert low < found.parameters / 1e9 < high
     if "3.5" in name:
         assert low < (found.parameters + found.buffers) / 1e9 < high
@@ -100,15 +107,18 @@ def test_a_hub_id_is_planned_from_the_configs_kept_here() -> None:
         ("Tongyi-MAI/Z-Image-Turbo", "z_image", (16, 128, 128)),
         ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "wan", (48, 21, 30, 52)),
         ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "wan", (16, 21, 60, 104)),
+        ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "wan_a14b", (16, 21, 60, 104)),
+        ("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "wan_i2v", (16, 21, 60, 104)),
+        ("Lightricks/LTX-Video", "ltx", (128, 21, 16, 22)),
     ],
 )
 def test_known_models_are_of_their_families(name: str, family: str, latents: tuple[int, ...]) -> None:
-    size = "null" if family == "wan" else 1024
+    size = "null" if family.startswith(("wan", "ltx")) else 1024
     changes = [f"model.path={name}", f"model.height={size}", f"model.width={size}", "model.frames=null"]
     model = find_model(load_config(f"mopd_{RECIPES[family]}", None, changes))
     assert known_configs(name.split("/")[1])["family"] == family
     assert model.family.latent_shape == latents
-    assert model.tokens == (77 + 128 if family == "sd3" else 512)
+    assert model.tokens == {"sd3": 77 + 128, "ltx": 128}.get(family, 512)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ RECIPES = {
     "absorb_qwen_image": "qwen_image",
     "mopd_z_image": "z_image",
     "mopd_wan21": "wan",
+    "mopd_wan22_a14b": "wan_a14b",
+    "mopd_ltx": "ltx",
 }
 
 
@@ -57,7 +59,7 @@ def dry_run(name: str, folder: Path, model: Path, *settings: str) -> str:
 
 def write_lora(family: str, base: Path, folder: Path) -> Path:
     """A LoRA of the family's own targets, as diffusers saves it."""
-    built = build(family, base, width=32)
+    built = build(family, base, height=32, width=32)
     network = built.load_transformer()
     lora.new_adapter(network, "student", LoraConfig(r=2, lora_alpha=4, target_modules=list(built.lora_targets)))
     state = lora.strip_adapter_name(lora.adapter_parameters(network, "student"))

@@ -11,6 +11,7 @@ from benchmarks.gpu.session import Session
 from benchmarks.speed.worker import Loop
 from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.loading import load_config
+from opd_ds.evaluation.clips import frames_of
 from opd_ds.evaluation.evaluator import student_guidance
 from opd_ds.evaluation.tables import comparison_grid
 from opd_ds.miniature.world import TASKS
@@ -104,5 +105,5 @@ def evaluation(session: Session) -> None:
             grid = comparison_grid({"student": shown}, prompts)
             assert grid is not None
             file = session.results / f"student_zero{stage}.png"
-            grid.save(file)
+            frames_of(grid)[0].save(file)
             found["file"] = file.name

@@ -78,13 +78,13 @@ def build(name: str, wanted: dict[str, Any], group: Group) -> Loop:
 
 def _scored_inline(config: DistilConfig, family: Any, group: Group) -> Any:
     """As the public loop does: images are decoded and scored before the next step."""
-    from opd_ds.evaluation.pictures import to_image
+    from opd_ds.evaluation.pictures import to_drawn
     from opd_ds.runs.setup import build_rewards
 
-    rewards = build_rewards(config.rewards, group.device)
+    rewards = build_rewards(config.rewards, family)
 
     def score(task: str, latents: Any, prompts: list[str]) -> None:
-        images = [to_image(picture) for picture in family.decode(latents).cpu()]
+        images = [to_drawn(one, family.fps) for one in family.decode(latents)]
         for section in config.tasks[task].rewards:
             rewards[section.label].score(images, prompts, [{}] * len(prompts))
 

@@ -1,4 +1,4 @@
-"""Rewards of your own: name them in a config as `my_rewards.py:blueness` and `my_rewards.py:Contrast`."""
+"""Rewards of your own: name them in a config as `my_rewards.py:blueness`, `:Contrast`, and of videos `:stillness`."""
 
 import torch
 
@@ -32,3 +32,19 @@ class Contrast:
     def identity(self):
         """What decides the numbers beside this file and the options, if anything does: a model's name or hash."""
         return {"range": "0 to 0.5"}
+
+
+def stillness(clips, prompts, metadata):
+    """How little changes from frame to frame, -1 to 0: minus the mean difference of neighbouring frames' grey values.
+
+    Args:
+        clips: with `frames`, PIL images, RGB, and `fps`.
+    """
+    scores = []
+    for clip in clips:
+        grey = torch.stack([torch.tensor(list(frame.convert("L").tobytes())) / 255 for frame in clip.frames])
+        scores.append(-grey.diff(dim=0).abs().mean().item())
+    return scores
+
+
+stillness.takes_clips = True  # a class says so in its body; without it a reward gets each frame of a video as an image

@@ -13,6 +13,8 @@ import yaml
 
 from opd_ds import __version__
 from opd_ds.errors import UserError
+from opd_ds.models.adapter_files import adapter_parts
+from opd_ds.models.two_networks import PARTS
 from opd_ds.utils.markdown import markdown_table
 
 CARD = "README.md"
@@ -50,7 +52,10 @@ def loading_code(
         f"pipeline = {pipeline_class}.from_pretrained({json.dumps(str(where))}, dtype=torch.{dtype})",
     ]
     if form == "lora":
-        lines.append(f"pipeline.load_lora_weights({json.dumps(str(folder))})")
+        two = {str(one): part != PARTS[0] for part, one in adapter_parts(folder).items()}
+        for one, is_second in (two or {str(folder): False}).items():
+            second = ", load_into_transformer_2=True" if is_second else ""
+            lines.append(f"pipeline.load_lora_weights({json.dumps(one)}{second})")
     if form == "peft":
         lines.append(
             f"pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, {json.dumps(str(folder))})"

@@ -206,6 +206,8 @@ class RunConfig(Section, ABC):
         if not self.rollout.trained_steps.spread:
             data["rollout"]["trained_steps"].pop("spread")  # as in checkpoints from before there was one
         data["student"].pop("gradient_checkpointing")
+        if self.student.networks == "both":
+            data["student"].pop("networks")  # as in checkpoints from before there was one
         if self.optimizer.min_lr == 0:
             data["optimizer"].pop("min_lr")  # as in checkpoints from before there was one
         if self.optimizer.schedule == "cosine":

@@ -81,6 +81,11 @@ class ModelSection(Section):
         description="of the pass without prompt, where guidance makes two passes; default: the family's own: a blank "
         "for Qwen-Image, nothing for the others",
     )
+    low_noise_guidance: float | None = Field(
+        None,
+        ge=0,
+        description="Wan 2.2 A14B: under guidance that of the low-noise network, of all models; default: one",
+    )
     text_encoders: Literal["resident", "offload", "cached"] = Field(
         "offload",
         description="resident: on the device all the time; offload: there only to encode; cached: never loaded, what "
@@ -99,6 +104,9 @@ class ModelSection(Section):
         description="the kernel of attention, of student and teachers; auto: torch chooses. native, math, efficient, "
         "cudnn and native_flash are torch's own, the others are packages; the varlen ones take prompts of different "
         "lengths in one batch",
+    )
+    vae_tiling: bool = Field(
+        False, description="the VAE decodes in overlapping tiles: less memory for large images and videos, other pixels"
     )
     compile_blocks: bool = Field(
         False,
@@ -134,6 +142,9 @@ class StudentSection(Section):
     )
     start: str | None = Field(
         None, description="weights to start from instead of the base's: a LoRA, or a full checkpoint where kind is full"
+    )
+    networks: Literal["both", "high_noise", "low_noise"] = Field(
+        "both", description="which is trained where a model has two (Wan 2.2 A14B); the other stays the base's"
     )
     lora: LoraSection = LoraSection()
     gradient_checkpointing: bool = Field(
@@ -358,6 +369,9 @@ class RewardSection(Section):
     name: str = Field(description="as `opd-ds rewards list` has it, or FILE.py:NAME, a class or function of your own")
     label: str = Field("", description="what results call it; default: its name, without the file")
     options: dict[str, Any] = Field(default_factory=dict, description="the reward's own, see its class")
+    frames: PositiveInt | None = Field(
+        None, description="of a video: how many frames, evenly spread, the reward gets; default: all"
+    )
 
     @model_validator(mode="before")
     @classmethod

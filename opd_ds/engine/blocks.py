@@ -10,7 +10,7 @@ backward.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from opd_ds.engine import privates
 from opd_ds.engine.ds_config import NetworkSizes, fill_sizes, parameters_on_nvme
 from opd_ds.engine.ds_settings import zero_stage
+from opd_ds.models import block_names
 
 
 def initialize(
@@ -35,7 +36,8 @@ def initialize(
     """
     ds_config = fill_sizes(ds_config, NetworkSizes.of(network))
     by_block = zero_stage(ds_config) == 3 and not parameters_on_nvme(ds_config)
-    blocks = [block for block in _blocks(network) if block._compiled_call_impl is None] if by_block else []
+    named = [network.get_submodule(name) for name in block_names(network)]
+    blocks = [block for block in named if block._compiled_call_impl is None] if by_block else []
     recomputing = bool(blocks and getattr(network, "gradient_checkpointing", False))
     for block in blocks:
         block.register_forward_pre_hook(partial(_by_position, inspect.signature(block.forward)), with_kwargs=True)
@@ -49,12 +51,6 @@ def initialize(
     if blocks:
         _unhook_inside(blocks, engine)
     return engine
-
-
-def _blocks(network: nn.Module) -> Iterator[nn.Module]:
-    for child in network.children():
-        if isinstance(child, nn.ModuleList):
-            yield from child
 
 
 def _unhook_inside(blocks: list[nn.Module], engine: DeepSpeedEngine) -> None:

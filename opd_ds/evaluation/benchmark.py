@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from opd_ds.config.sections import WEIGHTED_SUM
 from opd_ds.data import PromptSet, shard
@@ -18,10 +17,10 @@ from opd_ds.engine import Group
 from opd_ds.evaluation.evaluator import score_images, with_sum
 from opd_ds.evaluation.pictures import Item, Painter, items
 from opd_ds.evaluation.store import PictureStore, ScoreStore, digest
-from opd_ds.rewards import Reward, batches
+from opd_ds.rewards import Drawn, Reward, batches
 from opd_ds.utils.progress import work
 
-_SCORED_AT_ONCE = 64
+_SCORED_AT_ONCE = 64  # images, or frames of clips
 
 # Model, prompt set, label -> one score per item, NaN where there is none.
 Scores = dict[tuple[str, str, str], list[float]]
@@ -168,8 +167,8 @@ class Benchmark:
         self._group.barrier()
         return count
 
-    def first_pictures(self, model: EvalModel, count: int) -> dict[str, list[Image.Image]]:
-        """The first image of each of the first `count` prompts, by prompt set; they must be finished."""
+    def first_pictures(self, model: EvalModel, count: int) -> dict[str, list[Drawn]]:
+        """The first image or clip of each of the first `count` prompts, by prompt set; they must be finished."""
         return {
             name: [
                 self._pictures.read(picture_file(model, name, item))
@@ -229,9 +228,9 @@ class Benchmark:
             self._score_by(label, [job for job in jobs if job.label == label])
 
     def _score_by(self, label: str, jobs: list[_Job]) -> None:
-        size = self._group.world.size
+        size, at_once = self._group.world.size, max(1, _SCORED_AT_ONCE // self._painter.frames)
         with work(f"scoring by {label}", len(jobs) * size, "images") as scoring:
-            for part in batches(jobs, _SCORED_AT_ONCE):
+            for part in batches(jobs, at_once):
                 self._group.progress(f"scoring images by {label}")
                 pictures = [self._pictures.read(job.file) for job in part]
                 scores = score_images(self._rewards[label], label, pictures, [job.item for job in part])

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from opd_ds.config.schema import RunConfig
@@ -18,13 +17,13 @@ from opd_ds.data import PromptSet, Shard, shard
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.evaluation.pictures import Item, Painter, items
-from opd_ds.rewards import Reward
+from opd_ds.rewards import Drawn, Reward
 
 # By task (or prompt set) and label.
 Means = dict[str, dict[str, float]]
 
 
-Shown = tuple[Item, Image.Image]
+Shown = tuple[Item, Drawn]
 
 
 @dataclass(frozen=True)
@@ -84,12 +83,12 @@ class Evaluator:
                 shown[task] = self._gather(mine, images, count)
         return shown
 
-    def _draw(self, network: Any, wanted: list[Item], guidance: float) -> tuple[Shard, list[Item], list[Image.Image]]:
+    def _draw(self, network: Any, wanted: list[Item], guidance: float) -> tuple[Shard, list[Item], list[Drawn]]:
         part = shard(len(wanted), self._group.world.rank, self._group.world.size)
         mine = [wanted[i] for i in part.indices]
         return part, mine, [image for _, image in self._painter.draw(network, mine, guidance)]
 
-    def _gather(self, mine: list[Item], images: list[Image.Image], count: int) -> list[Shown]:
+    def _gather(self, mine: list[Item], images: list[Drawn], count: int) -> list[Shown]:
         first = {item.number: (item, image) for item, image in zip(mine, images, strict=True)
                  if item.sample == 0 and item.number < count}  # fmt: skip
         gathered = {number: shown for part in self._group.gather(first) for number, shown in part.items()}
@@ -109,8 +108,8 @@ def student_guidance(config: RunConfig, tasks: list[str]) -> dict[str, float]:
     return {task: config.rollout.guidance if value is None else value for task, value in own.items()}
 
 
-def score_images(reward: Reward, label: str, images: list[Image.Image], asked: list[Item]) -> Tensor:
-    """Scores [B], float64. A reward that fails, in whatever way, is a gap in the log: its items are NaN."""
+def score_images(reward: Reward, label: str, images: list[Drawn], asked: list[Item]) -> Tensor:
+    """Scores [B], float64, of images or clips. A reward that fails in any way is a gap: NaN, and in the log."""
     try:
         scores = reward.score(images, [item.prompt for item in asked], [item.metadata for item in asked])
         if scores.shape != (len(images),):

@@ -1,4 +1,4 @@
-"""Which images an evaluation draws, and how. The one place where their noise is named."""
+"""Which images or clips an evaluation draws, and how. The one place where their noise is named."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from opd_ds.diffusion.rollout import Rows, chunks, rollout
 from opd_ds.engine import Group
 from opd_ds.models import Conditioning, ModelFamily
 from opd_ds.pictures import Picture
+from opd_ds.rewards import Clip, Drawn
 
 _ENCODED_AT_ONCE = 256  # prompts per trip of offloaded text encoders; SD3's embeddings are some 3 MB each
 
@@ -72,12 +73,18 @@ def items(prompts: PromptSet, samples: int, limit: int | None = None) -> list[It
 
 
 class Painter:
-    """Draws items with any network of the family. It loads nothing before the first image."""
+    """Draws items with any network of the family. It loads nothing before the first image.
+
+    Attributes:
+        settings: what all images share, as plain data.
+        frames: of one item; 1 of an image.
+    """
 
     def __init__(self, config: RunConfig, family: ModelFamily, group: Group) -> None:
         self._settings = config.evaluation
         self._family, self._group = family, group
         self._sigmas = family.sigmas(self._settings.steps)
+        self._stages = family.stages(self._sigmas[:-1])
         self._table = kernel("euler").coefficients(self._sigmas)
         self.settings: dict[str, Any] = {
             "steps": self._settings.steps,
@@ -87,13 +94,21 @@ class Painter:
             "max_text_length": family.max_text_length,
             "precision": config.precision,
         }
+        if family.vae_tiling:
+            self.settings["vae_tiling"] = True
+        if family.low_noise_guidance is not None:
+            self.settings["low_noise_guidance"] = family.low_noise_guidance
+        self.frames = 1
+        if family.draws_clips and family.frames:
+            self.frames = family.frames
+            self.settings |= {"frames": family.frames, "fps": family.fps}
 
     @cached_property
     def _uncond(self) -> Conditioning:
         return self._family.encode([self._family.negative_prompt])
 
-    def draw(self, network: Any, wanted: list[Item], guidance: float) -> Iterator[tuple[Item, Image.Image]]:
-        """The images in order, by micro-batches. The number of forwards depends on `len(wanted)` alone."""
+    def draw(self, network: Any, wanted: list[Item], guidance: float) -> Iterator[tuple[Item, Drawn]]:
+        """The images or clips in order, by micro-batches. The number of forwards depends on `len(wanted)` alone."""
         for block in chunks(len(wanted), _ENCODED_AT_ONCE):
             cond = self._encode(wanted[block])
             for rows in chunks(len(cond), self._settings.micro_batch):
@@ -110,17 +125,20 @@ class Painter:
         )
 
     @torch.no_grad()
-    def _micro_batch(
-        self, network: Any, part: list[Item], cond: Conditioning, guidance: float
-    ) -> Iterator[Image.Image]:
+    def _micro_batch(self, network: Any, part: list[Item], cond: Conditioning, guidance: float) -> Iterator[Drawn]:
         def predict(x: Tensor, sigma: Tensor, rows: Rows, step: int) -> Tensor:
-            uncond = self._uncond if cond.negative is None else cond.negative
-            return self._family.guided_velocity(network, x, sigma, cond, uncond, guidance)
+            uncond, stage = self._uncond if cond.negative is None else cond.negative, self._stages[step]
+            return self._family.guided_velocity(network, x, sigma, cond, uncond, guidance, stage)
 
         self._group.progress("drawing images")
         noise = SampleNoise([item.seed(self._settings.seed) for item in part], self._family.latent_shape)
         drawn = rollout(predict, noise, self._table, self._sigmas, device=self._group.device)
-        return map(to_image, self._family.decode(drawn.final).cpu())
+        return (to_drawn(one, self._family.fps) for one in self._family.decode(drawn.final))
+
+
+def to_drawn(decoded: Tensor, fps: float) -> Drawn:
+    """[3, H, W] in [0, 1] to an image, [F, 3, H, W] to a clip."""
+    return to_image(decoded) if decoded.ndim == 3 else Clip(tuple(map(to_image, decoded)), fps)
 
 
 def to_image(picture: Tensor) -> Image.Image:

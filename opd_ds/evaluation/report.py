@@ -1,27 +1,28 @@
 """report.html: one file that opens anywhere, from results.json, the images, and metrics.jsonl where there is one.
 
-Images are embedded as WebP thumbnails in one block of data; the page hands an image to the browser only while its
-row is near the window, so a thousand of them cost neither decoding time nor memory.
+Images and clips are embedded as WebP thumbnails (clips as ones that play) in one block of data; the page hands one to
+the browser only while its row is near the window, so a thousand of them cost neither decoding time nor memory.
 """
 
 from __future__ import annotations
 
 import base64
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
 from opd_ds.evaluation.charts import HOW_TO_GET_CHARTS, Bar, Curve, bars, can_draw, curves, radar
+from opd_ds.evaluation.clips import FRAMES, as_webp, frames_of, thumbnail
 from opd_ds.evaluation.results import Results, averaged_metrics, interval_widths, means_of, metric_title, own_metrics
 from opd_ds.evaluation.statistics import normalised_columns
+from opd_ds.evaluation.store import PictureStore
 
 REPORT_FILE = "report.html"
 PICTURES = 1000  # embedded at most; more prompts are in the tables, not in the grid
+_CLIP_COSTS = FRAMES // 4  # images: most of a clip's frames are stored as what changes
 _SIDE = 256  # of a thumbnail, in pixels
 _EXTREMES = 3  # best and worst prompts shown per model and metric
 # Told apart without colour vision, too (after Okabe and Ito); base is grey, the student blue.
@@ -72,12 +73,15 @@ def write_report(folder: Path, results: Results, metrics: list[dict[str, Any]], 
     Args:
         folder: the evaluation's, with `images/` beside.
         metrics: the rows of the run's metrics.jsonl, for the training curves.
-        limit: images to embed; the best and worst prompts come first, then prompts in order.
+        limit: images to embed, or a sixth as many clips; the best and worst prompts come first, then prompts in order.
     """
     reference = "base" if "base" in results["models"] else next(iter(results["models"]))
     with_charts = can_draw()
     extremes = {model: _extremes(results, model, reference) for model in results["models"] if model != reference}
     album = _Album(folder / "images", results)
+    shows_clips = "frames" in results["settings"]
+    if shows_clips:
+        limit //= _CLIP_COSTS
     sets = [_grid(results, name, _chosen(results, name, extremes, limit), reference, album) for name in results["sets"]]
     environment = Environment(
         loader=PackageLoader("opd_ds.evaluation", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -99,6 +103,7 @@ def write_report(folder: Path, results: Results, metrics: list[dict[str, Any]], 
         sets=sets,
         pictures=album.pictures,
         pixelated=album.pixelated,
+        shown="clips" if shows_clips else "images",
     )
     draft = folder / f".{REPORT_FILE}.writing"
     draft.write_text(text, encoding="utf-8")
@@ -109,21 +114,17 @@ class _Album:
     """Thumbnails as data URIs, each embedded once."""
 
     def __init__(self, folder: Path, results: Results) -> None:
-        self._folder, self._results = folder, results
+        self._store, self._results = PictureStore(folder), results
         self.pictures: list[str] = []
         self.pixelated = False
 
     def add(self, model: str, name: str, number: int) -> int:
-        """The place of the first image of prompt `number`."""
-        file = self._folder / self._results["models"][model]["folder"] / name / f"{number:05d}-0.png"
-        with Image.open(file) as picture:
-            small = picture.convert("RGB")
-        tiny = max(small.size) <= 64  # shown enlarged: neither scaled nor compressed with loss
+        """The place of the first image or clip of prompt `number`."""
+        drawn = self._store.read(Path(self._results["models"][model]["folder"], name, f"{number:05d}-0.png"))
+        tiny = max(frames_of(drawn)[0].size) <= 64  # shown enlarged: neither scaled nor compressed with loss
         self.pixelated = self.pixelated or tiny
-        small.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-        stream = io.BytesIO()
-        small.save(stream, format="webp", quality=80, lossless=tiny, method=2)  # 4 is twice as slow, 5 % smaller
-        self.pictures.append(f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}")
+        data = as_webp(thumbnail(drawn, _SIDE), lossless=tiny)
+        self.pictures.append(f"data:image/webp;base64,{base64.b64encode(data).decode()}")
         return len(self.pictures) - 1
 
 

@@ -7,11 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from opd_ds.evaluation.pictures import to_image
-from opd_ds.rewards import Reward
+from opd_ds.evaluation.pictures import to_drawn
+from opd_ds.rewards import Drawn, Reward
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -22,8 +21,9 @@ class RewardPool:
 
     Args:
         rewards: by label.
-        decode: latents [B, C, ...] to images [B, 3, H, W] in [0, 1].
+        decode: latents [B, C, ...] to images [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1], on the CPU.
         device: of the run; a thread begins on device 0, whatever the rank's is. None: the CPU.
+        fps: frames per second of videos.
     """
 
     def __init__(
@@ -31,8 +31,9 @@ class RewardPool:
         rewards: dict[str, Reward],
         decode: Callable[[Tensor], Tensor],
         device: torch.device | None = None,
+        fps: float = 1.0,
     ) -> None:
-        self.rewards, self._decode, self._device = rewards, decode, device
+        self.rewards, self._decode, self._device, self._fps = rewards, decode, device, fps
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="rewards", initializer=self._begin)
 
     def _begin(self) -> None:
@@ -43,6 +44,6 @@ class RewardPool:
         """Have `work` done in the thread, after what was submitted before."""
         return self._worker.submit(work, *args, **kwargs)
 
-    def images(self, latents: Tensor) -> list[Image.Image]:
-        """Decoded, in the caller's thread."""
-        return [to_image(image) for image in self._decode(latents).cpu()]
+    def drawn(self, latents: Tensor) -> list[Drawn]:
+        """The images or clips of latents, in the caller's thread."""
+        return [to_drawn(one, self._fps) for one in self._decode(latents)]

@@ -1,4 +1,4 @@
-"""Images and scores on disk, so that what is finished is not done again and what changed is."""
+"""Images, clips and scores on disk, so that what is finished is not done again and what changed is."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from opd_ds.evaluation.clips import animation, frames_of
+from opd_ds.rewards import Clip, Drawn
 from opd_ds.utils.json_lines import json_line
 
-_PNG_KEY = "opd_ds"
+_PNG_KEY, _CLIP_KEY = "opd_ds", "opd_ds_clip"
 
 
 def digest(data: Any) -> str:
@@ -26,7 +28,8 @@ def digest(data: Any) -> str:
 class PictureStore:
     """PNG files, each with what it was drawn from in its text: prompt, noise, model and settings, as JSON.
 
-    An image is finished when it is there and was drawn from what it would be drawn from now.
+    A clip is one file, too: an animated PNG, which browsers play. An image or clip is finished when it is there and was
+    drawn from what it would be drawn from now.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,20 +59,33 @@ class PictureStore:
             return True
         return False
 
-    def write(self, file: Path, picture: Image.Image, recipe: dict[str, Any]) -> None:
+    def write(self, file: Path, drawn: Drawn, recipe: dict[str, Any]) -> None:
         """Under a hidden name first: a file that is there is whole."""
         target = self._folder / file
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = target.with_name(f".{target.name}.writing")
         text = PngInfo()
         text.add_itxt(_PNG_KEY, _as_text(recipe))
-        picture.save(draft, format="png", pnginfo=text)
+        if isinstance(drawn, Clip):
+            text.add_itxt(_CLIP_KEY, json.dumps({"frames": len(drawn.frames), "fps": drawn.fps}))
+        frames_of(drawn)[0].save(draft, format="png", pnginfo=text, **animation(drawn))
         draft.replace(target)
 
-    def read(self, file: Path) -> Image.Image:
-        """The image, RGB, in memory."""
+    def read(self, file: Path) -> Drawn:
+        """The image or clip, RGB, in memory."""
         with Image.open(self._folder / file) as picture:
-            return picture.convert("RGB")
+            about = picture.info.get(_CLIP_KEY)
+            return picture.convert("RGB") if about is None else _clip(picture, **json.loads(about))
+
+
+def _clip(picture: Image.Image, frames: int, fps: float) -> Clip:
+    """Pillow writes equal neighbours as one longer frame, and a clip in which nothing moves as an image."""
+    found: list[Image.Image] = []
+    for place in range(getattr(picture, "n_frames", 1)):
+        picture.seek(place)
+        picture.load()
+        found += [picture.convert("RGB")] * max(1, round(picture.info.get("duration", 0) * fps / 1000))
+    return Clip((*found, *found[-1:] * (frames - len(found))), fps)
 
 
 def _as_text(recipe: dict[str, Any]) -> str:

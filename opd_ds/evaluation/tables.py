@@ -9,10 +9,13 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 
+from opd_ds.evaluation.clips import frames_of, thumbnail
 from opd_ds.evaluation.evaluator import Means
+from opd_ds.rewards import Clip, Drawn
 from opd_ds.utils.tables import fitting
 
 _TILE, _LABEL_WIDTH, _LABEL_HEIGHT, _GAP = 96, 150, 16, 6
+_CLIP_SIDE = 256  # pixels of a clip in a grid, at most: a grid of whole clips would be hundreds of megabytes
 _NAME_LENGTH = 22  # characters of a model's name that fit into the label's width
 
 
@@ -74,19 +77,40 @@ def gain_kept(scores: dict[str, float | None], uncertain: float = 0.0) -> float 
     return (student - base) / (teacher - base)
 
 
-def comparison_grid(
-    models: dict[str, dict[str, list[Image.Image]]], prompts: dict[str, list[str]]
-) -> Image.Image | None:
-    """One row per model, one column per prompt, tasks side by side; None when there are no images.
+def comparison_grid(models: dict[str, dict[str, list[Drawn]]], prompts: dict[str, list[str]]) -> Drawn | None:
+    """One row per model, one column per prompt, tasks side by side; of clips a clip of that, smaller and with fewer
+    frames. None when there are no images.
 
     Args:
-        models: the same images of each model, by task.
+        models: the same images or clips of each model, by task.
         prompts: by task, in the images' order.
     """
-    reference = next(iter(models.values()), {})
+    small = {
+        model: {task: [_for_grid(one) for one in shown] for task, shown in by_task.items()}
+        for model, by_task in models.items()
+    }
+
+    def sheet(place: int) -> Image.Image:
+        """Of the frame `place` of all."""
+        stills = {
+            model: {task: [frames_of(one)[place] for one in shown] for task, shown in by_task.items()}
+            for model, by_task in small.items()
+        }
+        return _sheet(stills, prompts)
+
+    first = next((one for shown in next(iter(small.values()), {}).values() for one in shown), None)
+    if isinstance(first, Clip):
+        return Clip(tuple(map(sheet, range(len(first.frames)))), first.fps)
+    return None if first is None else sheet(0)
+
+
+def _for_grid(drawn: Drawn) -> Drawn:
+    return thumbnail(drawn, _CLIP_SIDE) if isinstance(drawn, Clip) else drawn
+
+
+def _sheet(models: dict[str, dict[str, list[Image.Image]]], prompts: dict[str, list[str]]) -> Image.Image:
+    reference = next(iter(models.values()))
     columns = [(task, k) for task, pictures in reference.items() for k in range(len(pictures))]
-    if not columns:
-        return None
     width, height = next(pictures[0].size for pictures in reference.values() if pictures)
     tile = max(_TILE, height), max(_TILE, width)
     step_y, step_x = tile[0] + _GAP, tile[1] + _GAP

@@ -130,6 +130,8 @@ def merge(
     if full is None and base is not None:
         raise UserError(f"--base = {base!r}: LoRAs are merged to a LoRA, which needs no base; leave it out")
     chosen = family_class(family)
+    if len(chosen.networks) > 1:
+        raise UserError(f"--family = {family!r}: has two networks, which are not merged; allowed are families with one")
     start, model = (None, None) if base is None else _open_base(base, family)
     teachers = [read_teacher(name, path, chosen, model) for name, (path, _) in zip(names, found, strict=True)]
     adapters = [teacher for teacher in teachers if isinstance(teacher, Adapter)]

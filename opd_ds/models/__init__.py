@@ -24,6 +24,9 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "qwen_image": ("qwen_image", "QwenImage"),
     "z_image": ("z_image", "ZImage"),
     "wan": ("wan", "Wan"),
+    "wan_a14b": ("wan_a14b", "WanA14B"),
+    "wan_i2v": ("wan_i2v", "WanI2V"),
+    "ltx": ("ltx", "LTX"),
 }
 
 

@@ -29,6 +29,7 @@ from opd_ds.models.adapter_keys import (
     of_text_encoder,
     other_kind,
 )
+from opd_ds.models.two_networks import PARTS, joined
 from opd_ds.models.weight_files import read_header, stored_dtype
 
 PEFT_CONFIG = "adapter_config.json"
@@ -49,7 +50,9 @@ def is_adapter(path: Path) -> bool:
         UserError: a file that is no safetensors file.
     """
     file = adapter_weights(path)
-    return file is not None and (file != path or any(map(is_adapter_key, read_header(path))))
+    if file is None:
+        return bool(adapter_parts(path))
+    return file != path or any(map(is_adapter_key, read_header(path)))
 
 
 def adapter_weights(path: Path) -> Path | None:
@@ -59,7 +62,34 @@ def adapter_weights(path: Path) -> Path | None:
     return next((path / name for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS) if (path / name).is_file()), None)
 
 
+def adapter_parts(path: Path) -> dict[str, Path]:
+    """The LoRAs in `path` of the two networks of one model, by the networks' folders; empty where there are none."""
+    if not path.is_dir() or adapter_weights(path) is not None:
+        return {}
+    return {part: path / part for part in PARTS if adapter_weights(path / part) is not None}
+
+
 def read_adapter(path: Path, pipeline_class: str | None = None) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The adapter at `path`; that of two networks under the names that modules have in `TwoNetworks`.
+
+    Args and errors: see `_read_one`, which gives the same for one network. Two LoRAs must have one rank and one alpha.
+    """
+    parts = adapter_parts(path)
+    if not parts:
+        return _read_one(path, pipeline_class)
+    found = {part: _read_one(folder, pipeline_class) for part, folder in parts.items()}
+    configs = [config for config, _ in found.values()]
+    strengths = {part: (config.r, config.lora_alpha) for part, (config, _) in found.items()}
+    if len(set(strengths.values())) > 1 or any(config.rank_pattern or config.alpha_pattern for config in configs):
+        shown = ", ".join(f"{part}/ {rank} and {alpha:g}" for part, (rank, alpha) in strengths.items())
+        raise UserError(f"{path}: the LoRAs of two networks must have one rank and one alpha each; they have {shown}")
+    state = joined({part: weights for part, (_, weights) in found.items()})
+    config = configs[0]
+    config.target_modules = "|".join(re.escape(module) for module in _complete_modules(path.name, state))
+    return config, state
+
+
+def _read_one(path: Path, pipeline_class: str | None) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Configuration, and weights with keys `<module>.lora_A.weight` [r, in, ...] and `lora_B` [out, r, ...] relative to
     the transformer, in the file's dtype. What alphas in the file scale is in `lora_B`, in float32.
 
@@ -103,7 +133,7 @@ def read_adapter(path: Path, pipeline_class: str | None = None) -> tuple[LoraCon
 
 def named_base(path: Path) -> str | None:
     """The base that the adapter at `path` was trained on, if it is recorded; raises UserError as `read_adapter`."""
-    file = adapter_weights(path)
+    file = adapter_weights(next(iter(adapter_parts(path).values()), path))
     fields = None if file is None else recorded_fields(file)[0]
     return (fields or {}).get("base_model_name_or_path")
 

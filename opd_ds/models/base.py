@@ -37,6 +37,7 @@ from opd_ds.models.stored_weights import (
     open_weights,
     shapes_of,
 )
+from opd_ds.models.two_networks import NoiseStages
 from opd_ds.models.weight_files import read_shapes, refuse_other_shapes
 from opd_ds.utils.atomic_io import apply_umask
 
@@ -65,7 +66,7 @@ JOINT_ATTENTION = (
 )
 
 
-class ModelFamily(PromptEncoding):
+class ModelFamily(NoiseStages, PromptEncoding):
     """One diffusion architecture around one diffusers folder; the engines own the network itself.
 
     Latents are [B, C, h, w] ([B, C, f, h, w] of videos) with x_sigma = (1 - sigma) * x0 + sigma * noise and
@@ -85,6 +86,7 @@ class ModelFamily(PromptEncoding):
         reference_side: reference pictures are resized to the area of a square of so many pixels; None takes what the
             family's pipeline takes.
         attention: the kernel that its networks run attention with; see `check_attention`.
+        vae_tiling: it decodes in tiles, as after `enable_tiling` of the pipeline's VAE.
 
     Raises:
         UserError: a folder of another layout, or a size that the network cannot draw.
@@ -98,6 +100,7 @@ class ModelFamily(PromptEncoding):
     default_negative_prompt: ClassVar[str] = ""  # the pipeline's where none is given, or that of the model's card
     example: ClassVar[str]  # a hub id
     default_frames: ClassVar[int | None] = None  # of a video; None: the family draws images
+    fps: float = 16.0  # frames per second at which a video is shown
     embedded_guidance: ClassVar[bool] = False  # the network takes the guidance scale as an input: always one pass
     # Under guidance two calls instead of one of twice the rows: in one call the lengths of prompt and negative prompt
     # differ, and with the mask that this takes attention leaves its fastest kernels.
@@ -118,11 +121,12 @@ class ModelFamily(PromptEncoding):
         decode_micro_batch: int | None = None,
         reference_side: int | None = None,
         attention: AttentionBackend = "auto",
+        vae_tiling: bool = False,
     ) -> None:
         super().__init__(path, dtype, device, resident=text_encoders == "resident")
         self.max_text_length = max_text_length or self.default_text_length
         self.negative_prompt = self.default_negative_prompt if negative_prompt is None else negative_prompt
-        self._decoded_at_once = decode_micro_batch
+        self._decoded_at_once, self.vae_tiling = decode_micro_batch, vae_tiling
         if reference_side is not None and not self.takes_pictures:
             raise UserError(
                 f"model.reference_side = {reference_side}: {type(self).__name__} takes no reference pictures; remove it"
@@ -140,6 +144,7 @@ class ModelFamily(PromptEncoding):
         if frames is not None and self.default_frames is None:
             raise UserError(f"model.frames = {frames}: {type(self).__name__} draws images; remove model.frames")
         self.frames = frames or self.default_frames
+        self.draws_clips = (self.frames or 1) > 1  # a video of one frame is an image
         self._check_size()
 
     # ---- what a family says ----
@@ -167,7 +172,7 @@ class ModelFamily(PromptEncoding):
         """One pass: latents [B, C, ...], sigma [B] float32 to velocity [B, C, ...] in the model's dtype."""
 
     def decode_with(self, vae: Any, latents: Tensor) -> Tensor:
-        """Latents [B, C, ...] to what the VAE draws, [B, 3, H, W] in [-1, 1]; of a video its middle frame."""
+        """Latents [B, C, ...] to what the VAE draws, in [-1, 1]: [B, 3, H, W], of videos [B, F, 3, H, W]."""
         return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
 
     # ---- what families share ----
@@ -199,6 +204,7 @@ class ModelFamily(PromptEncoding):
         cond: Conditioning,
         uncond: Conditioning,
         guidance: float,
+        stage: int = 0,
     ) -> Tensor:
         """Velocity with classifier-free guidance; a guidance of 1 costs one pass.
 
@@ -211,14 +217,17 @@ class ModelFamily(PromptEncoding):
             sigma: [B], float32.
             cond: B encoded prompts.
             uncond: the encoded negative prompt, one for all or one a row; it goes with the pictures of `cond`.
+            stage: see `stages`; that of all rows.
 
         Raises:
             UserError: see `check_guidance`.
         """
         self.check_guidance("guidance", guidance)
+        transformer = self.at_stage(transformer, stage)
         if guidance == 1.0:
             return self.velocity(transformer, latents, sigma, cond)
-        return self.combine(*self.branches(transformer, latents, sigma, cond, uncond), guidance)
+        joined = self.branches(transformer, latents, sigma, cond, uncond)
+        return self.combine(*joined, self.guidance_at(guidance, stage))
 
     def branches(
         self, transformer: Callable[..., Any], latents: Tensor, sigma: Tensor, cond: Conditioning, uncond: Conditioning
@@ -303,12 +312,13 @@ class ModelFamily(PromptEncoding):
             return diffusers_class(self.transformer_class).from_config(self._transformer_config)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, ...] to images [B, 3, H, W], float32 in [0, 1]; of a video its middle frame."""
+        """Latents [B, C, ...] to images [B, 3, H, W] or videos [B, F, 3, H, W], on the CPU, float32 in [0, 1]."""
         vae = self._loaded_vae()
         with torch.no_grad():
             parts = latents.to(self.device, self.dtype).split(self._decoded_at_once or len(latents))
-            pictures = torch.cat([self.decode_with(vae, part) for part in parts])
-        return (pictures.float() / 2 + 0.5).clamp(0, 1)
+            drawn = torch.cat([self.decode_with(vae, part).cpu() for part in parts])
+        drawn = drawn.float().div_(2).add_(0.5).clamp_(0, 1)
+        return drawn if self.draws_clips or drawn.ndim == 4 else drawn[:, 0]
 
     def check_adapter(self, path: Path) -> None:
         """Read the LoRA at `path` and hold it against the network, without loading that.

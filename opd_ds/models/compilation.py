@@ -9,13 +9,17 @@ import torch._dynamo
 from torch import nn
 from torch._dynamo.utils import counters
 
+from opd_ds.models.two_networks import TwoNetworks
+
 # Blocks of a kind share one code, and every variant of it counts: each kind of block, with and without a gradient, each
 # teacher's adapter, batches of one row and of several. Past the limit (8 in torch 2.13) what is new runs uncompiled.
 _GRAPHS_PER_CODE, _GRAPHS = 256, 1024
 
 
 def block_names(network: nn.Module) -> list[str]:
-    """The blocks of a transformer, in order: the elements of its lists of modules."""
+    """The blocks of a transformer, in order: the elements of its lists of modules; of two networks those of both."""
+    if isinstance(network, TwoNetworks):
+        return [f"{part}.{name}" for part, one in network.named_children() for name in block_names(one)]
     lists = {name: child for name, child in network.named_children() if isinstance(child, nn.ModuleList)}
     return [f"{name}.{index}" for name, blocks in lists.items() for index in range(len(blocks))]
 

@@ -75,6 +75,7 @@ class Flux(ModelFamily):
         cond: Conditioning,
         uncond: Conditioning,
         guidance: float,
+        stage: int = 0,
     ) -> Tensor:
         """One pass at any guidance: the scale is an input of the network; `uncond` is not used."""
         self.check_guidance("guidance", guidance)

@@ -37,11 +37,13 @@ def guide(
     cond: Conditioning,
     uncond: Conditioning,
     guidance: float,
+    stage: int = 0,
 ) -> GuidedVelocity:
     """`ModelFamily.guided_velocity`, in as many passes, with the branches of it."""
     if family.passes(guidance) == 1:
-        return GuidedVelocity(family.guided_velocity(network, latents, sigma, cond, uncond, guidance))
+        return GuidedVelocity(family.guided_velocity(network, latents, sigma, cond, uncond, guidance, stage))
     family.check_guidance("guidance", guidance)
+    network, guidance = family.at_stage(network, stage), family.guidance_at(guidance, stage)
     return join(family, *family.branches(network, latents, sigma, cond, uncond), guidance)
 
 

@@ -35,6 +35,8 @@ class PromptEncoding(ABC):
     vae_class: ClassVar[str] = "AutoencoderKL"
     pipeline_parts: ClassVar[Mapping[str, None]] = {"transformer": None, "vae": None}  # not needed to encode prompts
     takes_pictures: ClassVar[int] = 0  # the most reference pictures of a prompt
+    needs_pictures: ClassVar[bool] = False  # there is no prompt without
+    vae_tiling: bool = False  # the VAE works in tiles
     sees_pictures: ClassVar[bool] = False  # the text encoder reads them together with the prompt
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, *, resident: bool) -> None:
@@ -163,6 +165,8 @@ class PromptEncoding(ABC):
             if self._vae is None:
                 vae = load(diffusers_class(self.vae_class), self.path, "vae", subfolder="vae", dtype=self.dtype)
                 self._vae = vae.requires_grad_(False).eval().to(self.device)
+                if self.vae_tiling:
+                    vae.enable_tiling()
             return self._vae
 
 

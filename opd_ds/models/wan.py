@@ -1,14 +1,11 @@
-"""Wan 2.1 and 2.2 (one network) text-to-video, through diffusers' own classes.
-
-Rewards and image grids take images: `decode` gives a video's middle frame.
-"""
+"""Wan 2.1 and 2.2 text-to-video with one network, through diffusers' own classes."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
@@ -19,6 +16,7 @@ from opd_ds.errors import UserError
 from opd_ds.models import privates
 from opd_ds.models.base import ModelFamily
 from opd_ds.models.conditioning import Conditioning
+from opd_ds.models.videos import check_frames
 
 _SCHEDULERS = {one.__name__: one for one in (FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler)}
 
@@ -34,16 +32,19 @@ class Wan(ModelFamily):
     pipeline_class = "WanPipeline"
     transformer_class = "WanTransformer3DModel"
     vae_class = "AutoencoderKLWan"
-    transformer_keys = ("in_channels", "out_channels", "patch_size", "text_dim")
+    transformer_keys: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels", "patch_size", "text_dim")
     vae_keys = ("z_dim", "latents_mean", "latents_std", "scale_factor_spatial", "scale_factor_temporal")
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")  # of self- and cross-attention
     example = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     default_frames = 81
 
     def __init__(self, path: Path, **settings: Any) -> None:
-        _refuse_two_networks(path)
+        self.path = path
+        self._check_networks()
         super().__init__(path, **settings)
-        self._refuse_picture_inputs()
+        self._check_pictures()
+        if self._index.get("expand_timesteps"):  # Wan 2.2 TI2V-5B
+            self.fps = 24.0
         self._scheduler()
 
     def default_size(self) -> tuple[int, int]:
@@ -89,24 +90,23 @@ class Wan(ModelFamily):
         return Conditioning({"embeds": embeds[:, : mask.shape[1]].to(self.dtype), "mask": mask})
 
     def velocity(self, transformer: Callable[..., Any], latents: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        return self._ask(transformer, latents.to(self.dtype), sigma, cond)
+
+    def _ask(
+        self, transformer: Callable[..., Any], inputs: Tensor, sigma: Tensor, cond: Conditioning, **more: Tensor
+    ) -> Tensor:
         embeds = cond.tensors["embeds"]
         return transformer(
-            hidden_states=latents.to(self.dtype),
+            hidden_states=inputs,
             timestep=sigma.float() * self._scheduler_config.get("num_train_timesteps", 1000),
             encoder_hidden_states=pad(embeds, (0, 0, 0, self.max_text_length - embeds.shape[1])),
+            **more,
             return_dict=False,
         )[0]
 
     def decode_with(self, vae: Any, latents: Tensor) -> Tensor:
-        assert self.frames is not None
-        middle = self.frames // 2
-        # Causal in time: no frame depends on latents that come later.
-        latents = latents[:, :, : -(-middle // self._temporal_factor) + 1]
-        mean, std = (
-            torch.tensor(getattr(vae.config, name), device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
-            for name in ("latents_mean", "latents_std")
-        )
-        return vae.decode(latents * std + mean, return_dict=False)[0][:, :, middle]
+        mean, std = latent_statistics(vae, latents)
+        return vae.decode(latents * std + mean, return_dict=False)[0].transpose(1, 2)
 
     def _scheduler(self) -> Any:
         config = self._scheduler_config
@@ -122,34 +122,41 @@ class Wan(ModelFamily):
 
     def _check_size(self) -> None:
         super()._check_size()
-        factor = self._temporal_factor
         assert self.frames is not None
-        if self.frames % factor != 1:
-            below = max(self.frames - 1, 0) // factor * factor + 1
+        check_frames(self.frames, self._temporal_factor)
+
+    def _check_networks(self) -> None:
+        parts = self._index
+        if parts.get("boundary_ratio") is not None or any(parts.get("transformer_2") or ()):
             raise UserError(
-                f"model.frames = {self.frames}: must be {factor}k + 1 (the VAE's first frame, then {factor} a latent); "
-                f"the nearest are {below} and {below + factor}"
+                f"model.path = {self.path}: two networks for two ranges of sigma (transformer_2, boundary_ratio = "
+                f"{parts.get('boundary_ratio')}), as in Wan 2.2 A14B; set model.family = 'wan_a14b'"
             )
 
-    def _refuse_picture_inputs(self) -> None:
+    @property
+    def _index(self) -> dict[str, Any]:
+        """Of the pipeline's parts and settings; empty where there is none, as beside a plan's configurations."""
+        file = self.path / "model_index.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    def _check_pictures(self) -> None:
         config = self._transformer_config
         if config.get("image_dim") is not None or config["in_channels"] != self._vae_config["z_dim"]:
             raise UserError(
                 f"model.path = {self.path}: its network takes an image beside the text (in_channels = "
-                f"{config['in_channels']}, latents have {self._vae_config['z_dim']}); give a text-to-video model"
+                f"{config['in_channels']}, latents have {self._vae_config['z_dim']}); give a text-to-video model, or "
+                "set model.family = 'wan_i2v'"
             )
+
+
+def latent_statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the VAE's latents, which the network's have not: [1, C, 1, 1, 1], as `latents` are."""
+    mean, std = (
+        torch.tensor(getattr(vae.config, name), device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
+        for name in ("latents_mean", "latents_std")
+    )
+    return mean, std
 
 
 def _is_flow(config: dict[str, Any]) -> bool:
     return bool(config.get("use_flow_sigmas")) and config.get("prediction_type") == "flow_prediction"
-
-
-def _refuse_two_networks(path: Path) -> None:
-    index = path / "model_index.json"
-    parts = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
-    if parts.get("boundary_ratio") is not None or any(parts.get("transformer_2") or ()):
-        raise UserError(
-            f"model.path = {path}: two networks for two ranges of sigma (transformer_2, boundary_ratio = "
-            f"{parts.get('boundary_ratio')}), as in Wan 2.2 A14B, are not supported; give a folder with one, as "
-            "Wan 2.1 or Wan 2.2 TI2V-5B"
-        )

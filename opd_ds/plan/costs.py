@@ -15,6 +15,7 @@ from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import LoraSection
 from opd_ds.engine import NetworkSizes, read_ds_config
 from opd_ds.errors import about
+from opd_ds.models import block_names
 from opd_ds.models.inspection import has_weights, inspect
 from opd_ds.models.weight_files import read_shapes
 from opd_ds.plan.inputs import network_inputs, squared_sum
@@ -60,8 +61,7 @@ class Costs:
         and all that is in none.
         """
         network = self.model.network()
-        lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
-        sizes = sorted(count(block).parameters for blocks in lists for block in blocks)
+        sizes = sorted(count(network.get_submodule(name)).parameters for name in block_names(network))
         return self.base().parameters - sum(sizes) + sum(sizes[-2:])
 
     def ds_config(self, value: str, key: str) -> tuple[dict[str, Any], str]:
@@ -160,7 +160,9 @@ class Costs:
     def _inputs(self, batch: int) -> dict[str, Any]:
         model, family = self.model, self.model.family
         config = model.configs["transformer"]
-        return network_inputs(model.transformer_class, config, family.latent_shape, batch, model.tokens, family.dtype)
+        shape = family.latent_shape
+        inputs = network_inputs(model.transformer_class, config, shape, batch, model.tokens, family.dtype)
+        return inputs if family.boundary is None else {**inputs, "stage": 0}
 
     def _decode(self, batch: int) -> Cost:
         family = self.model.family

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from opd_ds.errors import UserError
 
+_CLIP_STATES = 257  # of a picture, by ViT-H/14 at 224 pixels
+
 # (transformer's config, latent shape (C, h, w) or (C, f, h, w), batch, tokens of text, dtype) -> keyword arguments
 _Inputs = Callable[[dict[str, Any], tuple[int, ...], int, int, torch.dtype], dict[str, Any]]
 
@@ -108,10 +110,28 @@ def _z_image(
 
 
 def _wan(config: dict[str, Any], latent: tuple[int, ...], batch: int, text: int, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "hidden_states": torch.empty(batch, *latent, dtype=dtype),
+    inputs = {
+        # With a first frame that is given, its channels stand behind those of the latents.
+        "hidden_states": torch.empty(batch, config["in_channels"], *latent[1:], dtype=dtype),
         "timestep": torch.empty(batch),
         "encoder_hidden_states": torch.empty(batch, text, config["text_dim"], dtype=dtype),
+        "return_dict": False,
+    }
+    if config.get("image_dim") is not None:
+        inputs["encoder_hidden_states_image"] = torch.empty(batch, _CLIP_STATES, config["image_dim"], dtype=dtype)
+    return inputs
+
+
+def _ltx(config: dict[str, Any], latent: tuple[int, ...], batch: int, text: int, dtype: torch.dtype) -> dict[str, Any]:
+    channels, frames, height, width = latent
+    return {
+        "hidden_states": torch.empty(batch, frames * height * width, channels, dtype=dtype),
+        "encoder_hidden_states": torch.empty(batch, text, config["caption_channels"], dtype=dtype),
+        "timestep": torch.empty(batch),
+        "encoder_attention_mask": None,
+        "num_frames": frames,
+        "height": height,
+        "width": width,
         "return_dict": False,
     }
 
@@ -131,6 +151,7 @@ _INPUTS: dict[str, _Inputs] = {
     "QwenImageTransformer2DModel": _qwen_image,
     "ZImageTransformer2DModel": _z_image,
     "WanTransformer3DModel": _wan,
+    "LTXVideoTransformer3DModel": _ltx,
 }
 
 

@@ -384,10 +384,8 @@ def _vae(config: RunConfig, costs: Costs, devices: Devices, element: int, *, eva
 
 
 def decoded_bytes(config: RunConfig, costs: Costs, images: int) -> float:
-    """The most that decoding so many images takes: those that the VAE works on, and those that are done."""
-    at_once = min(images, config.model.decode_micro_batch or images)
-    whole, part = costs.decode(images), costs.decode(at_once)
-    return part.peak + (whole.saved - part.saved)
+    """The most that decoding so many images takes: those that the VAE works on; what is done leaves the device."""
+    return costs.decode(min(images, config.model.decode_micro_batch or images)).peak
 
 
 def _rewards(config: RunConfig) -> list[Part]:

@@ -19,10 +19,11 @@ from opd_ds.config.paths import PACKAGE_PREFIX, package_root, resolve_path
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import LoraSection, StudentSection
 from opd_ds.errors import UserError, about, nearest
-from opd_ds.models import ModelFamily, family_class, lora
+from opd_ds.models import ModelFamily, block_names, family_class, lora
 from opd_ds.models.inspection import ENCODER_WEIGHTS, check_base, has_weights, weight_files
+from opd_ds.models.two_networks import PARTS
 from opd_ds.models.weight_files import read_shapes
-from opd_ds.training.networks import DTYPES, check_guidances, load_family
+from opd_ds.training.networks import DTYPES, check_guidances, freeze_untrained, load_family, lora_targets
 
 _CLIP_TOKENS = 77
 _ADAPTER = "plan"
@@ -70,11 +71,13 @@ class Model:
     def vae_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.vae().parameters())
 
-    def network(self, adapter: LoraSection | None = None) -> nn.Module:
-        """The transformer on meta in the run's dtype; with an adapter only that is trained."""
+    def network(self, adapter: LoraSection | None = None, targets: list[str] | str | None = None) -> nn.Module:
+        """The transformer on meta in the run's dtype; with an adapter only that is trained; `targets`: where it adapts,
+        if it is not the adapter's own setting that says so.
+        """
         module = self.family.empty_transformer()
         if adapter is not None:
-            targets = list(adapter.targets or self.family.lora_targets)
+            targets = targets or list(adapter.targets or self.family.lora_targets)
             settings = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets)
             with torch.device("meta"):
                 lora.new_adapter(module, _ADAPTER, settings)
@@ -86,12 +89,18 @@ class Model:
         config = self.configs["vae"]
         with torch.device("meta"):
             vae = getattr(diffusers, self.family.vae_class).from_config(config)
+        if self.family.vae_tiling:
+            vae.enable_tiling()
         return nn.Module.to(vae, self.family.dtype).eval().requires_grad_(False)
 
 
 def student_network(model: Model, settings: StudentSection) -> nn.Module:
     """The student on meta, with its adapter and its checkpointing."""
-    module = model.network(settings.lora if settings.kind == "lora" else None)
+    if settings.kind == "lora":
+        module = model.network(settings.lora, lora_targets(settings, model.family))
+    else:
+        module = model.network()
+        freeze_untrained(module, settings, model.family)
     if settings.gradient_checkpointing:
         module.enable_gradient_checkpointing()  # type: ignore[operator]
     return module
@@ -111,8 +120,8 @@ def count(module: nn.Module, threshold: float = 0) -> Counts:
 
 
 def _block_sizes(module: nn.Module) -> list[int]:
-    lists = [child for child in module.children() if isinstance(child, nn.ModuleList)]
-    return [sum(parameter.numel() for parameter in block.parameters()) for blocks in lists for block in blocks]
+    blocks = [module.get_submodule(name) for name in block_names(module)]
+    return [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
 
 
 def known_models() -> list[str]:
@@ -121,7 +130,8 @@ def known_models() -> list[str]:
 
 
 def known_configs(name: str) -> dict[str, Any]:
-    """`transformer`, `vae` and `scheduler` as in a diffusers folder, `text_encoders` with their sizes, the `family`.
+    """`transformer`, `vae` and `scheduler` as in a diffusers folder, `text_encoders` with their sizes, the
+    `family`; of a model with two networks `transformer_2`.
 
     Where there is something to say: `index`, further entries of the folder's model_index.json; `distilled`, the
     `steps` in which a model is made to be drawn, without guidance. A file may hold only what differs from another's,
@@ -161,12 +171,13 @@ def _found(config: RunConfig) -> Model:
 def _from_known(config: RunConfig, name: str) -> Model:
     configs = known_configs(name)
     encoders = sum(encoder["parameters"] for encoder in configs.pop("text_encoders"))
-    files = {"transformer": "config.json", "vae": "config.json", "scheduler": "scheduler_config.json"}
+    index = {"_class_name": family_class(config.model.family).pipeline_class, **configs.pop("index", {})}
+    files = dict.fromkeys((*(part for part in PARTS if part in configs), "vae"), "config.json")
+    files["scheduler"] = "scheduler_config.json"
     with tempfile.TemporaryDirectory() as folder:  # a family reads its configs at once, and weights when asked
         for part, file in files.items():
             (Path(folder) / part).mkdir()
             (Path(folder) / part / file).write_text(json.dumps(configs[part]), encoding="utf-8")
-        index = {"_class_name": family_class(config.model.family).pipeline_class} | configs.pop("index", {})
         (Path(folder) / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
         family = load_family(config, Path(folder), torch.device("cpu"))
     steps, tokens = configs.get("distilled", {}).get("steps"), _tokens(family, configs, _CLIP_TOKENS)

@@ -9,12 +9,16 @@ from opd_ds.rewards.base import (
     require,
     require_packages,
 )
+from opd_ds.rewards.clips import Clip, Drawn, OfClips, takes_clips
 from opd_ds.rewards.registry import build, check, rehearse, reward_class, reward_names
 from opd_ds.rewards.weights import Weights, WeightsMissingError, WrongWeightsError, weights_root
 
 __all__ = [
+    "Clip",
+    "Drawn",
     "Metadata",
     "Needs",
+    "OfClips",
     "Reward",
     "RewardUnavailableError",
     "Weights",
@@ -28,5 +32,6 @@ __all__ = [
     "require_packages",
     "reward_class",
     "reward_names",
+    "takes_clips",
     "weights_root",
 ]

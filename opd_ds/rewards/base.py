@@ -12,7 +12,6 @@ from opd_ds.rewards.weights import Weights, WeightsMissingError
 
 if TYPE_CHECKING:  # the `opd-ds` command imports this package, and should answer before torch has been read from disk
     import torch
-    from PIL import Image
 
 Metadata = Sequence[dict[str, Any]]
 Item = TypeVar("Item")
@@ -48,6 +47,9 @@ SERVER = Needs(packages=("fastapi", "uvicorn"), extra="serve")  # what `server.p
 class Reward(Protocol):
     """Scores images. Modules that hold one import torch and Pillow at the top and everything heavier inside.
 
+    One with an attribute `takes_clips` that is true scores videos as a whole: its `score` gets `Clip`s (`clips.py`) in
+    place of images, and it cannot be asked about images. All others score a video's frames.
+
     A constructor takes `device` (where its network runs) and whatever else the reward offers as options; it loads the
     weights, strictly, so that what is missing or wrong is found at start-up.
     """
@@ -55,7 +57,7 @@ class Reward(Protocol):
     name: str
     needs: ClassVar[Needs]
 
-    def score(self, images: list[Image.Image], prompts: list[str], metadata: Metadata | None = None) -> torch.Tensor:
+    def score(self, images: list[Any], prompts: list[str], metadata: Metadata | None = None) -> torch.Tensor:
         """One float32 score per image, [B], on the CPU. An item that cannot be scored is NaN, never 0."""
         ...
 

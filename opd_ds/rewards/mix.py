@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from opd_ds.errors import UserError
-from opd_ds.rewards.base import Metadata, Needs
+from opd_ds.rewards.base import Metadata, Needs, Reward
+from opd_ds.rewards.clips import OfClips, takes_clips
 from opd_ds.rewards.registry import build, needs_of, rehearse
 
 
@@ -39,6 +39,8 @@ def _parts(parts: Any) -> dict[str, _Part]:
 
 class Mix:
     """The weighted sum of its parts, in the unit and range that these give it. NaN where a part is NaN.
+
+    Where one of the parts takes clips, so does the sum: the others then give the mean over the frames.
 
     The parts are taken as they are: a part with wide range outweighs one with narrow range unless the weights say
     otherwise (PickScore moves by hundredths, HPSv2 by thousandths, OCR by tenths).
@@ -71,10 +73,13 @@ class Mix:
             rehearse(part.reward, f"parts.{label}", part.options)
 
     def __init__(self, parts: Mapping[str, Any], device: str | None = None) -> None:
-        self._parts = [
+        self._parts: list[tuple[str, float, Reward]] = [
             (label, part.weight, build(part.reward, **{"device": device, **part.options}))
             for label, part in _parts(parts).items()
         ]
+        self.takes_clips = any(takes_clips(reward) for _, _, reward in self._parts)
+        if self.takes_clips:
+            self._parts = [(label, weight, OfClips(reward)) for label, weight, reward in self._parts]
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -82,7 +87,7 @@ class Mix:
             for label, weight, reward in self._parts
         }
 
-    def score(self, images: list[Image.Image], prompts: list[str], metadata: Metadata | None = None) -> Tensor:
+    def score(self, images: list[Any], prompts: list[str], metadata: Metadata | None = None) -> Tensor:
         """[B] float32."""
         scores = [weight * reward.score(images, prompts, metadata) for _, weight, reward in self._parts]
         return torch.stack(scores).sum(0)

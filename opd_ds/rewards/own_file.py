@@ -16,9 +16,9 @@ from opd_ds.config.paths import looked_for
 from opd_ds.config.sections import OWN_REWARD
 from opd_ds.errors import UserError, nearest, shown
 from opd_ds.rewards.base import Metadata, Needs
+from opd_ds.rewards.clips import Clip, takes_clips
 
 if TYPE_CHECKING:  # as in base.py
-    from PIL import Image
     from torch import Tensor
 
 _ASKED = ("images", "prompts", "metadata")
@@ -107,7 +107,7 @@ def load(name: str, key: str = "reward") -> OwnCode:
 
 class OwnReward:
     """The scores of a user's class or function, which may be a tensor, an array or a list; None is NaN, an image
-    without a score.
+    without a score. It takes clips where the class or function has `takes_clips = True`.
 
     Raises:
         UserError: at construction, when the class's own constructor raises or its scores are none.
@@ -116,7 +116,7 @@ class OwnReward:
     needs: ClassVar[Needs] = Needs()
 
     def __init__(self, code: OwnCode, options: Mapping[str, Any]) -> None:
-        self.name = code.attribute
+        self.name, self.takes_clips = code.attribute, takes_clips(code.found)
         self._code, self._options = code, dict(options)
         self._made: Any = None
         if inspect.isclass(code.found):
@@ -130,16 +130,17 @@ class OwnReward:
         self.note = self._try_out()
 
     def _try_out(self) -> str:
-        """Score two blank images, and raise UserError where that gives no scores. What the code itself raises is only
+        """Score two blank images or clips, and raise UserError where that gives no scores. What the code raises is only
         a note, for `note`: it may need metadata that nobody can make up.
         """
         from PIL import Image
 
-        images = [Image.new("RGB", (64, 64)) for _ in range(2)]
+        blank, kind = Image.new("RGB", (64, 64)), "clip" if self.takes_clips else "image"
+        drawn = [Clip((blank,) * 5, 16.0) if self.takes_clips else blank.copy() for _ in range(2)]
         try:
-            found = self._ask(images, ["a blank image"] * 2, [{}, {}])
+            found = self._ask(drawn, [f"a blank {kind}"] * 2, [{}, {}])
         except Exception as error:  # a user's code may raise anything
-            return f"raises for two blank images without metadata: {_told(error, self._code.file)}"
+            return f"raises for two blank {kind}s without metadata: {_told(error, self._code.file)}"
         self._tensor(found, 2)
         return ""
 
@@ -150,11 +151,11 @@ class OwnReward:
         options = {key: value for key, value in self._options.items() if key != "device"}
         return {"engine": "own file", **code, "options": options, **own}
 
-    def score(self, images: list[Image.Image], prompts: list[str], metadata: Metadata | None = None) -> Tensor:
+    def score(self, images: list[Any], prompts: list[str], metadata: Metadata | None = None) -> Tensor:
         """[B] float32.
 
         Raises:
-            UserError: not one number per image.
+            UserError: not one number per image or clip.
         """
         found = self._ask(images, prompts, [{} for _ in images] if metadata is None else list(metadata))
         return self._tensor(found, len(images))
@@ -165,17 +166,19 @@ class OwnReward:
     def _tensor(self, found: Any, count: int) -> Tensor:
         import torch
 
-        returned, expected = f"{self._code.file.name}:{self.name} returned", "expected one number per image"
+        kind = "clip" if self.takes_clips else "image"
+        returned, expected = f"{self._code.file.name}:{self.name} returned", f"expected one number per {kind}"
         if not isinstance(found, torch.Tensor):
             try:
                 values = [torch.nan if value is None else float(value) for value in found]
             except (TypeError, ValueError, RuntimeError) as error:
-                kind = type(found).__name__
-                raise UserError(f"{returned} {kind} ({' '.join(shown(found).split())}); {expected}") from error
+                raise UserError(
+                    f"{returned} {type(found).__name__} ({' '.join(shown(found).split())}); {expected}"
+                ) from error
             found = torch.tensor(values)
         if found.shape != (count,):
             numbers = f"{len(found)} numbers" if found.dim() == 1 else f"a tensor of shape {tuple(found.shape)}"
-            raise UserError(f"{returned} {numbers} for {count} images; {expected}")
+            raise UserError(f"{returned} {numbers} for {count} {kind}s; {expected}")
         return found.detach().to("cpu", torch.float32)
 
 

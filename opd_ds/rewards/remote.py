@@ -9,11 +9,11 @@ from urllib.parse import urlsplit
 
 import requests
 import urllib3
-from PIL import Image
 from torch import Tensor
 
 from opd_ds.errors import UserError
 from opd_ds.rewards.base import Metadata, Needs, Served, batches
+from opd_ds.rewards.clips import Drawn
 from opd_ds.rewards.deadline import in_time, mount
 from opd_ds.rewards.gaps import CountsGaps, Gaps, Result
 from opd_ds.rewards.proxies import on_this_machine, proxy_hint
@@ -30,7 +30,8 @@ class _RequestError(Exception):
 
 
 class RemoteReward(Served, CountsGaps):
-    """The scores of a reward server; range and unit are those of the reward it serves, whose name this one takes.
+    """The scores of a reward server; range and unit are those of the reward it serves, whose name this one takes. It
+    takes clips where that does.
 
     Failures are NaN for the images they concern, counted by kind in `failures`, one line in the log per call, never
     an exception: server gone, time-out, any HTTP error, garbage, a wrong number of scores. Once the server stays
@@ -41,7 +42,7 @@ class RemoteReward(Served, CountsGaps):
         timeout: seconds for a connection, for the head of the reply to one batch, and for its body, however they
             arrive.
         retries: further attempts after anything but a 4xx, with growing pauses.
-        batch_size: images per request, and in memory as PNG.
+        batch_size: images per request, and in memory as PNG; clips go one by one.
 
     Raises:
         UserError: at construction, when no such server answers.
@@ -57,7 +58,9 @@ class RemoteReward(Served, CountsGaps):
         self._url = url.rstrip("/")
         self._timeout, self._retries, self._batch_size = timeout, retries, batch_size
         self._served = self._ask_who()
-        self.name = self._served.name
+        self.name, self.takes_clips = self._served.name, self._served.takes_clips
+        if self.takes_clips:
+            self._batch_size = 1
         self._gaps = Gaps(f"{self.name} at {self._url}")
 
     def _ask_who(self) -> Info:
@@ -75,7 +78,7 @@ class RemoteReward(Served, CountsGaps):
         """That of the served reward, as it was at construction."""
         return {"served_at": self._url, **self._served.identity}
 
-    def score(self, images: list[Image.Image], prompts: list[str], metadata: Metadata | None = None) -> Tensor:
+    def score(self, images: list[Any], prompts: list[str], metadata: Metadata | None = None) -> Tensor:
         """[B] float32."""
         results: list[Result] = []
         lost: str | None = None
@@ -99,7 +102,7 @@ class RemoteReward(Served, CountsGaps):
         return session
 
     def _score(
-        self, session: requests.Session, images: Sequence[Image.Image], prompts: Sequence[str], part: Metadata | None
+        self, session: requests.Session, images: Sequence[Drawn], prompts: Sequence[str], part: Metadata | None
     ) -> list[float | None]:
         try:
             body = encode_request(images, prompts, part)

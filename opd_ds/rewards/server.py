@@ -14,8 +14,9 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from opd_ds.rewards.base import Reward
+from opd_ds.rewards.clips import takes_clips
 from opd_ds.rewards.protocol import HeadInTime
-from opd_ds.rewards.wire import Info, Limits, RefusedError, ScoreResponse, decode_request, one_line
+from opd_ds.rewards.wire import CLIP_LIMITS, Info, Limits, RefusedError, ScoreResponse, decode_request, one_line
 
 # One request is scored while the next arrives; further ones wait with all but the beginning of their bodies unread.
 _REQUESTS_IN_MEMORY = 2
@@ -28,10 +29,11 @@ def make_app(reward: Reward, limits: Limits | None = None) -> FastAPI:
     A request that is malformed or over `limits` gets 4xx, one whose scoring raises gets 500, both with a reason in one
     line, `{"error": ...}`; the server keeps running.
     """
-    limits = limits or Limits()
+    limits = limits or (CLIP_LIMITS if takes_clips(reward) else Limits())
     app = FastAPI(title=f"opd-ds reward {reward.name}", openapi_url=None)
     slots = asyncio.Semaphore(_REQUESTS_IN_MEMORY)
-    who = Info(name=reward.name, identity=reward.identity())  # once: it may hash gigabytes of weights
+    # Once: it may hash gigabytes of weights.
+    who = Info(name=reward.name, identity=reward.identity(), takes_clips=takes_clips(reward))
     turn = threading.Lock()  # a reward is not asked to be safe for several threads
 
     @app.exception_handler(RefusedError)
@@ -42,7 +44,7 @@ def make_app(reward: Reward, limits: Limits | None = None) -> FastAPI:
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/info")
+    @app.get("/info", response_model_exclude_defaults=True)
     async def info() -> Info:
         return who
 
@@ -99,12 +101,13 @@ class _Body:
 
 
 def _score(reward: Reward, turn: threading.Lock, body: bytearray, limits: Limits) -> ScoreResponse:
-    images, prompts, metadata = decode_request(body, limits)
+    of_clips = takes_clips(reward)
+    drawn, prompts, metadata = decode_request(body, limits, clips=of_clips)
     try:
         with turn:
-            scores = reward.score(images, prompts, metadata).tolist() if images else []
-        if len(scores) != len(images):
-            raise ValueError(f"{len(scores)} scores for {len(images)} images")
+            scores = reward.score(drawn, prompts, metadata).tolist() if drawn else []
+        if len(scores) != len(drawn):
+            raise ValueError(f"{len(scores)} scores for {len(drawn)} {'clips' if of_clips else 'images'}")
     except Exception as error:  # the reward's own: the request fails, the server stays
         logging.getLogger("opd_ds").exception("reward %s failed", reward.name)
         raise RefusedError(500, f"the reward failed: {type(error).__name__}: {one_line(error)}") from error

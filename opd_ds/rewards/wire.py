@@ -1,4 +1,6 @@
-"""What goes over HTTP between `RemoteReward` and the server: JSON, images as base64 PNG. No pickle, ever."""
+"""What goes over HTTP between `RemoteReward` and the server: JSON, images as base64 PNG, clips as lists of them. No
+pickle, ever.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,14 @@ import binascii
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated, Any
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from opd_ds.rewards.base import Metadata
+from opd_ds.rewards.clips import Clip, Drawn
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Limits:
 
     Attributes:
         body_bytes: of the JSON text.
-        images: images.
+        images: images, of clips all frames.
         pixels: of all images together, checked before an image is unpacked (64 of 1024 x 1024).
         seconds: for the body to arrive.
         pause: seconds in which further 64 KiB of a body must arrive while other requests wait for its end.
@@ -32,6 +36,10 @@ class Limits:
     pixels: int = 64 * 2**20
     seconds: float = 60.0
     pause: float = 5.0
+
+
+# A clip of 81 frames of 480 x 832 is some 60 MB of PNG.
+CLIP_LIMITS = Limits(body_bytes=256 * 2**20, images=1024, pixels=256 * 2**20, seconds=240.0)
 
 
 class RefusedError(Exception):
@@ -46,39 +54,53 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
+class ClipText(_Strict):
+    frames: list[str] = Field(min_length=1)
+    fps: float = Field(gt=0, allow_inf_nan=False)
+
+
 class ScoreRequest(_Strict):
-    images: list[str]
+    """Images, or clips for a reward that takes them."""
+
+    images: list[str] | None = None
+    clips: list[ClipText] | None = None
     prompts: list[str]
     metadata: list[dict[str, Any]] | None = None
 
 
 class ScoreResponse(_Strict):
-    """One number per image; null where the reward had none."""
+    """One number per image or clip; null where the reward had none."""
 
     scores: list[Annotated[float, Field(allow_inf_nan=False)] | None]
 
 
 class Info(_Strict):
+    """What is served. `takes_clips` is sent where it is true only: clients from before clips do not know it."""
+
     name: str
     identity: dict[str, Any]
+    takes_clips: bool = False
 
 
 def one_line(text: object, length: int = 300) -> str:
     return " ".join(str(text).split())[:length]
 
 
-def encode_request(images: Sequence[Image.Image], prompts: Sequence[str], metadata: Metadata | None) -> bytes:
-    """The body of POST /score.
+def encode_request(drawn: Sequence[Drawn], prompts: Sequence[str], metadata: Metadata | None) -> bytes:
+    """The body of POST /score, for images or for clips.
 
     Raises:
         ValueError, OSError: an image cannot be encoded or metadata is not plain data.
     """
-    request = ScoreRequest(
-        images=[_to_text(image) for image in images],
-        prompts=list(prompts),
-        metadata=None if metadata is None else list(metadata),
-    )
-    return request.model_dump_json().encode()
+    clips = [
+        ClipText(frames=[_to_text(frame) for frame in one.frames], fps=one.fps)
+        for one in drawn if isinstance(one, Clip)
+    ]  # fmt: skip
+    images = [_to_text(one) for one in drawn if not isinstance(one, Clip)]
+    shown: dict[str, Any] = {"clips": clips} if clips else {"images": images}
+    asked = None if metadata is None else list(metadata)
+    request = ScoreRequest(**shown, prompts=list(prompts), metadata=asked)
+    return request.model_dump_json(exclude_unset=True).encode()  # servers from before clips do not know them
 
 
 def _to_text(image: Image.Image) -> str:
@@ -88,9 +110,12 @@ def _to_text(image: Image.Image) -> str:
 
 
 def decode_request(
-    body: bytes | bytearray, limits: Limits
-) -> tuple[list[Image.Image], list[str], list[dict[str, Any]] | None]:
-    """Images (RGB), prompts and metadata of a body.
+    body: bytes | bytearray, limits: Limits, *, clips: bool = False
+) -> tuple[list[Drawn], list[str], list[dict[str, Any]] | None]:
+    """Images (RGB) or clips, prompts and metadata of a body.
+
+    Args:
+        clips: which of the two the reward takes.
 
     Raises:
         RefusedError: 400 malformed, 413 over a limit.
@@ -99,12 +124,22 @@ def decode_request(
         request = ScoreRequest.model_validate_json(body)
     except ValidationError as error:
         raise RefusedError(400, f"the body is not a request for scores: {_first_problem(error)}") from error
-    count = len(request.images)
-    if count > limits.images:
-        raise RefusedError(413, f"{count} images; at most {limits.images}")
+    kind = "clips" if clips else "images"
+    wanted = request.clips if clips else request.images
+    if wanted is None or None not in (request.clips, request.images):
+        raise RefusedError(400, f"this reward scores {kind}: the body has to have {kind}, and nothing in their place")
+    texts = [text for one in wanted for text in (one.frames if isinstance(one, ClipText) else [one])]
+    if len(texts) > limits.images:
+        raise RefusedError(413, f"{len(texts)} images; at most {limits.images}")
+    count = len(wanted)
     if len(request.prompts) != count or (request.metadata is not None and len(request.metadata) != count):
-        raise RefusedError(400, "images, prompts and metadata differ in number")
-    return _pictures(request.images, limits.pixels), request.prompts, request.metadata
+        raise RefusedError(400, f"{kind}, prompts and metadata differ in number")
+    images = _pictures(texts, limits.pixels)
+    if request.clips is None:
+        return list(images), request.prompts, request.metadata
+    frames = iter(images)
+    made: list[Drawn] = [Clip(tuple(islice(frames, len(clip.frames))), clip.fps) for clip in request.clips]
+    return made, request.prompts, request.metadata
 
 
 def _pictures(texts: list[str], pixels: int) -> list[Image.Image]:
@@ -129,7 +164,7 @@ def _unpacked(image: Image.Image, number: int) -> Image.Image:
 
 
 def decode_scores(body: bytes, count: int) -> list[float | None]:
-    """The scores in a reply to `count` images.
+    """The scores in a reply to `count` images or clips.
 
     Raises:
         ValueError: not that.

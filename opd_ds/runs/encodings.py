@@ -61,6 +61,12 @@ def check_pictures(config: RunConfig, family: ModelFamily, sets: Mapping[str, Pr
         kinds |= {tuple(family.fitted_size(one.size) for one in found.pictures_of(row)) for row in range(len(found))}
         if len(kinds) > 1:
             raise UserError(f"{key}: pictures of several sizes, or prompts with and without, cannot be in one run yet")
+        if family.needs_pictures and (lacking := [row for row in range(len(found)) if not found.pictures_of(row)]):
+            raise UserError(
+                f"{key}: {len(lacking)} of {len(found)} prompts have no picture, the first: "
+                f"{found.prompts[lacking[0]]!r}; model.family = {config.model.family!r} needs one "
+                f"for each: say where they stand with {key}.pictures"
+            )
         with about(key):
             for own in found.pictures:
                 _check_prompt(config.model.family, family, own)

@@ -80,7 +80,7 @@ def evaluate(
             check_text_cache(config, family, drawn.values())
         models = contestants(config, family, choice.models, list(prompts), group.device)
         base_sha256 = weights_sha256(base)
-        rewards = build_rewards(chosen, group.device)
+        rewards = build_rewards(chosen, family)
     sets = {name: _set(config, name, found, list(chosen), choice) for name, found in prompts.items()}
     run = config.run.output_dir
     painter = Painter(config, family, group)

@@ -19,7 +19,7 @@ from opd_ds.config.sections import ANCHOR
 from opd_ds.engine import consolidated_weights
 from opd_ds.errors import UserError, nearest
 from opd_ds.evaluation.results import RESULTS_FILE, as_markdown, own_metrics, read_results
-from opd_ds.models import ModelFamily, lora
+from opd_ds.models import ModelFamily, family_class, lora
 from opd_ds.runs.monitor import SCORES_FILE, read_metrics
 from opd_ds.runs.setup import EVALUATION_FOLDER
 from opd_ds.training.networks import DTYPES, load_family
@@ -45,6 +45,9 @@ def checkpointed_student(family: ModelFamily, checkpoint: Path, *, averaged: boo
         lora.new_adapter(network, STUDENT_ADAPTER, LoraConfig(**state["adapter"]))
     weights = consolidated_weights(checkpoint, state["shapes"], averaged=averaged)
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    if len(family.networks) > 1:  # one of them may have been trained alone
+        parts = {name.partition(".")[0] for name in state["shapes"]}
+        trained = {name for name in trained if name.partition(".")[0] in parts}
     lacking = sorted(trained - weights.keys())
     unknown = network.load_state_dict(weights, strict=False).unexpected_keys
     if lacking or unknown:
@@ -87,6 +90,8 @@ def export_checkpoint(
     if averaged and not has_average(state):
         logging.getLogger("opd_ds").warning("%s: %s; the last weights are exported", checkpoint, _NEVER_UPDATED)
         averaged = False
+    if form == "peft" and len(family_class(config.model.family).networks) > 1:
+        raise UserError("--format = 'peft': PEFT knows no LoRA of two networks; leave it out")
     base = resolve_path(config.model.path, "model.path")
     family = load_family(config, base, torch.device("cpu"), DTYPES[dtype] if dtype else None)
     network = checkpointed_student(family, checkpoint, averaged=averaged)

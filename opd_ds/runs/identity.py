@@ -58,6 +58,8 @@ def run_identity(config: RunConfig, files: RunFiles, family: ModelFamily) -> dic
         "latent_shape": list(family.latent_shape),
         "max_text_length": family.max_text_length,
     }
+    if family.low_noise_guidance is not None:  # as in checkpoints from before there was one
+        base["low_noise_guidance"] = family.low_noise_guidance
     return {"seed": config.run.seed, "base": base, "tasks": tasks, **kept}
 
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 import yaml
-from PIL import Image
 from rich.console import Console
 
 from opd_ds.cluster.world import World
 from opd_ds.config.schema import RunConfig
 from opd_ds.evaluation.evaluator import Means
+from opd_ds.rewards import Clip, Drawn
 from opd_ds.runs.reward_eval import RewardRecord
 from opd_ds.runs.trackers import BackgroundTracker, TrackedRun, open_trackers
 from opd_ds.training.trainer import RoundReport
@@ -129,11 +129,13 @@ class Monitor:
         shown = ", ".join(f"{key} {value:.3f}" for key, value in flat.items())
         self.tell(f"round {round_index}: held-out rewards of the student: {shown}")
 
-    def picture(self, tag: str, picture: Image.Image | None, round_index: int) -> None:
-        """Show an image, if there is one."""
-        if picture is not None:
-            for tracker in self._trackers:
-                tracker.image(tag, picture, round_index)
+    def picture(self, tag: str, drawn: Drawn | None, round_index: int) -> None:
+        """Show an image or clip, if there is one."""
+        for tracker in self._trackers:
+            if isinstance(drawn, Clip):
+                tracker.clip(tag, drawn, round_index)
+            elif drawn is not None:
+                tracker.image(tag, drawn, round_index)
 
     def _track(self, values: dict[str, float], round_index: int) -> None:
         for tracker in self._trackers:

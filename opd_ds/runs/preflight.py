@@ -24,7 +24,8 @@ from opd_ds.runs.files import RunFiles, find_files
 from opd_ds.runs.identity import run_identity
 from opd_ds.runs.resume import ResumePoint, Start, find_resume_point, refuse_other_changes, refuse_other_run
 from opd_ds.runs.without_effect import files_without_effect
-from opd_ds.training.networks import check_guidances, load_family
+from opd_ds.training.networks import check_guidances, load_family, trained_networks
+from opd_ds.training.steps import choose_steps
 from opd_ds.training.trainer import Trainer
 from opd_ds.utils.folders import try_to_write
 
@@ -124,6 +125,8 @@ def _check_teachers(config: RunConfig, files: RunFiles, family: ModelFamily) -> 
 def _check_student(config: RunConfig, files: RunFiles, family: ModelFamily) -> None:
     """What the student starts from, and where its LoRA adapts."""
     value, chosen = str(config.student.start), config.student
+    trained = trained_networks(chosen, family)
+    _check_stages(config, family, trained)
     if chosen.kind == "lora":
         _check_targets(chosen.lora.targets, family)
     if files.start is None:
@@ -140,12 +143,36 @@ def _check_student(config: RunConfig, files: RunFiles, family: ModelFamily) -> N
             f"student.start = {value!r} is a full checkpoint and student.kind = 'lora'; set model.path to it instead, "
             "or student.kind to 'full'"
         )
-    theirs = lora.read_adapter(files.start, family.pipeline_class)[0]
+    theirs, state = lora.read_adapter(files.start, family.pipeline_class)
+    if len(trained) < len(family.networks) and any(not key.startswith(f"{trained[0]}.") for key in state):
+        raise UserError(
+            f"student.start = {value!r} adapts another network than student.networks = {chosen.networks!r} trains; "
+            "give a LoRA of that one, or set student.networks to 'both'"
+        )
     if theirs.r != chosen.lora.rank:
         raise UserError(
             f"student.start = {value!r} has rank {theirs.r}, student.lora.rank is {chosen.lora.rank}; set it to the "
             "former"
         )
+
+
+def _check_stages(config: RunConfig, family: ModelFamily, trained: tuple[str, ...]) -> None:
+    """Of two networks the trained steps must ask those that are trained, each of them and no other."""
+    setting, stages = config.rollout.trained_steps, family.stages(family.sigmas(config.rollout.steps)[:-1])
+    if family.boundary is None or (setting.queries is not None and trained == family.networks):
+        return
+    theirs = [step for step, stage in enumerate(stages) if family.networks[stage] in trained]
+    chosen = [*range(len(stages))]
+    if setting.queries is None:
+        chosen = choose_steps(setting, len(stages), 0, 0, "", [0])[0].tolist()
+    idle = [part for part in trained if part not in {family.networks[stages[step]] for step in chosen}]
+    if not idle and set(chosen) <= set(theirs):
+        return
+    what = f"no trained step asks {' and '.join(idle)}" if idle else "trained steps ask the other network, too"
+    raise UserError(
+        f"student.networks = {config.student.networks!r}: {what}; of {len(stages)} steps those above sigma "
+        f"{family.boundary:g} ask the first network: set rollout.trained_steps.steps to some of {theirs}"
+    )
 
 
 def _check_targets(targets: tuple[str, ...] | None, family: ModelFamily) -> None:

@@ -36,6 +36,7 @@ _KEYS = {
     "base.negative_prompt": "model.negative_prompt",
     "base.latent_shape": "model.height, width or frames",
     "base.max_text_length": "model.max_text_length",
+    "base.low_noise_guidance": "model.low_noise_guidance",
 }
 # Of checkpoints from before there was a choice.
 _ABSENT = {"updates_per_round": 1, "schedule": "together"}

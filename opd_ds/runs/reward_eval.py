@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from PIL import Image
 
 from opd_ds.config.schema import RunConfig
 from opd_ds.evaluation.evaluator import Shown, score_images, with_sum
 from opd_ds.evaluation.pictures import Item
 from opd_ds.evaluation.reward_pool import RewardPool
+from opd_ds.rewards import Drawn
 from opd_ds.training.trainer import RolloutResult
 
 Source = Literal["held_out", "rollout"]
@@ -38,7 +38,7 @@ class _Pictures:
     source: Source
     task: str
     asked: list[Item]
-    images: list[Image.Image]
+    images: list[Drawn]
 
 
 class AsyncRewardEval:
@@ -88,7 +88,7 @@ class AsyncRewardEval:
         count = min(self._settings.rollouts, len(drawn.prompts))
         asked = [Item(i, 0, drawn.prompts[i], drawn.metadata[i], i) for i in range(count)]
         try:
-            images = [self._pool.images(latents)[0] for latents in drawn.final[:count].split(1)]
+            images = [self._pool.drawn(latents)[0] for latents in drawn.final[:count].split(1)]
         except Exception:  # a gap, not the end of the run
             logging.getLogger("opd_ds").exception("round %d: the images of task %s were not decoded", done, task)
             return _Pictures("rollout", task, [], [])

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import RewardSection
 from opd_ds.engine import Group, NodeMemory, ShardedEma, StudentEngine, parameter_builder
+from opd_ds.errors import UserError
 from opd_ds.evaluation.benchmark import Benchmark, EvaluationSet
 from opd_ds.evaluation.evaluator import Evaluator
 from opd_ds.evaluation.pictures import Painter
 from opd_ds.evaluation.reward_pool import RewardPool
 from opd_ds.models import ModelFamily, compile_blocks
-from opd_ds.rewards import Reward, build
+from opd_ds.rewards import OfClips, Reward, build, takes_clips
 from opd_ds.runs.identity import run_identity, with_rewards
 from opd_ds.runs.preflight import preflight, trainer_class
 from opd_ds.runs.resume import ResumePoint, Start, refuse_other_rewards
@@ -63,7 +62,7 @@ def prepare(config: RunConfig, group: Group, start: Start | None = None) -> Part
     memory = family.host_memory = NodeMemory(group)
     identity: dict[str, Any] | None = None
     with group.raise_on_any_rank():
-        rewards = build_rewards(config.rewards, group.device)
+        rewards = build_rewards(config.rewards, family)
         if group.world.is_main:
             identity = with_rewards(checked.identity or run_identity(config, files, family), rewards)
             if checked.resumed is not None:
@@ -80,7 +79,7 @@ def prepare(config: RunConfig, group: Group, start: Start | None = None) -> Part
     teachers = TeacherPool(
         family, files.teachers, group.device, student=student, memory=memory, compiled=config.model.compile_blocks
     )
-    pool = RewardPool(rewards, family.decode, group.device)
+    pool = RewardPool(rewards, family.decode, group.device, family.fps)
     trainer = trainer_class(config)(Components(config, group, family, student, ema, files.prompts, teachers, pool))
     painter = Painter(config, family, group)
     evaluator = Evaluator(config, group, painter, files.eval_prompts, rewards)
@@ -95,6 +94,24 @@ def prepare(config: RunConfig, group: Group, start: Start | None = None) -> Part
     return Parts(config, family, student, ema, teachers, trainer, evaluator, benchmark, pool, identity, checked.resumed)
 
 
-def build_rewards(chosen: dict[str, RewardSection], device: torch.device) -> dict[str, Reward]:
-    """By label, on the run's device where their options name no other."""
-    return {label: build(reward.name, **{"device": str(device)} | reward.options) for label, reward in chosen.items()}
+def build_rewards(chosen: dict[str, RewardSection], family: ModelFamily) -> dict[str, Reward]:
+    """By label, on the run's device where their options name no other; where the family draws clips, all take clips.
+
+    Raises:
+        UserError: a reward cannot be built, or takes clips where the family draws images.
+    """
+    return {label: _reward(label, section, family) for label, section in chosen.items()}
+
+
+def _reward(label: str, section: RewardSection, family: ModelFamily) -> Reward:
+    if section.frames is not None and not family.draws_clips:
+        raise UserError(f"reward {label}: frames = {section.frames}: the model draws images; remove frames")
+    reward = build(section.name, **{"device": str(family.device)} | section.options)
+    if family.draws_clips:
+        return OfClips(reward, section.frames)
+    if takes_clips(reward):
+        raise UserError(
+            f"reward {label}: {section.name} takes clips, the model draws images; give a reward of images, or a model "
+            "of videos with model.frames above 1"
+        )
+    return reward

@@ -19,6 +19,7 @@ from opd_ds.config.schema import RunConfig
 from opd_ds.engine import Group, ShardReader, StudentEngine
 from opd_ds.errors import Interrupted
 from opd_ds.evaluation.benchmark import Benchmark, EvalModel
+from opd_ds.evaluation.clips import animation, frames_of
 from opd_ds.evaluation.evaluator import Means, Shown, student_guidance
 from opd_ds.evaluation.publish import publish
 from opd_ds.evaluation.report import REPORT_FILE
@@ -307,5 +308,5 @@ def _evaluate(config: RunConfig, benchmark: Benchmark, models: list[EvalModel], 
         grid = comparison_grid(pictures, prompts)
         if grid is not None:
             monitor.picture("models", grid, config.run.rounds)
-            grid.save(config.run.output_dir / "grid.png")
+            frames_of(grid)[0].save(config.run.output_dir / "grid.png", **animation(grid))
     return results

@@ -47,6 +47,15 @@ def load_pipeline(family: ModelFamily, folder: Path) -> Any:
     return pipeline
 
 
+def load_lora(family: ModelFamily, pipeline: Any, folder: Path) -> None:
+    """What `family.save_lora` wrote, as diffusers' users load it."""
+    if len(family.networks) == 1:
+        pipeline.load_lora_weights(folder)
+        return
+    for part in folder.iterdir():
+        pipeline.load_lora_weights(part, load_into_transformer_2=part.name == family.networks[1])
+
+
 def noise(family: ModelFamily) -> SampleNoise:
     """One noise a prompt of `PROMPTS`."""
     return SampleNoise(list(range(len(PROMPTS))), family.latent_shape)
@@ -72,8 +81,9 @@ def trajectory(
 ) -> Trajectory:
     """A network's `euler` rollout, with the family's negative prompt. States are kept where `keep` names a dtype."""
     (cond, uncond), sigmas = encode(family, prompts), family.sigmas(steps)
+    stages = family.stages(sigmas)
     return rollout(
-        lambda x, sigma, rows, step: family.guided_velocity(network, x, sigma, cond, uncond, guidance),
+        lambda x, sigma, rows, step: family.guided_velocity(network, x, sigma, cond, uncond, guidance, stages[step]),
         noise,
         kernel("euler").coefficients(sigmas),
         sigmas,
@@ -181,7 +191,7 @@ def check_exports(tiny: ModuleType, family: ModelFamily, other: Path, folder: Pa
     assert not unused
     family.save_lora(state, lora.adapter_config(adapted, "student"), folder / "lora")
     pipeline = load_pipeline(family, family.path)
-    pipeline.load_lora_weights(folder / "lora")
+    load_lora(family, pipeline, folder / "lora")
     final = roll_out(family, adapted, guidance)
     close(draw(tiny, family, pipeline, guidance), final)
     assert not torch.allclose(final, plain, atol=1e-2)
@@ -194,7 +204,9 @@ def finite_at_both_ends(build: Callable[[torch.dtype], ModelFamily]) -> bool:
     for dtype in (torch.float32, torch.bfloat16):
         family = build(dtype)
         network, (cond, _), x = family.load_transformer(), encode(family, PROMPTS), noise(family).draw(slice(None))
-        found += [family.velocity(network, x, torch.full((len(x),), sigma), cond) for sigma in (1.0, 0.0)]
+        for sigma in torch.tensor([1.0, 0.0]):
+            network_there = family.at_stage(network, family.stages(sigma[None])[0])
+            found.append(family.velocity(network_there, x, sigma.expand(len(x)), cond))
         assert all(velocity.shape == x.shape and velocity.dtype == dtype for velocity in found[-2:])
     return all(bool(velocity.isfinite().all()) for velocity in found)
 

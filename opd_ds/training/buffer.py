@@ -13,6 +13,7 @@ from torch import Tensor
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.diffusion.rollout import KeptLatents, chunks
 from opd_ds.models import Conditioning
+from opd_ds.training.stages import StagePairs, in_stages
 from opd_ds.utils.transfer import to_device
 
 Known_co = TypeVar("Known_co", covariant=True)
@@ -21,13 +22,16 @@ Known_co = TypeVar("Known_co", covariant=True)
 @dataclass(frozen=True)
 class Pairs:
     """(state, step) pairs of one task's buffer: rows `sample` and `step`, both int64 [b], on its device; `rows` says
-    which of all the buffer's pairs they are, `host_sample` is `sample` on the host.
+    which of all the buffer's pairs they are, `host_sample` is `sample` on the host, `stage` which of the model's
+    networks is asked at them. `counts` float32 [b], on the device: 0 where a pair only pads; None: all count.
     """
 
     sample: Tensor
     step: Tensor
-    rows: slice
+    rows: slice | Tensor
     host_sample: list[int]
+    stage: int = 0
+    counts: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -97,12 +101,16 @@ class TrajectoryBuffer:
         weights: [B] float32, on the device of `states`, 1 for a sample, 0 for one that only pads the rank's part or
             does not count.
         cond: the B encoded prompts.
+        stages: of a model with two networks, which is asked at each step.
+        stage_counts: then, for each optimizer step that shares the samples, how many pairs each network has.
     """
 
     states: Tensor
     chosen: Tensor
     weights: Tensor
     cond: Conditioning
+    stages: tuple[int, ...] = ()
+    stage_counts: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", to_device(self.weights, self.states.device))
@@ -125,9 +133,36 @@ class TrajectoryBuffer:
 
     def micro_batches(self, size: int, update: int = 0, updates: int = 1) -> list[Pairs]:
         """The chosen pairs in micro-batches of `size`: all, or those of one of so many equal parts of the samples."""
+        if self.stage_counts:
+            parts = self.by_stage(update)
+            return [self.pairs_of(part, rows) for part in parts for rows in chunks(len(part), size)]
         own = self.pair_count // updates
         first = update * own
         return [self.pairs(slice(first + rows.start, first + rows.stop)) for rows in chunks(own, size)]
+
+    def by_stage(self, update: int) -> list[StagePairs]:
+        """The pairs of an optimizer step, network by network."""
+        own = self.pair_count // len(self.stage_counts)
+        steps = self.chosen.flatten()[update * own : (update + 1) * own]
+        return in_stages(steps, update * own, self.stages, self.stage_counts[update])
+
+    def pairs_of(self, part: StagePairs, rows: slice) -> Pairs:
+        """Some of the pairs of one network."""
+        index, device = part.index[rows], self.states.device
+        sample = index // self.chosen.shape[1]
+        return Pairs(
+            to_device(sample, device),
+            to_device(part.step[rows], device),
+            to_device(index, device),
+            sample.tolist(),
+            part.stage,
+            to_device(part.counts[rows].float(), device),
+        )
+
+    def weights_of(self, pairs: Pairs) -> Tensor:
+        """How much each of them counts: float32 [b]."""
+        weights = self.weights[pairs.sample]
+        return weights if pairs.counts is None else weights * pairs.counts
 
     def inputs(self, pairs: Pairs, sigmas: Tensor) -> tuple[Tensor, Tensor, Conditioning]:
         """States [b, C, ...], their sigma [b] and prompts; `sigmas` float32 [T+1], on the device of the states."""

@@ -91,7 +91,7 @@ class Distillation(BufferedTrainer):
             with meter.phase("rollout"):
                 stack.enter_context(self._teachers.gathered())  # for both
                 trajectories = self._roll_out_tasks(index, batches, meter)
-                buffers = {task: _buffer(trajectories[task], batch) for task, batch in batches.items()}
+                buffers = {task: self._buffer(trajectories[task].states, batch) for task, batch in batches.items()}
             with meter.phase("score"):
                 said = self._query(buffers, meter)
         data = {
@@ -149,8 +149,8 @@ class Distillation(BufferedTrainer):
     def _query_branches(self, network: Any, buffer: TrajectoryBuffer, guidance: float, meter: RoundMeter) -> Said:
         """`_query_frozen` with what guidance made the velocities of."""
 
-        def say(x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-            predicted = self._predict(network, x, sigma, cond, guidance, meter)
+        def say(x: Tensor, sigma: Tensor, cond: Conditioning, stage: int) -> Tensor:
+            predicted = self._predict(network, x, sigma, cond, guidance, meter, stage)
             assert predicted.branches is not None
             return torch.cat([predicted.velocity[:, None], predicted.branches], 1)
 
@@ -183,8 +183,3 @@ def check_branches(config: DistilConfig, family: ModelFamily) -> None:
             f"objective.guided = 'apart': model.family = {config.model.family!r} takes the guidance as an input of its "
             "network, in one pass, so there are no two branches; set it to 'together'"
         )
-
-
-def _buffer(trajectory: Trajectory, batch: TaskBatch) -> TrajectoryBuffer:
-    assert trajectory.states is not None
-    return TrajectoryBuffer(trajectory.states, batch.chosen, batch.part.weights, batch.cond)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from opd_ds.config.sections import ANCHOR
 from opd_ds.diffusion.noise import SampleNoise, sample_seed
 from opd_ds.diffusion.rollout import micro_batches
-from opd_ds.training.buffer import Columns, PerState, TrajectoryBuffer, named, noised_states
+from opd_ds.training.buffer import Columns, PerState, named, noised_states
 from opd_ds.training.distillation import Distillation
 from opd_ds.training.meter import RoundMeter
 from opd_ds.training.objectives import FlowMatchingLoss, TeacherVelocities
@@ -36,10 +36,7 @@ class FlowMatching(Distillation):
                 seeds = [sample_seed(self._config.run.seed, index, f"{task}/noised", i) for i in batch.part.indices]
                 noise = SampleNoise(seeds, self._family.latent_shape)
                 noised[task] = noised_states(final[task], noise, self._sigmas, batch.chosen, self._family.dtype)
-            buffers = {
-                task: TrajectoryBuffer(noised[task].states, batch.chosen, batch.part.weights, batch.cond)
-                for task, batch in batches.items()
-            }
+            buffers = {task: self._buffer(noised[task].states, batch) for task, batch in batches.items()}
         with meter.phase("score"):
             said = self._query(buffers, meter)
         anchors = {task: of[ANCHOR].guided for task, of in said.items() if ANCHOR in of}

@@ -73,15 +73,18 @@ class FusedDistillation(Trainer):
 
         def predict(x: Tensor, sigma: Tensor, rows: Rows, step: int) -> Tensor:
             state, cond = x.to(self._family.dtype), group.cond.select(rows.device, rows.host)
+            stage = self._stages[step]
             if step not in trained:
                 with torch.no_grad():
-                    return self._velocity(self._student, state, sigma, cond, group.guidance, meter)
+                    return self._velocity(self._student, state, sigma, cond, group.guidance, meter, stage)
             parts = {task: own for task in group.rows if (own := group.of(task, rows)).start < own.stop}
             # Before the student's forward, whose activations wait for its backward: a teacher in the student's network
             # would come between the two.
-            known = {task: self._query(task, state[own], sigma[own], cond[own], meter) for task, own in parts.items()}
+            known = {
+                task: self._query(task, state[own], sigma[own], cond[own], meter, stage) for task, own in parts.items()
+            }
             with torch.enable_grad():
-                predicted = self._predict(self._student, state, sigma, cond, group.guidance, meter)
+                predicted = self._predict(self._student, state, sigma, cond, group.guidance, meter, stage)
             velocity, branches = predicted.velocity, predicted.branches
             at = torch.full((len(x),), step, device=x.device)
             terms = []
@@ -97,13 +100,13 @@ class FusedDistillation(Trainer):
 
     @torch.no_grad()
     def _query(
-        self, task: str, state: Tensor, sigma: Tensor, cond: Conditioning, meter: RoundMeter
+        self, task: str, state: Tensor, sigma: Tensor, cond: Conditioning, meter: RoundMeter, stage: int
     ) -> TeacherVelocities:
         """What the frozen networks of a task say of some of its rows."""
         said = {}
         for name, guidance in self._config.asked(task).items():
             with self._teachers.active(name) as network:
-                said[name] = self._predict(network, state, sigma, cond, guidance, meter)
+                said[name] = self._predict(network, state, sigma, cond, guidance, meter, stage)
         roles = self._config.roles(task)
         guided = {role: said[name].velocity for role, name in roles.items()}
         both = {f"{role}_branches": said[name].branches for role, name in roles.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from opd_ds.config.paths import resolve_path
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import StudentSection
 from opd_ds.data.text_cache import TextCache
-from opd_ds.errors import about
+from opd_ds.errors import UserError, about
 from opd_ds.models import ModelFamily, ParameterBuilder, build_family, family_class, lora
 from opd_ds.models.inspection import check_base
 
@@ -53,7 +54,13 @@ def load_family(config: RunConfig, path: Path, device: torch.device, dtype: torc
         decode_micro_batch=settings.decode_micro_batch,
         reference_side=settings.reference_side,
         attention=settings.attention,
+        vae_tiling=settings.vae_tiling,
     )
+    if settings.low_noise_guidance is not None and family.boundary is None:
+        raise UserError(
+            f"model.low_noise_guidance = {settings.low_noise_guidance:g}: {settings.path} has one network; remove it"
+        )
+    family.low_noise_guidance = settings.low_noise_guidance
     if settings.text_encoders == "cached":
         family.encoded = TextCache(config.text_cache).read
     return family
@@ -67,6 +74,35 @@ def check_guidances(config: RunConfig, family: ModelFamily) -> None:
             family.check_guidance(f"{config.place(name)}.guidance", section.guidance)
     for name, teacher in config.all_teachers.items():
         family.check_guidance(f"{config.teacher_key(name)}.guidance", teacher.guidance)
+
+
+def trained_networks(settings: StudentSection, family: ModelFamily) -> tuple[str, ...]:
+    """Of `family.networks` those that are trained.
+
+    Raises:
+        UserError: one of two is asked for, where the model has one.
+    """
+    if settings.networks == "both":
+        return family.networks
+    if len(family.networks) == 1:
+        raise UserError(f"student.networks = {settings.networks!r}: the model has one network; remove it")
+    return family.networks[:1] if settings.networks == "high_noise" else family.networks[1:]
+
+
+def freeze_untrained(module: nn.Module, settings: StudentSection, family: ModelFamily) -> None:
+    """Of two networks the one that is not trained."""
+    for part in {*family.networks} - {*trained_networks(settings, family)}:
+        module.get_submodule(part).requires_grad_(False)
+
+
+def lora_targets(settings: StudentSection, family: ModelFamily) -> list[str] | str:
+    """Where a LoRA student adapts, as PEFT takes it: endings of names, or a pattern of whole names in one of two
+    networks.
+    """
+    targets, trained = list(settings.lora.targets or family.lora_targets), trained_networks(settings, family)
+    if trained == family.networks:
+        return targets
+    return rf"{trained[0]}\.(.*\.)?({'|'.join(map(re.escape, targets))})"
 
 
 def student_module(
@@ -85,6 +121,8 @@ def student_module(
     adapter = start if start is not None and lora.is_adapter(start) else None
     merged = adapter if settings.kind == "full" else None
     module = family.load_transformer(start if adapter is None else None, build, merged)
+    if settings.kind == "full":
+        freeze_untrained(module, settings, family)
     if settings.gradient_checkpointing:
         module.enable_gradient_checkpointing()  # type: ignore[operator]
     if adapter is not None and settings.kind == "lora":
@@ -98,7 +136,7 @@ def student_module(
         lora_config = LoraConfig(
             r=settings.lora.rank,
             lora_alpha=settings.lora.alpha,
-            target_modules=list(settings.lora.targets or family.lora_targets),
+            target_modules=lora_targets(settings, family),
             init_lora_weights="gaussian",
         )
         lora.new_adapter(module, STUDENT_ADAPTER, lora_config)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -22,9 +23,10 @@ from opd_ds.evaluation.reward_pool import RewardPool
 from opd_ds.models import Conditioning, GuidedVelocity, ModelFamily, guide
 from opd_ds.training.accumulator import Loss, LossTerm, RoundAccumulator, RoundLosses
 from opd_ds.training.auto_batch import AutoMicroBatch
-from opd_ds.training.buffer import Columns, PerPair, TrajectoryBuffer
+from opd_ds.training.buffer import Columns, Pairs, PerPair, TrajectoryBuffer
 from opd_ds.training.encoding import Asked, encode_batches
 from opd_ds.training.meter import RoundMeter
+from opd_ds.training.stages import StagePairs, stage_counts
 from opd_ds.training.steps import choose_steps
 from opd_ds.training.teachers import TeacherPool
 from opd_ds.utils.transfer import to_device
@@ -73,6 +75,13 @@ class TaskBatch:
         last = self.trained[:, -1]
         ranks = (shard(self.part.total, rank, world, self.updates) for rank in range(world))
         return [last[part.indices].tolist() for part in ranks]
+
+    def stage_counts(self, stages: tuple[int, ...], world: int) -> tuple[tuple[int, ...], ...]:
+        """For each optimizer step, how many pairs each of two networks has on the rank with most of them."""
+        ranks = [shard(self.part.total, rank, world, self.updates).indices for rank in range(world)]
+        own = len(self.part) // self.updates
+        shares = [[self.trained[rows[k * own : (k + 1) * own]] for rows in ranks] for k in range(self.updates)]
+        return tuple(stage_counts(share, stages) for share in shares)
 
     @property
     def pairs(self) -> int:
@@ -162,6 +171,7 @@ class Trainer(ABC):
         self._settings, self._group, self._family = config, parts.group, parts.family
         self._student, self._ema, self._prompts = parts.student, parts.ema, parts.prompts
         self._sigmas = parts.family.sigmas(config.rollout.steps)
+        self._stages = parts.family.stages(self._sigmas[:-1])
         self._device_sigmas = to_device(self._sigmas.float(), parts.group.device)
         self._coefficients = kernel(config.rollout.kernel, config.rollout.noise_level).coefficients(self._sigmas)
         self._uncond = parts.family.encode([parts.family.negative_prompt])
@@ -269,7 +279,7 @@ class Trainer(ABC):
 
         def predict(x: Tensor, sigma: Tensor, rows: Rows, step: int) -> Tensor:
             own = cond.select(rows.device, rows.host)
-            return self._velocity(network, x, sigma, own, guidance, meter)
+            return self._velocity(network, x, sigma, own, guidance, meter, self._stages[step])
 
         table = self._coefficients if coefficients is None else coefficients
         return rollout(predict, noise, table, self._sigmas, parts, device=self._group.device, keep=keep)
@@ -277,19 +287,30 @@ class Trainer(ABC):
     def _query_frozen(self, network: Any, buffer: TrajectoryBuffer, guidance: float, meter: RoundMeter) -> PerPair:
         """A frozen network's velocities at the chosen pairs."""
 
-        def say(x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-            return self._velocity(network, x, sigma, cond, guidance, meter)
+        def say(x: Tensor, sigma: Tensor, cond: Conditioning, stage: int) -> Tensor:
+            return self._velocity(network, x, sigma, cond, guidance, meter, stage)
 
         return PerPair(self._ask(buffer, say))
 
     @torch.no_grad()
-    def _ask(self, buffer: TrajectoryBuffer, say: Callable[[Tensor, Tensor, Conditioning], Tensor]) -> Tensor:
-        """What `say` makes of all chosen pairs."""
+    def _ask(self, buffer: TrajectoryBuffer, say: Callable[[Tensor, Tensor, Conditioning, int], Tensor]) -> Tensor:
+        """What `say` makes of all chosen pairs; its last argument is their stage."""
 
-        def query(rows: slice) -> Tensor:
-            return say(*buffer.inputs(buffer.pairs(rows), self._device_sigmas))
+        def query(pairs: Pairs) -> Tensor:
+            return say(*buffer.inputs(pairs, self._device_sigmas), pairs.stage)
 
-        return torch.cat(self._scoring.run(buffer.pair_count, query))
+        def query_part(part: StagePairs, rows: slice) -> Tensor:
+            return query(buffer.pairs_of(part, rows))
+
+        if not buffer.stage_counts:
+            return torch.cat(self._scoring.run(buffer.pair_count, lambda rows: query(buffer.pairs(rows))))
+        said: list[Tensor] = []
+        parts = [part for update in range(len(buffer.stage_counts)) for part in buffer.by_stage(update)]
+        for part in parts:
+            said += self._scoring.run(len(part), partial(query_part, part))
+        places, counts = (torch.cat([getattr(part, key) for part in parts]) for key in ("index", "counts"))
+        own = torch.cat(said)[to_device(counts.nonzero().flatten(), self._group.device)]
+        return torch.empty_like(own).index_copy_(0, to_device(places[counts], self._group.device), own)
 
     def _train(self, data: Mapping[str, TrainingData[Any]], update: int, meter: RoundMeter) -> RoundLosses:
         """Forward and backward of the pairs of all tasks, those of one of the round's updates."""
@@ -301,9 +322,9 @@ class Trainer(ABC):
                 for pairs in batches[task]:
                     states, sigma, cond = one.buffer.inputs(pairs, self._device_sigmas)
                     guidance = self._settings.student_guidance(task)
-                    predicted = self._predict(self._student, states, sigma, cond, guidance, meter)
+                    predicted = self._predict(self._student, states, sigma, cond, guidance, meter, pairs.stage)
                     losses, measured = self._losses(predicted, pairs.step, one.known.at(pairs))
-                    weights = one.buffer.weights[pairs.sample]
+                    weights = one.buffer.weights_of(pairs)
                     accumulator.add(LossTerm(task, losses, measured, pairs.step, weights, one.pairs[update]))
             return accumulator.measure()
 
@@ -334,17 +355,40 @@ class Trainer(ABC):
 
     # ---- shared by the stages ----
 
+    def _buffer(self, states: Tensor | None, batch: TaskBatch) -> TrajectoryBuffer:
+        """`states` [B, K, C, ...] of the batch's trained steps, which were kept."""
+        assert states is not None
+        buffer = TrajectoryBuffer(states, batch.chosen, batch.part.weights, batch.cond)
+        if len(set(self._stages)) == 1:
+            return buffer
+        counts = batch.stage_counts(self._stages, self._group.world.size)
+        return replace(buffer, stages=self._stages, stage_counts=counts)
+
     def _velocity(
-        self, network: Any, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float, meter: RoundMeter
+        self,
+        network: Any,
+        x: Tensor,
+        sigma: Tensor,
+        cond: Conditioning,
+        guidance: float,
+        meter: RoundMeter,
+        stage: int,
     ) -> Tensor:
-        return self._predict(network, x, sigma, cond, guidance, meter).velocity
+        return self._predict(network, x, sigma, cond, guidance, meter, stage).velocity
 
     def _predict(
-        self, network: Any, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float, meter: RoundMeter
+        self,
+        network: Any,
+        x: Tensor,
+        sigma: Tensor,
+        cond: Conditioning,
+        guidance: float,
+        meter: RoundMeter,
+        stage: int,
     ) -> GuidedVelocity:
         meter.heartbeat()
         uncond = self._uncond if cond.negative is None else cond.negative
-        predicted = guide(self._family, network, x, sigma, cond, uncond, guidance)
+        predicted = guide(self._family, network, x, sigma, cond, uncond, guidance, stage)
         meter.count(len(x) * self._family.passes(guidance), backward=predicted.velocity.requires_grad)
         return predicted
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opd_ds.models.inspection.inspector import inspect
 from opd_ds.models.inspection.parts import Part
+from opd_ds.models.two_networks import PARTS
 
 
 def differing_parts(theirs: Path, ours: Path) -> list[str]:
@@ -22,7 +23,7 @@ def differing_parts(theirs: Path, ours: Path) -> list[str]:
 
 
 def _beside_the_transformer(folder: Path) -> dict[str, Part]:
-    return {part.name: part for part in inspect(folder).parts[1:] if part.problem is None}
+    return {part.name: part for part in inspect(folder).parts if part.name not in PARTS and part.problem is None}
 
 
 def _differ(part: Part, other: Part) -> bool:

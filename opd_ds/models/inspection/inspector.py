@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -17,6 +18,7 @@ from opd_ds.models.adapter_files import (
     DIFFUSERS_WEIGHTS,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
+    adapter_parts,
     is_adapter,
     recorded_fields,
 )
@@ -30,6 +32,7 @@ from opd_ds.models.inspection.parts import (
     look_at_other,
     read_config,
 )
+from opd_ds.models.two_networks import PARTS
 from opd_ds.models.weight_files import NOT_TRANSFORMER, read_header, stored_dtype
 
 TRANSFORMER = "transformer"
@@ -79,6 +82,8 @@ class Inspection:
 def inspect(path: Path) -> Inspection:
     """Look at a file or folder that exists; problems are in the result."""
     try:
+        if parts := adapter_parts(path):
+            return _two_adapters(path, {part: _adapter(folder) for part, folder in parts.items()})
         if is_adapter(path):
             return _adapter(path)
         return _single_file(path) if path.is_file() else _folder(path)
@@ -91,6 +96,7 @@ class Family(Protocol):
 
     pipeline_class: ClassVar[str]
     pipeline_parts: ClassVar[Mapping[str, None]]
+    networks: ClassVar[tuple[str, ...]]
 
 
 def check_base(path: Path, family: type[Family] | None) -> None:
@@ -104,7 +110,7 @@ def check_base(path: Path, family: type[Family] | None) -> None:
     """
     found = inspect(path)
     if found.is_pipeline:
-        used = {TRANSFORMER, "vae", "scheduler"}
+        used = {*(family.networks if family else ()), "vae", "scheduler"}
         for part in found.parts:
             unused = family is not None and part.name not in used and part.name in family.pipeline_parts
             if part.problem is not None and not unused:
@@ -164,6 +170,12 @@ def _adapter(path: Path) -> Inspection:
     return Inspection(path, _LORA, details, files=(*beside, file), ignored=ignored)
 
 
+def _two_adapters(path: Path, found: dict[str, Inspection]) -> Inspection:
+    details = {f"{part}: {key}": value for part, one in found.items() for key, value in one.details.items()}
+    files, ignored = (tuple(chain(*(getattr(one, key) for one in found.values()))) for key in ("files", "ignored"))
+    return Inspection(path, _LORA, details, files=files, ignored=ignored)
+
+
 # ---- networks ----
 
 
@@ -203,11 +215,11 @@ def _pipeline(path: Path) -> Inspection:
         for name, loaded_by in sorted(index.items()):
             if isinstance(loaded_by, list) and len(loaded_by) == 2 and loaded_by[0] and name != TRANSFORMER:
                 parts.append(_part(path / name, name, *map(str, loaded_by)))
-    left = tuple(f"{part.name}/" for part in parts[1:])
-    return Inspection(
-        path, _PIPELINE, details, tuple(parts), transformer.files, (*transformer.ignored, *left),
-        transformer.problem,
-    )  # fmt: skip
+    networks = [part for part in parts if part.name in PARTS]  # a second one is loaded with the first
+    left = tuple(f"{part.name}/" for part in parts if part not in networks)
+    files, ignored = (tuple(chain(*(getattr(part, key) for part in networks))) for key in ("files", "ignored"))
+    problem = next((part.problem for part in networks if part.problem is not None), None)
+    return Inspection(path, _PIPELINE, details, tuple(parts), files, (*ignored, *left), problem)
 
 
 def _part(folder: Path, name: str, library: str, its_class: str) -> Part:

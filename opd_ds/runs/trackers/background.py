@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 from PIL.Image import Image
 
+from opd_ds.rewards import Clip
 from opd_ds.runs.trackers.base import Tracker
 
 CLOSE_SECONDS = 60.0
@@ -42,6 +43,10 @@ class BackgroundTracker:
     def image(self, tag: str, image: Image, round_index: int) -> None:
         """As `Tracker.image`; returns at once. The image must not change afterwards."""
         self._put(lambda tracker: tracker.image(tag, image, round_index))
+
+    def clip(self, tag: str, clip: Clip, round_index: int) -> None:
+        """As `Tracker.clip`; returns at once."""
+        self._put(lambda tracker: tracker.clip(tag, clip, round_index))
 
     def close(self, *, failed: bool) -> int:
         """Wait until all is written, `CLOSE_SECONDS` at most; returns how many records are lost, and warns of them."""

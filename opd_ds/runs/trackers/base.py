@@ -11,6 +11,8 @@ from typing import Any
 from PIL.Image import Image
 
 from opd_ds.config.sections import TrackerSection
+from opd_ds.evaluation.clips import strip
+from opd_ds.rewards import Clip
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ class Tracker(ABC):
     @abstractmethod
     def image(self, tag: str, image: Image, round_index: int) -> None:
         """An RGB image of a round."""
+
+    def clip(self, tag: str, clip: Clip, round_index: int) -> None:
+        """A clip of a round; some of its frames beside each other, where the tracker has no other way."""
+        self.image(tag, strip(clip), round_index)
 
     @abstractmethod
     def close(self, *, failed: bool) -> None:

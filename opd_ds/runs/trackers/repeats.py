@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL.Image import Image
 
+from opd_ds.rewards import Clip
 from opd_ds.runs.trackers.base import Tracker
 
 
@@ -37,6 +38,12 @@ class WithoutRepeats(Tracker):
         record = f"{round_index} image {tag}"
         if record not in self._handed:
             self._tracker.image(tag, image, round_index)
+            self._remember(record)
+
+    def clip(self, tag: str, clip: Clip, round_index: int) -> None:
+        record = f"{round_index} clip {tag}"
+        if record not in self._handed:
+            self._tracker.clip(tag, clip, round_index)
             self._remember(record)
 
     def close(self, *, failed: bool) -> None:

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 import numpy as np
 import yaml
 from PIL.Image import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from opd_ds.config.sections import TrackerSection
+from opd_ds.evaluation.clips import as_gif
+from opd_ds.rewards import Clip
 from opd_ds.runs.trackers.base import TrackedRun, Tracker
 
 TENSORBOARD_FOLDER = "tensorboard"
@@ -31,6 +34,12 @@ class TensorBoard(Tracker):
 
     def image(self, tag: str, image: Image, round_index: int) -> None:
         self._writer.add_image(tag, np.asarray(image), round_index, dataformats="HWC")
+
+    def clip(self, tag: str, clip: Clip, round_index: int) -> None:
+        # As `add_video`, which wants moviepy and frames as numbers: an image whose file is a GIF, which pages play.
+        width, height = clip.frames[0].size
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=as_gif(clip))
+        self._writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), round_index)
 
     def close(self, *, failed: bool) -> None:
         self._writer.close()

@@ -58,11 +58,12 @@ def references(family: ModelFamily, prompts: int) -> list[tuple[Picture, ...]]:
 
 @torch.no_grad()
 def save(pipeline: Any, folder: Path) -> Path:
-    """Write `pipeline` with a random transformer in which no layer is near zero and attention is not near uniform."""
-    for parameter in pipeline.transformer.parameters():
-        # Vectors are norms' weights, which stay near 1, and biases.
-        start = parameter if parameter.ndim == 1 else torch.zeros_like(parameter)
-        parameter.copy_(start + 0.08 * torch.randn_like(parameter))
+    """Write `pipeline` with random transformers in which no layer is near zero and attention is not near uniform."""
+    for network in filter(None, (pipeline.transformer, getattr(pipeline, "transformer_2", None))):
+        for parameter in network.parameters():
+            # Vectors are norms' weights, which stay near 1, and biases.
+            start = parameter if parameter.ndim == 1 else torch.zeros_like(parameter)
+            parameter.copy_(start + 0.08 * torch.randn_like(parameter))
     pipeline.save_pretrained(folder)
     return folder
 

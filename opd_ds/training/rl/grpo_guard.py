@@ -135,7 +135,7 @@ class GrpoGuardTrainer(RLTrainer[Transitions, GrpoGuardKnown]):
         assert trajectory.states is not None
         assert trajectory.velocity is not None
         assert trajectory.noise is not None
-        buffer = TrajectoryBuffer(trajectory.states, batch.chosen, batch.part.weights, batch.cond)
+        buffer = self._buffer(trajectory.states, batch)
         return buffer, Transitions(PerState(trajectory.velocity), PerState(trajectory.noise))
 
     def _known(

@@ -95,7 +95,7 @@ class NftTrainer(RLTrainer[PerState, NftKnown]):
         seeds = [sample_seed(self._config.run.seed, index, f"{task}/noised", i) for i in batch.part.indices]
         noise = SampleNoise(seeds, self._family.latent_shape)
         noised = noised_states(trajectory.final, noise, self._sigmas, batch.chosen, self._family.dtype)
-        return TrajectoryBuffer(noised.states, batch.chosen, batch.part.weights, batch.cond), PerState(noised.flow)
+        return self._buffer(noised.states, batch), PerState(noised.flow)
 
     def _known(
         self, kept: PerState, advantages: Tensor, old: PerPair | None, start: PerPair | None

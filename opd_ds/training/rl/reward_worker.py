@@ -9,11 +9,11 @@ from concurrent.futures import Future, wait
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from opd_ds.config.rl import WeightedReward
 from opd_ds.evaluation.reward_pool import RewardPool
+from opd_ds.rewards import Drawn
 
 _WAIT_SECONDS = 10.0
 
@@ -51,12 +51,10 @@ class RewardScorer:
     def _score_all(
         self, asked: Sequence[WeightedReward], latents: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
     ) -> Tensor:
-        images = self._pool.images(latents)
+        images = self._pool.drawn(latents)
         return torch.stack([self._score(reward.label, images, prompts, metadata) for reward in asked], dim=1)
 
-    def _score(
-        self, label: str, images: list[Image.Image], prompts: list[str], metadata: list[dict[str, Any]]
-    ) -> Tensor:
+    def _score(self, label: str, images: list[Drawn], prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Only what has no score yet is asked again."""
         scores = torch.full((len(images),), torch.nan, dtype=torch.float64)
         for attempt in range(self._attempts):

@@ -6,7 +6,7 @@ import logging
 from abc import abstractmethod
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -92,7 +92,7 @@ class RLTrainer(BufferedTrainer, Generic[Kept, Known]):
             scored = {task: self._scored(task, batches[task], rollouts[task].scores, meter) for task in batches}
         data = {
             task: TrainingData(
-                TrajectoryBuffer(buffer.states, buffer.chosen, scored[task].weights, buffer.cond),
+                replace(buffer, weights=scored[task].weights),
                 self._known(kept[task][1], scored[task].advantages, olds.get(task), starts.get(task)),
                 [float(count) * buffer.chosen.shape[1] for count in scored[task].counts],
             )
