@@ -86,7 +86,7 @@ def teach(
     Raises:
         UserError: it does not; and as `train`.
     """
-    if not config.learns_from_rewards:
+    if config.teachers:
         raise UserError("the config has no section `teach`; distillations start with `train`")
     return train(config, resume=resume, allowed=allowed, callbacks=callbacks)
 

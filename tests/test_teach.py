@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from opd_ds.cli.main import app
 from opd_ds.config.algorithms import TeachConfig
 from opd_ds.config.loading import load_config, parse_config
-from opd_ds.config.rl import WeightedReward
+from opd_ds.config.sections import WeightedReward
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.evaluation.reward_pool import RewardPool

@@ -63,7 +63,7 @@ def _load(recipe: str | None, config: Path | None, overrides: list[str], *, only
     from opd_ds.config.loading import load_config
 
     settings = load_config(recipe, config, overrides)
-    if only_teach and not settings.learns_from_rewards:
+    if only_teach and settings.teachers:
         raise UserError(f"{config or recipe}: has no section `teach`; distillations start with `opd-ds train`")
     return settings
 

@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from opd_ds.config.base import Algorithm
 from opd_ds.config.objectives import ClosedForm, FlowMatching, Objective, PaperObjective, PolicyGradient
 from opd_ds.config.paths import same_place
-from opd_ds.config.rl import GuardSection, LearnedSection, NftSection, RewardAlgorithm
+from opd_ds.config.rl import GuardSection, LearnedSection, NftSection, RewardAlgorithm, RewardTermSection
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import ANCHOR, BASE, AnchorSection, BaseSection, TaskSection, TeacherSection, TrainedSteps
 
@@ -50,11 +50,14 @@ else:
 class DistilConfig(RunConfig):
     """Several teachers into one student: `opd-ds train`."""
 
-    resume_invariants: ClassVar[tuple[str, ...]] = (*RunConfig.resume_invariants, "objective")
+    resume_invariants: ClassVar[tuple[str, ...]] = (*RunConfig.resume_invariants, "objective", "reward_term")
 
     objective: AnyObjective = Field(ClosedForm(), description="by what the student learns from its teachers")
     anchor: AnchorSection | None = None
     base: BaseSection = BaseSection()
+    reward_term: RewardTermSection | None = Field(
+        None, description="where the student learns from the tasks' rewards, too; default: they only monitor"
+    )
     tasks: dict[str, TaskSection] = Field(min_length=1, description="what is learned, by names of your own")
 
     @property
@@ -84,6 +87,22 @@ class DistilConfig(RunConfig):
         if (section := sections.get(BASE)) is not None:
             base = BaseSection(placement=section.placement, deepspeed=section.deepspeed)
         return self.model_copy(update={"tasks": tasks, "anchor": sections.get(ANCHOR), "base": base})
+
+    @property
+    def trainer(self) -> str:
+        return self.objective.rewarded_trainer if self.reward_term else super().trainer
+
+    @property
+    def learns_from_rewards(self) -> bool:
+        return self.reward_term is not None
+
+    @property
+    def group_size(self) -> int:
+        return self.reward_term.group if self.reward_term else 1
+
+    @property
+    def kept_per_state(self) -> int:
+        return max(super().kept_per_state, self.reward_term.kept_per_state if self.reward_term else 0)
 
     @property
     def _anchor_is_base(self) -> bool:
@@ -123,6 +142,13 @@ class DistilConfig(RunConfig):
     def kept_velocities(self, task: str, passes: Callable[[float], int]) -> int:
         return super().kept_velocities(task, passes) + 2 * len(self.kept_apart(task, passes))
 
+    def rollout_guidance(self, task: str) -> float:
+        own = self.objective.drawn_by == "student"
+        return self.student_guidance(task) if own else self.tasks[task].teacher.guidance
+
+    def queried_guidances(self, task: str) -> list[float]:
+        return list(self.asked(task).values())
+
     def resume_settings(self) -> dict[str, Any]:
         data = super().resume_settings()
         # As in checkpoints from before there were such settings.
@@ -131,14 +157,11 @@ class DistilConfig(RunConfig):
         if self.objective.guided == "together":
             for key in ("guided", "direction_weight"):
                 data["objective"].pop(key)
+        if self.scoring.late:
+            data["scoring"] = {"late": self.scoring.late}
+        if self.reward_term:
+            data["reward_term"].pop("reward_attempts")
         return data
-
-    def rollout_guidance(self, task: str) -> float:
-        own = self.objective.drawn_by == "student"
-        return self.student_guidance(task) if own else self.tasks[task].teacher.guidance
-
-    def queried_guidances(self, task: str) -> list[float]:
-        return list(self.asked(task).values())
 
     @model_validator(mode="after")
     def _same_forwards(self) -> DistilConfig:
@@ -169,7 +192,8 @@ class DistilConfig(RunConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> DistilConfig:
-        self.check_noise(f"objective.method = {self.objective.method!r}")
+        if self.algorithm.needs_noise:
+            self.check_noise(f"objective.method = {self.objective.method!r}")
         if self.rollout.mode != "fused":
             return self
         for name, teacher in self.all_teachers.items():
@@ -179,6 +203,11 @@ class DistilConfig(RunConfig):
                     f"= {teacher.placement!r} is brought in once a round; set it to 'resident' or 'shared', or "
                     "rollout.mode to 'buffered'"
                 )
+        if self.scoring.late:
+            raise ValueError(
+                f"rollout.mode = 'fused' trains while it rolls out, so scoring.late = {self.scoring.late} is not "
+                "possible; set it to 0 or rollout.mode to 'buffered'"
+            )
         for key in ("inner_epochs", "updates_per_round"):
             if getattr(self.train, key) > 1:
                 raise ValueError(
@@ -191,6 +220,32 @@ class DistilConfig(RunConfig):
                 f"rollout.mode = 'fused' knows objective.method = {' or '.join(map(repr, fusing))} only, not "
                 f"{self.objective.method!r}; set rollout.mode to 'buffered'"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_can_be_learned_from(self) -> DistilConfig:
+        term, rollout = self.reward_term, self.rollout
+        if term is None:
+            return self
+        if not self.objective.rewarded_trainer:
+            able = [name for name in algorithm_names(Objective) if ALGORITHMS[name].rewarded_trainer]
+            raise ValueError(
+                f"reward_term goes with objective.method = {' or '.join(map(repr, able))} only, not "
+                f"{self.objective.method!r}; leave it out, or use another method"
+            )
+        if rollout.mode == "fused":
+            raise ValueError(
+                "rollout.mode = 'fused' trains while it rolls out, and the rewards of reward_term come after a "
+                "rollout; set it to 'buffered'"
+            )
+        self.check_groups("reward_term")
+        self.check_noise("reward_term")
+        for name, task in self.tasks.items():
+            if not any(reward.weight for reward in task.rewards):
+                raise ValueError(
+                    f"tasks.{name}.rewards: reward_term learns from every task's rewards, and here is none with a "
+                    "weight; give one, or leave reward_term out"
+                )
         return self
 
 
@@ -222,20 +277,20 @@ class TeachConfig(RunConfig):
     @model_validator(mode="after")
     def _consistent(self) -> TeachConfig:
         rollout, teach = self.rollout, self.teach
-        for name in self.tasks:
-            if self.samples(name) % teach.group:
-                raise ValueError(
-                    f"{self.samples_key(name)} = {self.samples(name)} is no multiple of teach.group = {teach.group}; "
-                    "it counts the images of all prompts of a task and round"
-                )
+        self.check_groups("teach")
         if self.scoring.micro_batch == "auto":
             raise ValueError(
                 "scoring.micro_batch = 'auto' may come out differently on each rank, but frozen policies are asked "
                 "through the student, whose forwards may be collective; give a number"
             )
+        if self.scoring.late:
+            raise ValueError(
+                f"scoring.late = {self.scoring.late} is for teachers; learning from rewards has none, set it to 0"
+            )
         if rollout.mode == "fused":
             raise ValueError("rollout.mode = 'fused': rewards come after a rollout; set it to 'buffered'")
-        self.check_noise(f"teach.algorithm = {teach.algorithm!r}")
+        if teach.needs_noise:
+            self.check_noise(f"teach.algorithm = {teach.algorithm!r}")
         if teach.trained_window is None:
             return self
         if rollout.trained_steps != TrainedSteps(fraction=1.0):

@@ -54,6 +54,7 @@ class Algorithm(Section):
         drawn_by: whose trajectories are trained on.
         kept_per_state: latents that the buffer keeps of every state beside the state itself.
         fused_trainer: likewise, where a rollout's forward is the training forward; empty where it cannot be.
+        rewarded_trainer: likewise, where `reward_term` learns from rewards beside teachers; empty where it cannot be.
     """
 
     trainer: ClassVar[str]
@@ -61,6 +62,7 @@ class Algorithm(Section):
     drawn_by: ClassVar[Literal["student", "teacher"]] = "student"
     kept_per_state: ClassVar[int] = 0
     fused_trainer: ClassVar[str] = ""
+    rewarded_trainer: ClassVar[str] = ""
 
     @property
     def asks_teacher(self) -> bool:

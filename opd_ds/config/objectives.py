@@ -79,6 +79,7 @@ class ClosedForm(PaperObjective):
 
     trainer: ClassVar[str] = "opd_ds.training.distillation:Distillation"
     fused_trainer: ClassVar[str] = "opd_ds.training.fused:FusedDistillation"
+    rewarded_trainer: ClassVar[str] = "opd_ds.training.rl.reward_term:RewardedDistillation"
 
     method: Literal["closed_form"] = "closed_form"
 

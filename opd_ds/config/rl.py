@@ -7,13 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from opd_ds.config.base import Algorithm, Section
-from opd_ds.config.sections import RewardSection, TrainedSection
-
-
-class WeightedReward(RewardSection):
-    """One reward that is learned from; a bare name stands for a mapping with that name."""
-
-    weight: float = Field(1.0, description="factor on this reward in the sum that is learned from")
+from opd_ds.config.sections import TrainedSection, WeightedReward
 
 
 class LearnedSection(TrainedSection):
@@ -45,12 +39,9 @@ class OldPolicySection(Section):
     maximum: float = Field(0.5, ge=0, lt=1, description="that d reaches")
 
 
-class RewardAlgorithm(Algorithm):
-    """What algorithms that learn from rewards have in common; `algorithm` is its name."""
+class GroupSection(Section):
+    """How much better an image is than others of its prompt."""
 
-    title: ClassVar[str] = "Reinforcement learning"
-
-    algorithm: str
     group: int = Field(24, ge=2, description="images of one prompt, compared with each other")
     reward_scale: Literal["none", "deviation"] = Field(
         "none",
@@ -60,6 +51,34 @@ class RewardAlgorithm(Algorithm):
     advantage_std: Literal["batch", "group"] = Field("batch", description="whose deviation scales the advantages")
     advantage_clip: PositiveFloat = Field(5.0, description="advantages are cut off at this value on both sides of 0")
     reward_attempts: PositiveInt = Field(3, description="calls of a reward before images without a score are left out")
+
+
+class RatioSection(Section):
+    """The clipped policy gradient of GRPO-Guard (arXiv 2510.22319) and Flow-GRPO (arXiv 2505.05470)."""
+
+    clip: PositiveFloat = Field(1e-4, description="of the likelihood ratio, on both sides of 1")
+    ratio: Literal["normalized", "plain"] = Field("normalized", description="plain is Flow-GRPO's own")
+    step_weighting: Literal["none", "inverse_dt"] = Field(
+        "none", description="inverse_dt divides by a step's length, as GRPO-Guard's code does: short steps count more"
+    )
+
+
+class RewardTermSection(RatioSection, GroupSection):
+    """GRPO-Guard's policy gradient from the tasks' rewards beside the distillation, on the same transitions and in the
+    same forwards. Velocities and drawn noise of every trained state are kept.
+    """
+
+    kept_per_state: ClassVar[int] = 2
+
+    weight: PositiveFloat = Field(description="factor on the policy gradient's loss beside the distillation's")
+
+
+class RewardAlgorithm(GroupSection, Algorithm):
+    """What algorithms that learn from rewards have in common; `algorithm` is its name."""
+
+    title: ClassVar[str] = "Reinforcement learning"
+
+    algorithm: str
 
 
 class NftSection(RewardAlgorithm):
@@ -82,7 +101,7 @@ class NftSection(RewardAlgorithm):
         return 1 + (self.kl > 0)
 
 
-class GuardSection(RewardAlgorithm):
+class GuardSection(RatioSection, RewardAlgorithm):
     """GRPO-Guard (arXiv 2510.22319) on Flow-GRPO (arXiv 2505.05470). Velocities and drawn noise of every state are
     kept.
     """
@@ -91,11 +110,6 @@ class GuardSection(RewardAlgorithm):
     kept_per_state: ClassVar[int] = 2
 
     algorithm: Literal["guard"]
-    clip: PositiveFloat = Field(1e-4, description="of the likelihood ratio, on both sides of 1")
-    ratio: Literal["normalized", "plain"] = Field("normalized", description="plain is Flow-GRPO's own")
-    step_weighting: Literal["none", "inverse_dt"] = Field(
-        "none", description="inverse_dt divides by a step's length, as GRPO-Guard's code does: short steps count more"
-    )
     window: PositiveInt | None = Field(
         None, description="only so many steps in a row, from a random one on, draw noise and are trained; default: all"
     )

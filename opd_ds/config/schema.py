@@ -137,6 +137,11 @@ class RunConfig(Section, ABC):
         return int(self.student.ema.decay > 0) + self.algorithm.student_snapshots
 
     @property
+    def kept_per_state(self) -> int:
+        """Latents that the buffer keeps of every state beside the state itself."""
+        return self.algorithm.kept_per_state
+
+    @property
     def frozen_velocities(self) -> int:
         """How many frozen networks are asked at every trained state."""
         return max(len(self.queried_guidances(task)) for task in self.tasks)
@@ -278,9 +283,18 @@ class RunConfig(Section, ABC):
         """The key of a teacher, of the anchor or of the base."""
         return {ANCHOR: "anchor", BASE: "base"}.get(name, f"tasks.{name}.teacher")
 
+    def check_groups(self, key: str) -> None:
+        """Raise ValueError where a round's images cannot be compared in groups, as the section `key` does."""
+        for name in self.tasks:
+            if self.samples(name) % self.group_size:
+                raise ValueError(
+                    f"{self.samples_key(name)} = {self.samples(name)} is no multiple of {key}.group = "
+                    f"{self.group_size}; it counts the images of all prompts of a task and round"
+                )
+
     def check_noise(self, key: str) -> None:
-        """Raise ValueError where the algorithm that `key` names needs noise and the rollout draws none."""
-        if self.algorithm.needs_noise and self.rollout.noise_level == 0:
+        """Raise ValueError where what `key` names needs noise and the rollout draws none."""
+        if self.rollout.noise_level == 0:
             raise ValueError(
                 f"{key} weighs drawn transitions by their likelihood, and rollout.noise_level = 0 "
                 f"draws none; set a kernel with noise ({', '.join(STOCHASTIC_KERNELS)}) and a noise_level above 0"

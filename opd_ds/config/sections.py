@@ -283,6 +283,11 @@ class ScoringSection(Section):
         description="pairs per teacher forward and rank; default: train's, so that a student that is its own teacher "
         "has loss 0; auto: on an accelerator the largest that fits, halved when memory runs out",
     )
+    late: Literal[0, 1] = Field(
+        0,
+        description="1: the next round is rolled out and scored before a round trains, so that what a round trains on "
+        "was drawn by weights one round older; needs memory for a second buffer",
+    )
 
 
 Placement = Annotated[
@@ -383,6 +388,12 @@ class RewardSection(Section):
         return {"label": str(value["name"]).rpartition(OWN_REWARD)[-1], **value}
 
 
+class WeightedReward(RewardSection):
+    """One reward that is learned from; a bare name stands for a mapping with that name."""
+
+    weight: float = Field(1.0, description="factor on this reward in the sum that is learned from")
+
+
 Cell = str | bool | int | float
 
 
@@ -463,6 +474,9 @@ class TaskSection(TrainedSection):
     """A task that is learned from its teacher."""
 
     teacher: TeacherSection
+    rewards: tuple[WeightedReward, ...] = Field(
+        (), description="they monitor; with `reward_term` their weighted sum is learned from. The first is the headline"
+    )
 
 
 class EvaluationSection(Section):

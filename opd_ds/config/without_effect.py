@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from opd_ds.config.base import Section
 from opd_ds.config.objectives import PaperObjective
 from opd_ds.config.schema import RunConfig
-from opd_ds.config.sections import BASE, STOCHASTIC_KERNELS, EmaSection
+from opd_ds.config.sections import BASE, STOCHASTIC_KERNELS, EmaSection, WeightedReward
 
 _TINY_SHARE, _MOSTLY, _TINY_RATE = 1e-3, 0.5, 1e-9
 
@@ -120,6 +120,10 @@ def _tasks(config: RunConfig) -> Iterator[str]:
         yield "objective.direction_weight is read with objective.guided = 'apart' only"
     if "base" in type(config).model_fields and _is_given(config, "base") and BASE not in config.all_teachers:
         yield "base is read only with objective.extrapolation above 0"
+    for name, task in config.tasks.items():
+        given = [one for one in task.rewards if isinstance(one, WeightedReward) and one.weight != 1]
+        if given and not config.learns_from_rewards:
+            yield f"tasks.{name}.rewards: the weight of {given[0].label} is not read without reward_term"
     largest = max(task.weight for task in config.tasks.values())
     for name, task in config.tasks.items():
         if task.weight < _TINY_SHARE * largest:

@@ -26,12 +26,13 @@ from opd_ds.engine.node_memory import NodeMemory
 from opd_ds.engine.schedule import Schedule, learning_rates
 from opd_ds.engine.sharded_loading import ShardedParameters, parameter_builder
 from opd_ds.engine.snapshots import ShardedEma, WeightSnapshot
-from opd_ds.engine.state import OLD_POLICY, START, ShardReader, write_shard
+from opd_ds.engine.state import OLD_POLICY, START, WAITING, ShardReader, write_shard
 from opd_ds.engine.student import StudentEngine
 
 __all__ = [
     "OLD_POLICY",
     "START",
+    "WAITING",
     "Alone",
     "FrozenEngine",
     "Group",

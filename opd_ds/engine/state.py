@@ -1,7 +1,9 @@
 """What a resume needs, out of the engine and back into it, in terms that know neither ZeRO stage nor rank.
 
 A tensor entry is keyed `kind/start/parameter`: the elements from `start` on of the flattened parameter, fp32, 1-D.
-`kind` is `master`, a moment of the optimizer (`exp_avg`, ...), or the name of a further copy of the weights (`COPIES`).
+`kind` is `master`, a moment of the optimizer (`exp_avg`, ...), the name of a further copy of the weights, or
+`waiting`: what a round will train on (`opd_ds.training.late`), where columns take the place of parameters and keep
+their own dtype.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from opd_ds.errors import DamagedCheckpointError
 from opd_ds.utils.atomic_io import apply_umask
 from opd_ds.utils.disk_errors import disk_error
 
-MASTER, EMA, OLD_POLICY, START = "master", "ema", "old_policy", "start"
-COPIES = {EMA, OLD_POLICY, START}
+MASTER, EMA, OLD_POLICY, START, WAITING = "master", "ema", "old_policy", "start", "waiting"
+_NO_MOMENTS = {MASTER, EMA, OLD_POLICY, START, WAITING}
 _GROUP_FIELDS = ("lr", "betas", "momentum")  # what schedules move
 
 
@@ -62,7 +64,7 @@ def load_state_dict(engine: DeepSpeedEngine, held: list[Fragment], shards: Shard
             stack.enter_context(in_memory(engine.optimizer, parts[0], write=True))
             for part in parts:
                 part.master.copy_(shards.read(MASTER, part.name, part.start, part.numel))
-            kinds = shards.kinds - {MASTER} - COPIES
+            kinds = shards.kinds - _NO_MOMENTS
             if not kinds:  # written before the first step (fp16 skips those that overflow): leave the optimizer alone
                 continue
             flat = parts[0].flat

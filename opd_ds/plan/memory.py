@@ -177,7 +177,7 @@ def run_memory(
         device += _vae(config, costs, devices, element, evaluating=not rounds_only)
     device += _rewards(config)
     if not rounds_only:
-        host += _host(config, costs, counts, zero, element)
+        host += _host(config, costs, devices, counts, zero, element)
     return Memory(_without_empty(device), _without_empty(host), _without_empty(teachers.node), placed_as.notes)
 
 
@@ -288,12 +288,14 @@ def buffer_bytes(config: RunConfig, model: Model, devices: Devices) -> Mapping[s
     passes = family_class(config.model.family).passes
     kept = [rows_per_rank(config, devices, task) * config.kept_velocities(task, passes) for task in config.tasks]
     return {
-        "states": rows_of_a_round(config, devices)
-        * config.trained_steps
-        * latent
-        * (1 + config.algorithm.kept_per_state),
+        "states": rows_of_a_round(config, devices) * config.trained_steps * latent * (1 + config.kept_per_state),
         "scored": config.trained_steps * latent * (sum(kept) if config.train.schedule == "together" else max(kept)),
     }
+
+
+def waiting_bytes(config: RunConfig, model: Model, devices: Devices) -> float:
+    """Bytes of a rank's buffers of the next round, which a checkpoint keeps as well; nothing without `scoring.late`."""
+    return config.scoring.late * sum(buffer_bytes(config, model, devices).values())
 
 
 def buffer_parts(config: RunConfig, costs: Costs, devices: Devices) -> list[Part]:
@@ -303,10 +305,18 @@ def buffer_parts(config: RunConfig, costs: Costs, devices: Devices) -> list[Part
     training = frozenset({Phase.TRAIN, Phase.REDUCE})
     later = training | {Phase.ROLLOUT, Phase.SCORE, Phase.STEP}
     single = largest_rows(config, devices) / every * sizes["scored"]
+    waiting: list[Part] = []
+    if config.scoring.late:
+        always = frozenset(Phase) - {Phase.LOAD}
+        waiting = [
+            Part("trajectory buffer: waiting", waiting_bytes(config, costs.model, devices), always),
+            Part("encoded prompts: waiting", every * costs.prompt, always),
+        ]
     return [
+        *waiting,
         Part("trajectory buffer", sizes["states"], later),
-        # Where rewards are learned from micro-batches are joined: both are there for a moment.
-        Part("trajectory buffer: joining", sizes["states"] * config.learns_from_rewards, frozenset({Phase.ROLLOUT})),
+        # Without teachers micro-batches are joined: both are there for a moment.
+        Part("trajectory buffer: joining", sizes["states"] * (not config.teachers), frozenset({Phase.ROLLOUT})),
         Part("trajectory buffer: scored", sizes["scored"], training | {Phase.SCORE, Phase.STEP}),
         Part("trajectory buffer: joining", single, frozenset({Phase.SCORE})),
         Part("encoded prompts", every * costs.prompt, later | {Phase.ENCODE}),
@@ -326,7 +336,7 @@ def batches(config: RunConfig, devices: Devices) -> dict[str, int]:
     asked = passes_at_once(config, passes)
     fused = config.rollout.mode == "fused"
     by_teacher = config.algorithm.drawn_by == "teacher"
-    alone = config.learns_from_rewards or by_teacher
+    alone = by_teacher or not config.teachers
     rollout = min(config.rollout.micro_batch, rows if alone else rows_of_a_round(config, devices))
     return {
         "rollout": rollout * passes_at_once(config, passes if by_teacher else student),
@@ -371,7 +381,7 @@ def _activations(
 
 def _vae(config: RunConfig, costs: Costs, devices: Devices, element: int, *, evaluating: bool) -> list[Part]:
     """Loaded at the first image, then kept. Where rewards are learned from, images are decoded beside the
-    rollout.
+    rollout, or beside the teachers' queries.
     """
     parts = [Part("VAE", element * costs.model.vae_parameters)]
     if evaluating:
@@ -379,8 +389,17 @@ def _vae(config: RunConfig, costs: Costs, devices: Devices, element: int, *, eva
         parts.append(Part("VAE decode", decode, frozenset({Phase.DECODE})))
     if config.learns_from_rewards:
         drawn = min(config.rollout.micro_batch, largest_rows(config, devices))
-        parts.append(Part("VAE decode", decoded_bytes(config, costs, drawn), frozenset({Phase.ROLLOUT})))
+        parts.append(Part("VAE decode", decoded_bytes(config, costs, drawn), frozenset({decoding(config)})))
     return parts
+
+
+def decoding(config: RunConfig) -> Phase:
+    """The phase of a round beside which images are decoded; `DECODE`, an evaluation's, where no rewards are learned
+    from.
+    """
+    if not config.learns_from_rewards:
+        return Phase.DECODE
+    return Phase.SCORE if config.teachers else Phase.ROLLOUT
 
 
 def decoded_bytes(config: RunConfig, costs: Costs, images: int) -> float:
@@ -400,10 +419,10 @@ def _rewards(config: RunConfig) -> list[Part]:
 # ---- the host ----
 
 
-def _host(config: RunConfig, costs: Costs, counts: Counts, zero: Zero, element: int) -> list[Part]:
+def _host(config: RunConfig, costs: Costs, devices: Devices, counts: Counts, zero: Zero, element: int) -> list[Part]:
     """Beside what is offloaded: the process, and what loading, checkpoints and the export need for a while."""
     owned = counts.trained / zero.world  # at stage 0 all hold everything and each writes its part
-    saved = FP32 * owned * (3 + config.weight_snapshots)
+    saved = FP32 * owned * (3 + config.weight_snapshots) + waiting_bytes(config, costs.model, devices)
     background = config.run.checkpoint_in_background
     passing = frozenset({Phase.EVALUATE})
     exported = (element + FP32) * (counts.parameters + counts.buffers) if config.student.kind == "full" else 0

@@ -12,7 +12,7 @@ from opd_ds.config.sections import BASE, BaseSection
 from opd_ds.errors import UserError
 from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import GIB, Devices
-from opd_ds.plan.memory import Memory, allowance, largest_rows, layout, rows_of_a_round, run_memory
+from opd_ds.plan.memory import Memory, allowance, decoding, largest_rows, layout, rows_of_a_round, run_memory
 from opd_ds.plan.network import find_model
 from opd_ds.plan.timing import Seconds, round_seconds
 from opd_ds.plan.zero import Phase
@@ -231,8 +231,8 @@ def _evaluated_in_less(setting: Setting, config: RunConfig, costs: Costs, device
 
 def _evaluation_decides(plan: Plan) -> bool:
     """Whether what does not fit is a phase that draws for an evaluation, or that decodes."""
-    decoding = Phase.ROLLOUT if plan.config.learns_from_rewards else Phase.DECODE
-    return plan.needed > plan.devices.kind.memory and plan.memory.worst in (Phase.EVALUATE, Phase.DECODE, decoding)
+    phases = (Phase.EVALUATE, Phase.DECODE, decoding(plan.config))
+    return plan.needed > plan.devices.kind.memory and plan.memory.worst in phases
 
 
 def _nothing_fits(plan: Plan) -> str:

@@ -1,4 +1,4 @@
-"""Rewards by name. In distillation a reward monitors; it never decides a gradient."""
+"""Rewards by name. In distillation a reward monitors, and decides no gradient unless `reward_term` asks for it."""
 
 from opd_ds.rewards.base import (
     Metadata,

@@ -143,7 +143,8 @@ def _card(
     kind = run["student"]["kind"]
     anchor = [run["anchor"]] if "anchor" in run else []
     taught = f"taught {', '.join(run['tasks'])}"
-    how = taught if config.learns_from_rewards else f"distilled from {len(run['tasks'])} teachers"
+    how = f"distilled from {len(run['tasks'])} teachers" if config.teachers else taught
+    how += " and rewards" if config.teachers and config.learns_from_rewards else ""
     alone = kind == "lora" and not merge
     hub = hub_id(config.model.path, None)
     stored: Literal["full", "lora", "peft"] = "full" if not alone else "peft" if form == "peft" else "lora"

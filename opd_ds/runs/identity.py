@@ -6,9 +6,8 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from opd_ds.config.rl import LearnedSection
 from opd_ds.config.schema import RunConfig
-from opd_ds.config.sections import ANCHOR, AnchorSection
+from opd_ds.config.sections import ANCHOR, AnchorSection, WeightedReward
 from opd_ds.models import ModelFamily
 from opd_ds.rewards import Reward
 from opd_ds.runs.files import RunFiles
@@ -34,11 +33,12 @@ def run_identity(config: RunConfig, files: RunFiles, family: ModelFamily) -> dic
     for name in config.teachers:
         tasks[name] |= teacher(name)
     for name, task in config.tasks.items():
-        if isinstance(task, LearnedSection):
+        if config.learns_from_rewards:
             tasks[name]["rewards"] = [
-                {"name": reward.name, "label": reward.label, "weight": reward.weight} for reward in task.rewards
+                {"name": reward.name, "label": reward.label, "weight": reward.weight}
+                for reward in task.rewards
+                if isinstance(reward, WeightedReward)
             ]
-    for name, task in config.tasks.items():
         if task.samples is not None:
             tasks[name]["samples"] = task.samples
         if config.train.schedule != "together":

@@ -147,13 +147,13 @@ class _Session:
             "shapes": parts.student.shapes,
             "adapter": lora.config_fields(parts.student.module, STUDENT_ADAPTER),
             "student": parts.student.scalar_state(),
-            "copies": {copy.kind: copy.scalar_state() for copy in parts.trainer.snapshots},
+            "copies": {copy.kind: copy.scalar_state() for copy in parts.trainer.saved},
             "run": parts.identity,
         }
         self.group.progress(f"the checkpoint of round {done}")
         self.monitor.tell(f"saving {self.store.place(done)}")
         entries = parts.student.state_dict()
-        for copy in parts.trainer.snapshots:
+        for copy in parts.trainer.saved:
             entries |= copy.state_dict()
         self.store.save(done, state, entries)
         self.saved = done
@@ -177,7 +177,7 @@ def _restore(parts: Parts, resumed: ResumePoint, group: Group) -> None:
     with group.raise_on_any_rank():
         shards = ShardReader(resumed.checkpoint)
     parts.student.load_state_dict(shards, resumed.state["student"])
-    for copy in parts.trainer.snapshots:
+    for copy in parts.trainer.saved:
         copy.load_state_dict(shards, resumed.state["copies"][copy.kind])
 
 

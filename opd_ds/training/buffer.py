@@ -46,6 +46,15 @@ class PerState:
     def at(self, pairs: Pairs) -> Tensor:
         return self.values.flatten(0, 1)[pairs.rows]
 
+    def by_sample(self, count: int) -> Tensor:
+        """[B, ...] of `count` samples."""
+        return self.values
+
+    @classmethod
+    def of_samples(cls, rows: Tensor) -> PerState:
+        """What `by_sample` gave."""
+        return cls(rows)
+
 
 @dataclass(frozen=True)
 class PerPair:
@@ -56,15 +65,33 @@ class PerPair:
     def at(self, pairs: Pairs) -> Tensor:
         return self.values[pairs.rows]
 
+    def by_sample(self, count: int) -> Tensor:
+        """[B, K, C, ...] of `count` samples."""
+        return self.values.unflatten(0, (count, -1))
+
+    @classmethod
+    def of_samples(cls, rows: Tensor) -> PerPair:
+        """What `by_sample` gave."""
+        return cls(rows.flatten(0, 1))
+
 
 @dataclass(frozen=True)
 class PerSample:
-    """What is known of every trajectory: [B]."""
+    """What is known of every trajectory: [B, ...]."""
 
     values: Tensor
 
     def at(self, pairs: Pairs) -> Tensor:
         return self.values[pairs.sample]
+
+    def by_sample(self, count: int) -> Tensor:
+        """[B, ...] of `count` samples."""
+        return self.values
+
+    @classmethod
+    def of_samples(cls, rows: Tensor) -> PerSample:
+        """What `by_sample` gave."""
+        return cls(rows)
 
 
 Column = PerState | PerPair | PerSample

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate, chain, zip_longest
@@ -19,9 +19,10 @@ from opd_ds.diffusion.rollout import Keep, MicroBatch, Rows, Trajectory, in_step
 from opd_ds.errors import UserError
 from opd_ds.models import Conditioning, GuidedVelocity, ModelFamily
 from opd_ds.training.buffer import Columns, PerPair, PerState, TrajectoryBuffer, named
+from opd_ds.training.late import WaitingRound
 from opd_ds.training.meter import RoundMeter
 from opd_ds.training.objectives import ClosedFormLoss, TeacherVelocities
-from opd_ds.training.trainer import BufferedTrainer, Components, Experience, TaskBatch, TrainingData
+from opd_ds.training.trainer import BufferedTrainer, Components, Experience, Saved, TaskBatch, TrainingData
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,38 @@ class Distillation(BufferedTrainer):
         self._config: DistilConfig = parts.config
         self._teachers = parts.teachers
         self.loss = self.loss_class(self._config, self._coefficients, self._sigmas, parts.group.device)
+        late = self._config.scoring.late
+        self._waiting = WaitingRound(self._draw, self._buffer, self.known_class, parts.group.device) if late else None
+
+    @property
+    def saved(self) -> Sequence[Saved]:
+        return [*super().saved, *([self._waiting] if self._waiting is not None else [])]
+
+    def _see(self, index: int, meter: RoundMeter) -> Experience[Any]:
+        """With `scoring.late` the next round is seen before this one trains, by weights one round older than its
+        turn will find; the first round sees itself, too.
+        """
+        if self._waiting is None:
+            return super()._see(index, meter)
+        seen = self._waiting.take(index) or super()._see(index, meter)
+        if index + 1 < self._config.run.rounds:
+            self._waiting.put(index + 1, super()._see(index + 1, meter))
+        return seen
 
     def _collect(self, index: int, batches: dict[str, TaskBatch], meter: RoundMeter) -> Experience[TeacherVelocities]:
         with ExitStack() as stack:
             with meter.phase("rollout"):
                 stack.enter_context(self._teachers.gathered())  # for both
                 trajectories = self._roll_out_tasks(index, batches, meter)
-                buffers = {task: self._buffer(trajectories[task].states, batch) for task, batch in batches.items()}
-            with meter.phase("score"):
-                said = self._query(buffers, meter)
+            return self._score(index, trajectories, batches, meter)
+
+    def _score(
+        self, index: int, trajectories: dict[str, Trajectory], batches: dict[str, TaskBatch], meter: RoundMeter
+    ) -> Experience[TeacherVelocities]:
+        """What the frozen networks say at the states that were visited in round `index`."""
+        buffers = {task: self._buffer(trajectories[task].states, batch) for task, batch in batches.items()}
+        with meter.phase("score"):
+            said = self._query(buffers, meter)
         data = {
             task: TrainingData(
                 buffers[task], self._known(task, trajectories[task], said[task]), [batch.pairs] * batch.updates
@@ -101,7 +125,7 @@ class Distillation(BufferedTrainer):
             for task, batch in batches.items()
         }
         shown = trajectories if self._config.shows_rollouts(index) else {}
-        return Experience(data, {task: trajectory.final for task, trajectory in shown.items()})
+        return Experience(batches, data, {task: trajectory.final for task, trajectory in shown.items()})
 
     def _roll_out_tasks(self, index: int, batches: dict[str, TaskBatch], meter: RoundMeter) -> dict[str, Trajectory]:
         """The student's own trajectories in round `index`, by task."""

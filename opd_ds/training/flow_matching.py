@@ -48,4 +48,4 @@ class FlowMatching(Distillation):
             )
             for task, batch in batches.items()
         }
-        return Experience(data, final)
+        return Experience(batches, data, final)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from opd_ds.data import PromptSet, Shard, draw_prompts, shard
 from opd_ds.diffusion import Coefficients, kernel
 from opd_ds.diffusion.noise import SampleNoise, sample_seed
 from opd_ds.diffusion.rollout import Keep, MicroBatch, Rows, Trajectory, rollout
-from opd_ds.engine import Group, ShardedEma, StudentEngine, WeightSnapshot
+from opd_ds.engine import Group, ShardedEma, ShardReader, StudentEngine
 from opd_ds.errors import NonFiniteError
 from opd_ds.evaluation.reward_pool import RewardPool
 from opd_ds.models import Conditioning, GuidedVelocity, ModelFamily, guide
@@ -32,6 +32,28 @@ from opd_ds.training.teachers import TeacherPool
 from opd_ds.utils.transfer import to_device
 
 Known = TypeVar("Known")
+
+
+class Saved(Protocol):
+    """What belongs to a run's state beside the student.
+
+    Attributes:
+        kind: its name in checkpoints.
+    """
+
+    kind: str
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """This rank's part, as entries of `opd_ds.engine.state`."""
+        ...
+
+    def scalar_state(self) -> dict[str, Any]:
+        """What is equal on all ranks, fit for JSON."""
+        ...
+
+    def load_state_dict(self, shards: ShardReader, scalars: dict[str, Any]) -> None:
+        """Go on from a checkpoint, whatever ranks and ZeRO stage wrote it. Collective."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -108,10 +130,12 @@ class Experience(Generic[Known]):
     """What a round has seen before it trains, by task.
 
     Attributes:
+        batches: what was drawn for it.
         final: clean latents float32 [B, C, ...] of the rollouts, on the device; empty where nobody looks at them.
         scores: what rewards said of them, where they are learned from.
     """
 
+    batches: dict[str, TaskBatch]
     data: dict[str, TrainingData[Known]]
     final: dict[str, Tensor]
     scores: dict[str, float] = field(default_factory=dict)
@@ -185,8 +209,8 @@ class Trainer(ABC):
         kernel(config.rollout.kernel, config.rollout.noise_level).coefficients(family.sigmas(config.rollout.steps))
 
     @property
-    def snapshots(self) -> list[WeightSnapshot]:
-        """Further weights that belong to the run's state."""
+    def saved(self) -> Sequence[Saved]:
+        """What belongs to the run's state beside the student."""
         return [self._ema] if self._ema is not None else []
 
     def run_round(self, index: int) -> RoundReport:
@@ -397,15 +421,19 @@ class BufferedTrainer(Trainer):
     """A round that first sees, then trains on what it has seen."""
 
     def _learn(self, index: int, meter: RoundMeter) -> Learned:
-        with meter.phase("encode"):
-            batches = self._draw(index)
-        seen = self._collect(index, batches, meter)
+        seen = self._see(index, meter)
         updates = range(self._settings.train.updates_per_round)
         for update in [*updates] * self._settings.train.inner_epochs:
             losses = self._train(seen.data, update, meter)
             grad_norm = self._step(losses, meter)
         self._after_steps(index)
-        return Learned(batches, losses, grad_norm, seen.final, seen.scores)
+        return Learned(seen.batches, losses, grad_norm, seen.final, seen.scores)
+
+    def _see(self, index: int, meter: RoundMeter) -> Experience[Any]:
+        """What round `index` trains on."""
+        with meter.phase("encode"):
+            batches = self._draw(index)
+        return self._collect(index, batches, meter)
 
     @abstractmethod
     def _collect(self, index: int, batches: dict[str, TaskBatch], meter: RoundMeter) -> Experience[Any]:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_ds.config.algorithms import TeachConfig
-from opd_ds.config.rl import GuardSection
+from opd_ds.config.rl import GuardSection, RatioSection
+from opd_ds.config.schema import RunConfig
 from opd_ds.diffusion import Coefficients, clipped_surrogate, kernel, kl_weight, log_ratio, velocity_error
 from opd_ds.diffusion.noise import sample_seed
 from opd_ds.diffusion.rollout import Trajectory
@@ -47,15 +47,56 @@ class GrpoGuardKnown:
     start: Tensor | None = None
 
 
+class GrpoGuardPolicy:
+    """The clipped surrogate of transitions, 0 on steps that draw no noise: these have no likelihood.
+
+    Args:
+        coefficients, sigmas: of the stochastic kernel on the sampler's grid.
+        trained: the steps that a round may train; weights of steps have mean 1 over those of them that draw noise.
+    """
+
+    measures = ("policy", "ratio", "clipped")
+
+    def __init__(
+        self,
+        settings: RatioSection,
+        coefficients: Coefficients,
+        sigmas: Tensor,
+        trained: Collection[int],
+        device: torch.device,
+    ) -> None:
+        self._clip, self._normalized = settings.clip, settings.ratio == "normalized"
+        noisy = coefficients.std > 0
+        weights = noisy.double()
+        if settings.step_weighting == "inverse_dt":
+            weights = weights / (sigmas[:-1] - sigmas[1:]).double()
+            weights = weights / weights[[step for step in sorted(trained) if noisy[step]]].mean()
+        std = torch.where(noisy, coefficients.std, 1.0)
+        self._weights, self._b, self._std = (
+            table.to(device, torch.float32) for table in (weights, coefficients.b, std)
+        )
+
+    def __call__(
+        self, velocity: Tensor, steps: Tensor, drawn: Tensor, noise: Tensor, advantage: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`velocity`, `drawn` (what drew the transition) and its `noise` [b, C, ...], `steps` int64 and `advantage`
+        [b], on one device, to the loss of each pair [b], and by name what is measured of it.
+        """
+        along, plain = log_ratio(velocity, drawn, noise, self._b[steps], self._std[steps])
+        ratio = (along if self._normalized else plain).exp()
+        policy = self._weights[steps] * clipped_surrogate(ratio, advantage, self._clip)
+        beyond = torch.where(advantage > 0, ratio > 1 + self._clip, ratio < 1 - self._clip).float()
+        return policy, {"policy": policy, "ratio": ratio, "clipped": beyond}
+
+
 class GrpoGuardLoss:
     """A `Loss`.
 
     Args:
-        coefficients, sigmas: of the stochastic kernel on the sampler's grid.
-        trained: the steps that a round may train; weights of steps have mean 1 over these.
+        coefficients, sigmas, trained: as `GrpoGuardPolicy` takes them.
     """
 
-    measures = ("policy", "ratio", "clipped", "start_kl")
+    measures = (*GrpoGuardPolicy.measures, "start_kl")
 
     def __init__(
         self,
@@ -65,33 +106,23 @@ class GrpoGuardLoss:
         trained: Collection[int],
         device: torch.device,
     ) -> None:
-        self._settings = settings
-        weights = torch.ones_like(coefficients.b)
-        if settings.step_weighting == "inverse_dt":
-            weights = 1 / (sigmas[:-1] - sigmas[1:]).double()
-            weights = weights / weights[sorted(trained)].mean()
-        self._weights, self._b, self._std, self._kl = (
-            table.to(device, torch.float32)
-            for table in (weights, coefficients.b, coefficients.std, kl_weight(coefficients))
-        )
+        self._policy = GrpoGuardPolicy(settings, coefficients, sigmas, trained, device)
+        self._kl_factor, self._kl = settings.kl, kl_weight(coefficients).to(device, torch.float32)
 
     def __call__(self, velocity: Tensor, steps: Tensor, known: GrpoGuardKnown) -> tuple[Tensor, dict[str, Tensor]]:
-        steps, advantage, clip = steps.to(velocity.device), known.advantage, self._settings.clip
-        along, plain = log_ratio(velocity, known.velocity, known.noise, self._b[steps], self._std[steps])
-        ratio = (along if self._settings.ratio == "normalized" else plain).exp()
-        policy = self._weights[steps] * clipped_surrogate(ratio, advantage, clip)
-        beyond = torch.where(advantage > 0, ratio > 1 + clip, ratio < 1 - clip).float()
-        loss, kl = policy, torch.zeros_like(policy)
+        steps = steps.to(velocity.device)
+        loss, measured = self._policy(velocity, steps, known.velocity, known.noise, known.advantage)
+        kl = torch.zeros_like(loss)
         if known.start is not None:
             kl = self._kl[steps] * velocity_error(velocity, known.start)
-            loss = policy + self._settings.kl * kl
-        return loss, {"policy": policy, "ratio": ratio, "clipped": beyond, "start_kl": kl}
+            loss = loss + self._kl_factor * kl
+        return loss, measured | {"start_kl": kl}
 
 
-def _trained(config: TeachConfig, std: Tensor) -> set[int]:
-    """The steps that any round may train; `std` [T] of the sampler."""
-    rollout, teach = config.rollout, config.teach
-    if isinstance(teach, GuardSection) and teach.window is not None:
+def trained_by_any_round(config: RunConfig, std: Tensor) -> set[int]:
+    """The steps that some round may train; `std` [T] of the sampler."""
+    rollout = config.rollout
+    if config.algorithm.trained_window is not None:
         return {step for step, value in enumerate(std.tolist()) if value > 0}
     if rollout.trained_steps.queries is not None:
         return set(range(rollout.steps))
@@ -115,7 +146,7 @@ class GrpoGuardTrainer(RLTrainer[Transitions, GrpoGuardKnown]):
                 f"rollout.kernel = {rollout.kernel!r} draws noise on {rollout.steps - len(still)} of its "
                 f"{rollout.steps} steps, fewer than are to be trained ({config.trained_steps})"
             )
-        trained = _trained(config, std)
+        trained = trained_by_any_round(config, std)
         if still & trained:
             raise UserError(
                 f"rollout.kernel = {rollout.kernel!r} draws no noise on step {min(still & trained)}, which "
@@ -126,7 +157,7 @@ class GrpoGuardTrainer(RLTrainer[Transitions, GrpoGuardKnown]):
         super().__init__(parts)
         assert isinstance(self._config.teach, GuardSection)
         self._guard = self._config.teach
-        trained = _trained(self._config, self._coefficients.std)
+        trained = trained_by_any_round(self._config, self._coefficients.std)
         self.loss = GrpoGuardLoss(self._guard, self._coefficients, self._sigmas, trained, parts.group.device)
 
     def _keep(

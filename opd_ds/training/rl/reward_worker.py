@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_ds.config.rl import WeightedReward
+from opd_ds.config.sections import WeightedReward
 from opd_ds.evaluation.reward_pool import RewardPool
 from opd_ds.rewards import Drawn
 

@@ -1,0 +1,123 @@
+"""What a round was seen to be before its turn (`scoring.late`): it waits in memory and in checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from opd_ds.engine import WAITING, ShardReader
+from opd_ds.training.buffer import Column, Columns, PerPair, PerSample, PerState, TrajectoryBuffer
+from opd_ds.training.trainer import Experience, TaskBatch, TrainingData
+from opd_ds.utils.transfer import to_device
+
+Known = TypeVar("Known")
+
+_COLUMNS: dict[str, type[PerState] | type[PerPair] | type[PerSample]] = {
+    kind.__name__: kind for kind in (PerState, PerPair, PerSample)
+}
+
+
+class WaitingRound(Generic[Known]):
+    """The experience of the next round. It belongs to a run's state, as the weights that drew it are gone.
+
+    A checkpoint holds it sample by sample, so it goes on on any number of ranks. Prompts and trained steps are named by
+    the round and are drawn again.
+
+    Args:
+        draw: the batches of a round, by task. Collective.
+        buffer: of the states that a batch has visited.
+        known: what the loss takes.
+    """
+
+    kind = WAITING
+
+    def __init__(
+        self,
+        draw: Callable[[int], dict[str, TaskBatch]],
+        buffer: Callable[[Tensor, TaskBatch], TrajectoryBuffer],
+        known: Callable[..., Known],
+        device: torch.device,
+    ) -> None:
+        self._draw, self._buffer, self._known, self._device = draw, buffer, known, device
+        self._round: int | None = None
+        self._seen: Experience[Known] | None = None
+
+    def put(self, index: int, seen: Experience[Known]) -> None:
+        """Keep what round `index` will train on."""
+        self._round, self._seen = index, seen
+
+    def take(self, index: int) -> Experience[Known] | None:
+        """What was kept for round `index`, which is let go; None where nothing was."""
+        seen = self._seen if self._round == index else None
+        self._round = self._seen = None
+        return seen
+
+    # ---- checkpoints ----
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """This rank's samples, as entries of `opd_ds.engine.state`: a row of a column is a stretch of it."""
+        entries = {}
+        for task, name, column in self._columns():
+            part = self._of(task).part
+            rows = column.by_sample(len(part))
+            for index, weight, row in zip(part.indices, part.weights.tolist(), rows, strict=True):
+                if weight > 0:  # else another rank's, too
+                    entries[f"{WAITING}/{index * row.numel()}/{task}/{name}"] = row.flatten().to("cpu", copy=True)
+        return entries
+
+    def scalar_state(self) -> dict[str, Any]:
+        """The round, what rewards said of it, and the shape of a sample in every column."""
+        columns: dict[str, dict[str, Any]] = {}
+        for task, name, column in self._columns():
+            rows = column.by_sample(len(self._of(task).part))
+            dtype = str(rows.dtype).removeprefix("torch.")
+            columns.setdefault(task, {})[name] = [type(column).__name__, dtype, *rows.shape[1:]]
+        scores = {} if self._seen is None else self._seen.scores
+        return {"round": self._round, "columns": columns, "scores": scores}
+
+    def load_state_dict(self, shards: ShardReader, scalars: dict[str, Any]) -> None:
+        """Go on from a checkpoint, whatever ranks wrote it. Collective."""
+        self._round = self._seen = None
+        if scalars["round"] is None:
+            return
+        batches = self._draw(scalars["round"])
+        data, final = {}, {}
+        for task, shapes in scalars["columns"].items():
+            columns = {
+                name: self._read(shards, f"{task}/{name}", batches[task].part.indices, *shape)
+                for name, shape in shapes.items()
+            }
+            states = columns.pop("states").values
+            if "final" in columns:
+                final[task] = columns.pop("final").values
+            data[task] = TrainingData(
+                self._buffer(states, batches[task]),
+                Columns(self._known, columns),
+                [batches[task].pairs] * batches[task].updates,
+            )
+        self.put(scalars["round"], Experience(batches, data, final, scalars["scores"]))
+
+    def _columns(self) -> Iterator[tuple[str, str, Column]]:
+        """Task, name and values of all that a checkpoint keeps."""
+        if self._seen is None:
+            return
+        for task, one in self._seen.data.items():
+            kept: dict[str, Column] = {"states": PerState(one.buffer.states), **one.known.columns}
+            if task in self._seen.final:
+                kept["final"] = PerSample(self._seen.final[task])
+            for name, column in kept.items():
+                yield task, name, column
+
+    def _of(self, task: str) -> TaskBatch:
+        assert self._seen is not None
+        return self._seen.batches[task]
+
+    def _read(self, shards: ShardReader, name: str, samples: list[int], kind: str, dtype: str, *shape: int) -> Column:
+        size = math.prod(shape)
+        rows = [shards.read(WAITING, name, index * size, size).reshape(shape) for index in samples]
+        values = torch.stack(rows).to(getattr(torch, dtype))  # read as float32, which holds them all
+        return _COLUMNS[kind].of_samples(to_device(values, self._device))
