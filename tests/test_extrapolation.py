@@ -79,7 +79,7 @@ def test_the_target_and_the_gradient_are_those_of_a_plain_loop(
         worst = max(float((found[name] - value).abs().max()) for name, value in expected.items())
         assert worst < 1e-5 * scale + 1e-7, (cut, worst, scale)
     means = parts.trainer.run_round(0).losses.means["one"]
-    assert means.keys() == {"kl", "target_kl"}
+    assert means.keys() == {"kl", "target_kl", "cond_kl", "uncond_kl"}
     report = build_run(**changes, deepspeed=sgd(0))[1].trainer.run_round(0)
     assert report.losses.loss == pytest.approx(loss, rel=1e-5)
     assert report.losses.means["one"]["target_kl"] == pytest.approx(loss, rel=1e-5)

@@ -340,8 +340,8 @@ class TeacherSection(Section):
         if self.placement == "shared" and not possible:
             found = f"student.kind = {student!r}" if student != "lora" else "the teacher is another full checkpoint"
             raise UserError(
-                f"{key}.placement = 'shared' asks the teacher in a LoRA student's network, but {found}; set it to "
-                " resident, offload, stream or zero_inference"
+                f"{key}.placement = 'shared' makes the teacher a part of a LoRA student's network, but {found}; set it "
+                "to resident, offload, stream or zero_inference"
             )
         if self.placement != "auto":
             return self
