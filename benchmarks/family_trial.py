@@ -23,6 +23,7 @@ from opd_ds.plan.inputs import network_inputs, squared_sum
 from opd_ds.plan.metering import held_tensors, training_cost
 from opd_ds.runs.export import checkpointed_student
 from opd_ds.testing import family_checks as checks
+from opd_ds.testing.tiny.parts import references
 
 KINDS = ("full", "lora")
 GUIDANCES = (1.0, 3.5)
@@ -47,10 +48,23 @@ class Trial:
         self.folder.mkdir(parents=True)
         tiny.write(self._base)
         tiny.write(self.folder / "teacher", seed=5)
-        (self.folder / "prompts.txt").write_text("\n".join(checks.PROMPTS) + "\n", encoding="utf-8")
+        self._write_prompts()
         (self.folder / "zero3.json").write_text(json.dumps(DS_CONFIG), encoding="utf-8")
         for kind in KINDS:
             self.config(kind).write_text(yaml.safe_dump(self._settings(kind)), encoding="utf-8")
+
+    def _write_prompts(self) -> None:
+        """prompts.txt, and edits.jsonl with reference pictures where the family takes any."""
+        (self.folder / "prompts.txt").write_text("\n".join(checks.PROMPTS) + "\n", encoding="utf-8")
+        rows = []
+        for row, prompt in enumerate(checks.PROMPTS):
+            files = [f"{row}-{place}.png" for place in range(len(references(self.family, 1)[0]))]
+            for file, picture in zip(files, references(self.family, row + 1)[row], strict=True):
+                picture.load().save(self.folder / file)
+            rows.append({"prompt": prompt, "image": files})
+        if self.family.takes_pictures:
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (self.folder / "edits.jsonl").write_text(text, encoding="utf-8")
 
     def config(self, kind: str) -> Path:
         return self.folder / f"{kind}.yaml"
@@ -131,9 +145,13 @@ class Trial:
         frames = {} if family_class(self.name).default_frames is None else {"frames": 9}
         return {"height": 4 * unit, "width": 6 * unit, **frames}
 
+    @cached_property
+    def _model(self) -> dict[str, Any]:
+        return {**self._size, **checks.model_settings(self.name)}
+
     def _build(self, dtype: torch.dtype) -> ModelFamily:
         return build_family(
-            self.name, self._base, dtype=dtype, device=checks.CPU, text_encoders="resident", **self._size
+            self.name, self._base, dtype=dtype, device=checks.CPU, text_encoders="resident", **self._model
         )
 
     def _draw(self, pipeline: Any, guidance: float) -> Tensor:
@@ -145,12 +163,16 @@ class Trial:
     def _kept_of(self, rows: int) -> tuple[float, int]:
         """Bytes kept for the backward of so many rows: by the plan, and really."""
         family, network = self.family, self.family.load_transformer()
-        cond, noise = family.encode(checks.PROMPTS[:1] * rows), SampleNoise(list(range(rows)), family.latent_shape)
+        cond, _ = checks.encode(family, checks.PROMPTS[:1] * rows)
+        noise = SampleNoise(list(range(rows)), family.latent_shape)
         x, sigma = noise.draw(slice(None)), torch.full((rows,), 0.5)
         kept, seen = _bytes_kept(network, lambda: family.velocity(family.at_stage(network, 0), x, sigma, cond))
         (text,) = (held_tensors(value)[0].shape[-2] for name, value in seen.items() if name in _TEXTS)
         config = json.loads((self._base / "transformer" / "config.json").read_text(encoding="utf-8"))
-        inputs = network_inputs(family.transformer_class, config, family.latent_shape, rows, text, torch.float32)
+        shapes = [tuple(latents.shape[1:]) for latents in cond.stacked_references()]
+        inputs = network_inputs(
+            family.transformer_class, config, family.latent_shape, rows, text, torch.float32, shapes
+        )
         if family.boundary is not None:
             inputs["stage"] = 0
         return training_cost(family.empty_transformer(), inputs, squared_sum).saved, kept
@@ -159,11 +181,7 @@ class Trial:
     def _losses(self, family: ModelFamily, states: Tensor) -> Tensor:
         """The student's and the teacher's squared distance at `states` [B, T, ...]: [B, T]. Weights would cancel."""
         networks = family.load_transformer(), family.load_transformer(self.folder / "teacher")
-        cond, uncond, sigmas = (
-            family.encode(checks.PROMPTS),
-            family.encode([family.negative_prompt]),
-            family.sigmas(checks.STEPS).float(),
-        )
+        (cond, uncond), sigmas = checks.encode(family, checks.PROMPTS), family.sigmas(checks.STEPS).float()
         stages = family.stages(sigmas)
 
         def velocity(network: nn.Module, step: int, guidance: float) -> Tensor:
@@ -179,16 +197,19 @@ class Trial:
 
     def _settings(self, kind: str) -> dict[str, Any]:
         teacher = {"path": str(self.folder / "teacher"), "guidance": GUIDANCES[0]}
+        sets: dict[str, Any] = {"one": str(self.folder / "prompts.txt")}
+        if self.family.takes_pictures:
+            sets = {"edit": {"path": str(self.folder / "edits.jsonl"), "pictures": "image"}}
         return {
             "run": {"rounds": 1, "output_dir": str(self.folder / kind)},
-            "model": {"family": self.name, "path": str(self._base), **self._size},
+            "model": {"family": self.name, "path": str(self._base), **self._model},
             "precision": "fp32",
             "deepspeed": str(self.folder / "zero3.json"),
             "student": {"kind": kind, "lora": {"rank": 4, "alpha": 8}, "ema": {"decay": 0}},
             "optimizer": {"lr": 1e-2},
             "rollout": {"samples": 4, "steps": checks.STEPS, "guidance": GUIDANCES[-1], "micro_batch": 2},
             "train": {"micro_batch": 4},
-            "tasks": {"one": {"teacher": teacher, "prompts": str(self.folder / "prompts.txt")}},
+            "tasks": {name: {"teacher": teacher, "prompts": prompts} for name, prompts in sets.items()},
             "evaluation": {"baselines": False},
         }
 

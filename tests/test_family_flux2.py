@@ -23,10 +23,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_draws_what_the_pipeline_draws(base: Path) -> None:
+    """With two reference pictures of several proportions, and without any."""
     family = checks.build("flux2", base)
     checks.check_grid(family)
     plain, guided = (checks.check_parity(tiny, family, guidance) for guidance in (1.0, 4.0))
-    assert not torch.allclose(plain, guided, atol=1e-2)
+    assert not torch.allclose(plain, guided, atol=2e-3)  # most tokens are of pictures
     checks.check_timesteps(tiny, "flux2", base, 4.0)
 
 

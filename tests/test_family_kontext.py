@@ -13,6 +13,7 @@ from opd_ds.models.prompt_encoding import as_pixels
 from opd_ds.testing import family_checks as checks
 from opd_ds.testing.tiny import flux, flux_kontext
 from opd_ds.testing.tiny.parts import painting
+from tests.pictures import resized_by
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +31,12 @@ def test_it_draws_what_the_pipeline_draws(base: Path) -> None:
     checks.close(unseen, checks.draw(flux, family, FluxPipeline(**checks.load_pipeline(family, base).components), 3.5))
 
 
-class CaughtError(Exception):
-    """Ends a pipeline when it has resized its picture."""
-
-
 @pytest.mark.parametrize("size", [(90, 72), (300, 1200), (1024, 1024), (1600, 900)])
 def test_pictures_are_resized_as_the_pipeline_resizes_them(base: Path, size: tuple[int, int]) -> None:
     family = checks.build("flux_kontext", base, reference_side=None)
-    pipeline, picture, seen = checks.load_pipeline(family, base), painting(0, size), []
-
-    def prepare_latents(image: torch.Tensor, *_: object) -> None:
-        seen.append(image)
-        raise CaughtError
-
-    with patch.object(pipeline, "prepare_latents", prepare_latents), pytest.raises(CaughtError):
-        pipeline(prompt="a", image=picture)
-    assert torch.equal(as_pixels(family.fit(picture)), seen[0])
+    picture = painting(0, size)
+    _, pixels = resized_by(checks.load_pipeline(family, base), picture, "prepare_latents", 3)
+    assert torch.equal(as_pixels(family.fit(picture)), pixels)
     smaller = checks.build("flux_kontext", base, reference_side=256).fit(picture)
     assert smaller.width * smaller.height == pytest.approx(256**2, rel=0.1)
 

@@ -21,6 +21,7 @@ def test_every_family_says_what_it_is() -> None:
         assert row["lora_targets"]
         assert row["known"]
         assert (row["guidance"], row["passes"]) in (("embedded", 1), ("classifier-free", 2))
+    assert [rows[name]["reference_pictures"] for name in ("sd3", "flux_kontext", "flux2")] == [0, 1, 10]
     assert (rows["sd3"]["latents"], rows["wan"]["latents"]) == ("image", "video")
 
 

@@ -46,8 +46,12 @@ PARAMETERS = {
     "FLUX.1-Kontext-dev": (11.88, 11.92),
     "FLUX.2-klein-4B": (3.8, 4.1),
     "FLUX.2-klein-9B": (8.9, 9.3),
+    "FLUX.2-dev": (31.5, 32.5),
     "Qwen-Image": (20.4, 20.5),
     "Qwen-Image-2512": (20.4, 20.5),
+    "Qwen-Image-Edit": (20.4, 20.5),
+    "Qwen-Image-Edit-2509": (20.4, 20.5),
+    "Qwen-Image-Edit-2511": (20.4, 20.5),
     "Z-Image": (6.14, 6.17),
     "Z-Image-Turbo": (6.14, 6.17),
     "Wan2.1-T2V-1.3B-Diffusers": (1.29, 1.43),
@@ -64,7 +68,10 @@ RECIPES = {
     "flux": "flux1",
     "flux_kontext": "flux1_kontext",
     "flux2": "flux2_klein",
+    "flux2_dev": "flux1",
     "qwen_image": "qwen_image",
+    "qwen_image_edit": "qwen_image",
+    "qwen_image_edit_plus": "qwen_image",
     "z_image": "z_image",
     "wan": "wan21",
     "wan_a14b": "wan22_a14b",
@@ -104,6 +111,9 @@ def test_a_hub_id_is_planned_from_the_configs_kept_here() -> None:
         ("stabilityai/stable-diffusion-3.5-large-turbo", "sd3", (16, 128, 128)),
         ("black-forest-labs/FLUX.2-klein-9B", "flux2", (128, 64, 64)),
         ("Qwen/Qwen-Image-2512", "qwen_image", (16, 128, 128)),
+        ("Qwen/Qwen-Image-Edit", "qwen_image_edit", (16, 128, 128)),
+        ("Qwen/Qwen-Image-Edit-2511", "qwen_image_edit_plus", (16, 128, 128)),
+        ("black-forest-labs/FLUX.2-dev", "flux2_dev", (128, 64, 64)),
         ("Tongyi-MAI/Z-Image-Turbo", "z_image", (16, 128, 128)),
         ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "wan", (48, 21, 30, 52)),
         ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "wan", (16, 21, 60, 104)),
@@ -115,6 +125,7 @@ def test_a_hub_id_is_planned_from_the_configs_kept_here() -> None:
 def test_known_models_are_of_their_families(name: str, family: str, latents: tuple[int, ...]) -> None:
     size = "null" if family.startswith(("wan", "ltx")) else 1024
     changes = [f"model.path={name}", f"model.height={size}", f"model.width={size}", "model.frames=null"]
+    changes.append(f"model.family={family}")
     model = find_model(load_config(f"mopd_{RECIPES[family]}", None, changes))
     assert known_configs(name.split("/")[1])["family"] == family
     assert model.family.latent_shape == latents

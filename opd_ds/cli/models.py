@@ -21,10 +21,12 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="for programs")]
         return
     for row in rows:
         passes = f"{row['passes']} pass" + ("es, 1 at guidance 1" if row["passes"] > 1 else "")
-        typer.echo(f"{row['family']:12} {row['pipeline']}, for example {row['example']}")
-        typer.echo(f"{'':12} latents of {row['latents']}s; {row['guidance']} guidance ({passes})")
-        typer.echo(f"{'':12} LoRA: {', '.join(row['lora_targets'])}")
-        typer.echo(f"{'':12} planned without their files: {', '.join(map(_known_as, row['known']))}")
+        typer.echo(f"{row['family']:20} {row['pipeline']}, for example {row['example']}")
+        most = row["reference_pictures"]
+        pictures = f"; up to {most} reference pictures" if most > 1 else "; a reference picture" if most else ""
+        typer.echo(f"{'':20} latents of {row['latents']}s; {row['guidance']} guidance ({passes}){pictures}")
+        typer.echo(f"{'':20} LoRA: {', '.join(row['lora_targets'])}")
+        typer.echo(f"{'':20} planned without their files: {', '.join(map(_known_as, row['known']))}")
 
 
 def _known() -> dict[str, list[dict[str, Any]]]:
@@ -54,6 +56,7 @@ def _row(name: str) -> dict[str, Any]:
         "latents": "image" if family.default_frames is None else "video",
         "guidance": "embedded" if family.embedded_guidance else "classifier-free",
         "passes": family.passes(4.5),  # at any guidance but 1
+        "reference_pictures": family.takes_pictures,  # the most of a prompt
         "lora_targets": list(family.lora_targets),
         "example": family.example,
     }

@@ -122,11 +122,13 @@ def _tokens(latents: Tensor) -> Tensor:
 
 def _places(latents: Tensor, frame: int) -> Tensor:
     """Of each token, (frame, row, column): int64 [h/2 * w/2, 3]."""
-    places = positions(1, latents.shape[2] // _PATCH, latents.shape[3] // _PATCH, device=latents.device)
-    places[:, 0] += frame
-    return places
+    rows, columns = (size // _PATCH for size in latents.shape[2:])
+    return positions(1, rows, columns, device=latents.device, start=frame)
 
 
-def positions(*lengths: int, device: torch.device) -> Tensor:
-    """Places in a grid for rotary embeddings, in reading order: int64 [product of lengths, len(lengths)]."""
-    return torch.cartesian_prod(*(torch.arange(length, device=device) for length in lengths))
+def positions(*lengths: int, device: torch.device, start: int = 0) -> Tensor:
+    """Places in a grid for rotary embeddings, in reading order: int64 [product of lengths, len(lengths)]; the first
+    axis counts from `start`.
+    """
+    first = torch.arange(start, start + lengths[0], device=device)
+    return torch.cartesian_prod(first, *(torch.arange(length, device=device) for length in lengths[1:]))

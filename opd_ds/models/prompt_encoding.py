@@ -71,9 +71,17 @@ class PromptEncoding(ABC):
         """A fitted picture [1, 3, H, W] in [-1, 1] to its latents [1, C, h, w], as the network takes them."""
         raise NotImplementedError
 
+    def seen_tokens(self, size: tuple[int, int]) -> int:
+        """Where it `sees_pictures`: the tokens that a picture of `size` adds to its prompt."""
+        return 0
+
     def flaw_of(self, picture: Picture) -> str:
         """Why the family's pipeline would refuse the picture; empty where it would not."""
         return ""
+
+    def given_parts(self) -> dict[str, Any]:
+        """Parts of the pipeline that its class does not read itself to encode prompts."""
+        return dict(self.pipeline_parts)
 
     # ---- what families share ----
 
@@ -153,7 +161,7 @@ class PromptEncoding(ABC):
             UserError: a file is damaged.
         """
         pipeline, what = diffusers_class(self.pipeline_class), "text encoders or tokenizers"
-        self._encoders = load(pipeline, self.path, what, **self.pipeline_parts, dtype=self.dtype)
+        self._encoders = load(pipeline, self.path, what, **self.given_parts(), dtype=self.dtype)
         if self._keep_encoders:
             self._encoders.to(self.device)
             return

@@ -114,6 +114,23 @@ class Costs:
         """Latents to images."""
         return self._line("decode", False, batch)
 
+    @cached_property
+    def encode_pictures(self) -> Cost:
+        """A prompt's reference pictures to latents, one after the other."""
+        family, found = self.model.family, []
+        for width, height in self.model.pictures:
+            pixels = torch.empty(1, 3, height, width, dtype=family.dtype, device="meta")
+            with torch.no_grad(), Meter([*self._vae.parameters(), *self._vae.buffers(), pixels]) as meter:
+                latents = family.encode_picture_with(self._vae, pixels)
+                found.append(Cost(meter.flops, meter.peak, meter.now, meter.operations))
+                del latents
+        return Cost(
+            sum(cost.flops for cost in found),
+            max((cost.peak for cost in found), default=0),
+            sum(cost.saved for cost in found),
+            sum(cost.operations for cost in found),
+        )
+
     def inputs(self, batch: int) -> int:
         """Bytes of what one forward takes."""
         return batch * _nbytes(self._first)
@@ -160,8 +177,8 @@ class Costs:
     def _inputs(self, batch: int) -> dict[str, Any]:
         model, family = self.model, self.model.family
         config = model.configs["transformer"]
-        shape = family.latent_shape
-        inputs = network_inputs(model.transformer_class, config, shape, batch, model.tokens, family.dtype)
+        shapes = family.latent_shape, batch, model.tokens, family.dtype, model.references
+        inputs = network_inputs(model.transformer_class, config, *shapes)
         return inputs if family.boundary is None else {**inputs, "stage": 0}
 
     def _decode(self, batch: int) -> Cost:

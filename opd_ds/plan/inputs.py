@@ -5,7 +5,8 @@ Families build these from real prompts and ask how long they are, which tensors 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,22 +16,26 @@ from opd_ds.errors import UserError
 
 _CLIP_STATES = 257  # of a picture, by ViT-H/14 at 224 pixels
 
-# (transformer's config, latent shape (C, h, w) or (C, f, h, w), batch, tokens of text, dtype) -> keyword arguments
-_Inputs = Callable[[dict[str, Any], tuple[int, ...], int, int, torch.dtype], dict[str, Any]]
+Shape = tuple[int, ...]
+# (transformer's config, latent shapes (C, h, w) or (C, f, h, w) of the sample and of its reference pictures, batch,
+# tokens of text, dtype) -> keyword arguments
+_Inputs = Callable[[dict[str, Any], Sequence[Shape], int, int, torch.dtype], dict[str, Any]]
 
 
 def network_inputs(
     transformer_class: str,
     config: dict[str, Any],
-    latent_shape: tuple[int, ...],
+    latent_shape: Shape,
     batch: int,
     text: int,
     dtype: torch.dtype,
+    references: Sequence[Shape] = (),
 ) -> dict[str, Any]:
     """Keyword arguments of one forward, tensors on meta.
 
     Args:
         text: tokens of the longest prompt.
+        references: latent shapes of each row's reference pictures.
 
     Raises:
         UserError: a transformer that is not known here.
@@ -41,12 +46,12 @@ def network_inputs(
             "opd_ds/plan/inputs.py"
         )
     with torch.device("meta"):
-        return _INPUTS[transformer_class](config, latent_shape, batch, text, dtype)
+        return _INPUTS[transformer_class](config, [latent_shape, *references], batch, text, dtype)
 
 
-def _sd3(config: dict[str, Any], latent: tuple[int, ...], batch: int, text: int, dtype: torch.dtype) -> dict[str, Any]:
+def _sd3(config: dict[str, Any], latents: Sequence[Shape], batch: int, text: int, dtype: torch.dtype) -> dict[str, Any]:
     return {
-        "hidden_states": torch.empty(batch, *latent, dtype=dtype),
+        "hidden_states": torch.empty(batch, *latents[0], dtype=dtype),
         "timestep": torch.empty(batch),
         "encoder_hidden_states": torch.empty(batch, text, config["joint_attention_dim"], dtype=dtype),
         "pooled_projections": torch.empty(batch, config["pooled_projection_dim"], dtype=dtype),
@@ -54,8 +59,10 @@ def _sd3(config: dict[str, Any], latent: tuple[int, ...], batch: int, text: int,
     }
 
 
-def _flux(config: dict[str, Any], latent: tuple[int, ...], batch: int, text: int, dtype: torch.dtype) -> dict[str, Any]:
-    tokens, channels = _patches(latent, config["in_channels"])
+def _flux(
+    config: dict[str, Any], latents: Sequence[Shape], batch: int, text: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    tokens, channels = _patches(latents, config["in_channels"])
     return {
         "hidden_states": torch.empty(batch, tokens, channels, dtype=dtype),
         "timestep": torch.empty(batch, dtype=dtype),
@@ -69,9 +76,9 @@ def _flux(config: dict[str, Any], latent: tuple[int, ...], batch: int, text: int
 
 
 def _flux2(
-    config: dict[str, Any], latent: tuple[int, ...], batch: int, text: int, dtype: torch.dtype
+    config: dict[str, Any], latents: Sequence[Shape], batch: int, text: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    tokens, channels = _patches(latent, config["in_channels"])
+    tokens, channels = _patches(latents, config["in_channels"])
     return {
         "hidden_states": torch.empty(batch, tokens, channels, dtype=dtype),
         "timestep": torch.empty(batch, dtype=dtype),
@@ -84,23 +91,23 @@ def _flux2(
 
 
 def _qwen_image(
-    config: dict[str, Any], latent: tuple[int, ...], batch: int, text: int, dtype: torch.dtype
+    config: dict[str, Any], latents: Sequence[Shape], batch: int, text: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    tokens, channels = _patches(latent, config["in_channels"])
+    tokens, channels = _patches(latents, config["in_channels"])
     return {
         "hidden_states": torch.empty(batch, tokens, channels, dtype=dtype),
         "timestep": torch.empty(batch, dtype=dtype),
         "encoder_hidden_states": torch.empty(batch, text, config["joint_attention_dim"], dtype=dtype),
         "encoder_hidden_states_mask": None,
-        "img_shapes": [[(1, latent[-2] // 2, latent[-1] // 2)]] * batch,
+        "img_shapes": [[(1, latent[-2] // 2, latent[-1] // 2) for latent in latents]] * batch,
         "return_dict": False,
     }
 
 
 def _z_image(
-    config: dict[str, Any], latent: tuple[int, ...], batch: int, text: int, dtype: torch.dtype
+    config: dict[str, Any], latents: Sequence[Shape], batch: int, text: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    channels, h, w = latent
+    channels, h, w = latents[0]
     return {
         "x": [torch.empty(channels, 1, h, w, dtype=dtype) for _ in range(batch)],
         "t": torch.empty(batch),
@@ -109,10 +116,10 @@ def _z_image(
     }
 
 
-def _wan(config: dict[str, Any], latent: tuple[int, ...], batch: int, text: int, dtype: torch.dtype) -> dict[str, Any]:
+def _wan(config: dict[str, Any], latents: Sequence[Shape], batch: int, text: int, dtype: torch.dtype) -> dict[str, Any]:
     inputs = {
         # With a first frame that is given, its channels stand behind those of the latents.
-        "hidden_states": torch.empty(batch, config["in_channels"], *latent[1:], dtype=dtype),
+        "hidden_states": torch.empty(batch, config["in_channels"], *latents[0][1:], dtype=dtype),
         "timestep": torch.empty(batch),
         "encoder_hidden_states": torch.empty(batch, text, config["text_dim"], dtype=dtype),
         "return_dict": False,
@@ -122,8 +129,8 @@ def _wan(config: dict[str, Any], latent: tuple[int, ...], batch: int, text: int,
     return inputs
 
 
-def _ltx(config: dict[str, Any], latent: tuple[int, ...], batch: int, text: int, dtype: torch.dtype) -> dict[str, Any]:
-    channels, frames, height, width = latent
+def _ltx(config: dict[str, Any], latents: Sequence[Shape], batch: int, text: int, dtype: torch.dtype) -> dict[str, Any]:
+    channels, frames, height, width = latents[0]
     return {
         "hidden_states": torch.empty(batch, frames * height * width, channels, dtype=dtype),
         "encoder_hidden_states": torch.empty(batch, text, config["caption_channels"], dtype=dtype),
@@ -136,12 +143,9 @@ def _ltx(config: dict[str, Any], latent: tuple[int, ...], batch: int, text: int,
     }
 
 
-def _patches(latent: tuple[int, ...], channels: int) -> tuple[int, int]:
+def _patches(latents: Sequence[Shape], channels: int) -> tuple[int, int]:
     """Tokens and their width, of latents that are packed into patches outside of the network (or were, by the VAE)."""
-    size = 1
-    for length in latent:
-        size *= length
-    return size // channels, channels
+    return sum(math.prod(latent) // channels for latent in latents), channels
 
 
 _INPUTS: dict[str, _Inputs] = {

@@ -173,7 +173,7 @@ def run_memory(
     encoders = _text_encoders(config, element * model.encoders, on_cpu=on_cpu)
     device += encoders.device
     host += encoders.host
-    if not rounds_only or config.learns_from_rewards:
+    if not rounds_only or config.learns_from_rewards or _encodes_pictures(config, costs):
         device += _vae(config, costs, devices, element, evaluating=not rounds_only)
     device += _rewards(config)
     if not rounds_only:
@@ -320,6 +320,7 @@ def buffer_parts(config: RunConfig, costs: Costs, devices: Devices) -> list[Part
         Part("trajectory buffer: scored", sizes["scored"], training | {Phase.SCORE, Phase.STEP}),
         Part("trajectory buffer: joining", single, frozenset({Phase.SCORE})),
         Part("encoded prompts", every * costs.prompt, later | {Phase.ENCODE}),
+        Part("reference pictures", every * costs.encode_pictures.saved, later | {Phase.ENCODE}),
         Part("encoded prompts", every * costs.prompt, frozenset({Phase.ROLLOUT})),
     ]
 
@@ -380,10 +381,12 @@ def _activations(
 
 
 def _vae(config: RunConfig, costs: Costs, devices: Devices, element: int, *, evaluating: bool) -> list[Part]:
-    """Loaded at the first image, then kept. Where rewards are learned from, images are decoded beside the
-    rollout, or beside the teachers' queries.
+    """Loaded at the first image or reference picture, then kept. Where rewards are learned from, images are decoded
+    beside the rollout, or beside the teachers' queries.
     """
     parts = [Part("VAE", element * costs.model.vae_parameters)]
+    if _encodes_pictures(config, costs):
+        parts.append(Part("VAE encode", costs.encode_pictures.peak, frozenset({Phase.ENCODE})))
     if evaluating:
         decode = decoded_bytes(config, costs, config.evaluation.micro_batch)
         parts.append(Part("VAE decode", decode, frozenset({Phase.DECODE})))
@@ -400,6 +403,10 @@ def decoding(config: RunConfig) -> Phase:
     if not config.learns_from_rewards:
         return Phase.DECODE
     return Phase.SCORE if config.teachers else Phase.ROLLOUT
+
+
+def _encodes_pictures(config: RunConfig, costs: Costs) -> bool:
+    return bool(costs.model.pictures) and config.model.text_encoders != "cached"
 
 
 def decoded_bytes(config: RunConfig, costs: Costs, images: int) -> float:

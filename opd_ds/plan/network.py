@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -26,6 +26,7 @@ from opd_ds.models.weight_files import read_shapes
 from opd_ds.training.networks import DTYPES, check_guidances, freeze_untrained, load_family, lora_targets
 
 _CLIP_TOKENS = 77
+_USUAL_SIDE = 1024  # of a reference picture, pixels
 _ADAPTER = "plan"
 
 
@@ -52,8 +53,9 @@ class Model:
     Attributes:
         source: where that is from, for people.
         encoders: parameters of the text encoders.
-        tokens: of the longest prompt, as the network sees it.
+        tokens: of the longest prompt, as the network sees it, and of its pictures where the text encoder sees them.
         distilled: steps in which it is made to be drawn, without guidance; None: not distilled, or not known to be.
+        pictures: (width, height) in pixels of the reference pictures of a prompt, as they are resized.
     """
 
     source: str
@@ -62,10 +64,18 @@ class Model:
     encoders: int
     tokens: int
     distilled: int | None = None
+    pictures: tuple[tuple[int, int], ...] = ()
 
     @property
     def transformer_class(self) -> str:
         return self.configs["transformer"]["_class_name"]
+
+    @property
+    def references(self) -> list[tuple[int, ...]]:
+        """Latent shapes of `pictures`."""
+        channels, *_, columns = self.family.latent_shape
+        pixels = self.family.width // columns
+        return [(channels, height // pixels, width // pixels) for width, height in self.pictures]
 
     @cached_property
     def vae_parameters(self) -> int:
@@ -148,7 +158,7 @@ def find_model(config: RunConfig) -> Model:
     Raises:
         UserError: neither is there, the family does not fit, or the model is not made for a guidance of the run.
     """
-    model = _found(config)
+    model = _with_pictures(config, _found(config))
     check_guidances(config, model.family)
     return model
 
@@ -166,6 +176,24 @@ def _found(config: RunConfig) -> Model:
             f"'*.json' --local-dir DIR) and give --set model.path=DIR.{nearest(value.split('/')[-1], names.values())}"
         )
     return _from_known(config, name)
+
+
+def _with_pictures(config: RunConfig, model: Model) -> Model:
+    """With the reference pictures of the prompts that have the most. These are counted by columns, each taken for one
+    square picture: sets are not read for it.
+    """
+    sections = [task.prompts for task in config.tasks.values()]
+    sections += [section.eval_prompts for section in config.evaluated.values() if section.eval_prompts is not None]
+    most, family = max((len(section.pictures) for section in sections), default=0), model.family
+    if most > family.takes_pictures:
+        raise UserError(
+            f"prompts with {most} columns of pictures: model.family = {config.model.family!r} takes "
+            f"{family.takes_pictures or 'none'}; docs/families.md says which families edit pictures"
+        )
+    side = family.reference_side or _USUAL_SIDE
+    pictures = [(side, side)] * most
+    fitted = tuple(family.fitted_size(picture) for picture in pictures)
+    return replace(model, pictures=fitted, tokens=model.tokens + sum(map(family.seen_tokens, pictures)))
 
 
 def _from_known(config: RunConfig, name: str) -> Model:

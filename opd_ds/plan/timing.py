@@ -11,7 +11,7 @@ from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import Devices
 from opd_ds.plan.memory import Layout, batches, layout, rows_per_rank
 from opd_ds.plan.metering import Cost
-from opd_ds.plan.network import Counts, Model, bytes_of
+from opd_ds.plan.network import Counts, bytes_of
 from opd_ds.plan.passes import Passes, passes_at_once, round_passes, student_passes
 from opd_ds.plan.zero import FP32, Zero
 
@@ -67,7 +67,7 @@ def round_seconds(config: RunConfig, costs: Costs, devices: Devices, placed_as: 
         rollout = asked("rollout", 0.0) + gather if placed_as.gathered else asked("rollout", gather)
     return Seconds(
         {
-            "encode": _encode_seconds(config, costs.model, element, devices),
+            "encode": _encode_seconds(config, costs, element, devices),
             "rollout": rollout,
             "score": asked("score", coming) + (0.0 if drawing else travel),
             "train": _seconds(trained, sizes["train"], train, moved, config, devices),
@@ -160,12 +160,13 @@ def _teacher_transfer(costs: Costs, placed_as: Layout, devices: Devices, element
     return uses * weights / devices.kind.host
 
 
-def _encode_seconds(config: RunConfig, model: Model, element: int, devices: Devices) -> float:
-    """Text encoders over a rank's prompts, and their way to the device."""
+def _encode_seconds(config: RunConfig, costs: Costs, element: int, devices: Devices) -> float:
+    """Text encoders and VAE over a rank's prompts and pictures, and the encoders' way to the device."""
+    model = costs.model
     if config.model.text_encoders == "cached":
         return 0.0
     prompts = sum(config.share_of_rounds(task) * rows_per_rank(config, devices, task) for task in config.tasks)
-    work = 2 * model.encoders * model.tokens * prompts
+    work = prompts * (2 * model.encoders * model.tokens + costs.encode_pictures.flops)
     seconds = work / (ACHIEVED * devices.kind.flops * PRECISION_FACTOR[config.precision])
     if config.model.text_encoders == "offload" and not devices.kind.is_cpu:
         seconds += element * model.encoders / devices.kind.host

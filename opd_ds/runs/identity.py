@@ -57,6 +57,7 @@ def run_identity(config: RunConfig, files: RunFiles, family: ModelFamily) -> dic
         "negative_prompt": family.negative_prompt,
         "latent_shape": list(family.latent_shape),
         "max_text_length": family.max_text_length,
+        "reference_side": family.reference_side,
     }
     if family.low_noise_guidance is not None:  # as in checkpoints from before there was one
         base["low_noise_guidance"] = family.low_noise_guidance

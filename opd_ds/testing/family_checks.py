@@ -20,7 +20,7 @@ from opd_ds.diffusion import kernel
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.diffusion.rollout import Keep, Trajectory, rollout
 from opd_ds.errors import UserError
-from opd_ds.models import Conditioning, ModelFamily, build_family, family_class, lora
+from opd_ds.models import Conditioning, ModelFamily, build_family, lora
 from opd_ds.testing.tiny.parts import references
 
 CPU = torch.device("cpu")
@@ -33,16 +33,20 @@ def tiny_module(name: str) -> ModuleType:
     return import_module(f"opd_ds.testing.tiny.{name}")
 
 
+def model_settings(name: str) -> dict[str, Any]:
+    """What a run with the family's tiny pipeline sets beside its size, so that reference pictures are small."""
+    return getattr(tiny_module(name), "SETTINGS", {})
+
+
 def build(name: str, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> ModelFamily:
     """Images are wider than high, so that the two cannot be confused; reference pictures are small."""
-    settings = {"height": 16, "width": 24, "max_text_length": 24, "text_encoders": "resident"} | settings
-    if family_class(name).takes_pictures:
-        settings = {"reference_side": 16} | settings
-    return build_family(name, folder, dtype=dtype, device=CPU, **settings)
+    usual = {"height": 16, "width": 24, "max_text_length": 24, "text_encoders": "resident", **model_settings(name)}
+    return build_family(name, folder, dtype=dtype, device=CPU, **usual | settings)
 
 
 def load_pipeline(family: ModelFamily, folder: Path) -> Any:
-    pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(folder)
+    missing = {name: part for name, part in family.given_parts().items() if part is not None}
+    pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(folder, **missing)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -13,6 +13,8 @@ from opd_ds.models.base import ModelFamily
 from opd_ds.testing.tiny import flux
 from opd_ds.testing.tiny.parts import references, run
 
+SETTINGS = {"reference_side": 48}
+
 
 def write(folder: Path, seed: int = 0) -> Path:
     return flux.write(folder, seed, kind=FluxKontextPipeline)

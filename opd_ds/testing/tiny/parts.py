@@ -38,7 +38,7 @@ VAE_BLOCKS: dict[str, Any] = {
 }
 
 
-def painting(number: int, size: tuple[int, int] = (90, 72)) -> Image.Image:
+def painting(number: int, size: tuple[int, int] = (88, 64)) -> Image.Image:
     """An image of `size` (width, height) with large random patches, another for each number."""
     patches = np.random.default_rng(number).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     return Image.fromarray(patches).resize(size, Image.Resampling.BICUBIC)
@@ -46,7 +46,7 @@ def painting(number: int, size: tuple[int, int] = (90, 72)) -> Image.Image:
 
 def references(family: ModelFamily, prompts: int) -> list[tuple[Picture, ...]]:
     """As many reference pictures for each prompt as the family takes, at most two, the second one upright."""
-    sizes = ((90, 72), (72, 90))[: family.takes_pictures]
+    sizes = ((88, 64), (64, 88))[: family.takes_pictures]
 
     def picture(number: int, size: tuple[int, int]) -> Picture:
         stream = BytesIO()

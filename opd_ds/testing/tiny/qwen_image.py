@@ -21,8 +21,8 @@ from opd_ds.testing.tiny.parts import run, save
 from opd_ds.testing.tiny.qwen_tokenizer import make_tokenizer
 
 
-def write(folder: Path, seed: int = 0) -> Path:
-    """A whole pipeline folder; another seed gives other weights.
+def write(folder: Path, seed: int = 0, kind: Any = QwenImagePipeline) -> Path:
+    """A whole folder of the pipeline `kind`; another seed gives other weights.
 
     Returns:
         `folder`.
@@ -64,14 +64,19 @@ def write(folder: Path, seed: int = 0) -> Path:
         "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
         "fullatt_block_indexes": [0],
     }  # fmt: skip
-    pipeline = QwenImagePipeline(
+    placeholder, start = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|vision_start|>"])
+    pictures = {"image_token_id": placeholder, "vision_start_token_id": start}
+    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **pictures))
+    more = {} if kind is QwenImagePipeline else {"processor": None}
+    pipeline = kind(
         transformer=transformer,
         vae=vae,
-        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+        text_encoder=encoder,
         tokenizer=tokenizer,
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02
         ),
+        **more,
     )
     return save(pipeline, folder)
 

@@ -19,7 +19,7 @@ _CHAT = (
 
 def make_tokenizer() -> Qwen2Tokenizer:
     """Any text in bytes, some words whole, the tokens of a chat, and a chat template that knows `enable_thinking`."""
-    special = ["<|im_start|>", "<|im_end|>"]
+    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
         _TEXTS * 2, vocab_size=600, new_special_tokens=special, show_progress=False
     )
