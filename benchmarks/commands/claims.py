@@ -14,7 +14,13 @@ def paper_miniature(
     quick: Annotated[
         bool, typer.Option("--quick", help="one seed, an eighth of the rounds: shows that it runs, not what is true")
     ] = False,
-    seeds: Annotated[int | None, typer.Option(min=1, help="how many; default: 3, with --quick 1")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, help="repeatable; default: 3, 4, 5, which no recipe was tuned on")
+    ] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="methods (always run), queries, noise or further, repeatable; default: all"),
+    ] = None,
     parallel: Annotated[
         int | None, typer.Option(min=1, help="jobs at a time, each on one core; default: the cores, at most 4")
     ] = None,
@@ -26,8 +32,10 @@ def paper_miniature(
     from benchmarks.paper.plan import FULL, QUICK
 
     plan = QUICK if quick else FULL
-    if seeds is not None:
-        plan = replace(plan, seeds=tuple(range(seeds)))
+    if seed:
+        plan = replace(plan, seeds=tuple(dict.fromkeys(seed)))
+    if part:
+        plan = plan.with_parts(part)
     bench(plan, output_dir, parallel or min(4, os.cpu_count() or 1), typer.echo)
 
 

@@ -30,7 +30,7 @@ PARTS = (
     Part("lora", "LoRA student with three LoRA teachers", "rounds:lora", 40, 140),
     Part("full-offload", "full student, three full teachers on the host", "rounds:full_offload", 30, 80),
     Part("full-stream", "the same, block by block", "rounds:full_stream", 30, 80, on_cpu=False),
-    Part("full-zero-inference", "the same, sharded", "rounds:full_zero_inference", 30, 80),
+    Part("full-zero-inference", "the same, sharded", "rounds:full_zero_inference", 40, 170),
     Part("miniature", "the recipe `miniature`, 30 rounds", "small:miniature", 20, 70),
     Part("oom", "scoring.micro_batch = auto, out of memory once", "small:out_of_memory", 15, 45, on_cpu=False),
     Part("evaluation", "images of the student", "small:evaluation", 10, 45),

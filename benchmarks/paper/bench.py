@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import yaml
@@ -62,7 +61,8 @@ def refuse_other_settings(plan: Plan, folder: Path) -> None:
 
 def write(findings: Findings, plan: Plan, folder: Path) -> None:
     """table.csv, summary.json, plots with their CSVs, README.md."""
-    settings = asdict(plan) | {"evaluation_steps": EVALUATION_STEPS}
+    said = ("seeds", "share", "samples_per_prompt", "gradient_rollouts", "gradient_transitions")
+    settings = {key: getattr(plan, key) for key in said} | {"evaluation_steps": EVALUATION_STEPS}
     # Through JSON, so that the page is made of what the file says.
     text = json.dumps(summary(findings, settings), indent=1)
     (folder / "summary.json").write_text(text + "\n", encoding="utf-8")

@@ -1,32 +1,29 @@
 """The plan behind `python -m benchmarks paper-miniature`: does distilling specialists beat joint and cascaded learning?
 
-Per seed: three specialists by DiffusionNFT, one student distilled from them, and with the budget of all four together
-one model that learns all tasks in turns (joint) and one that learns them one after the other (cascade). The budget is
-counted in pass units (`Passes.units`). With the first seed also: the same distillation along the ODE and along SDEs.
+Per seed: three specialists by DiffusionNFT, their weights merged, students distilled from them (`methods.STUDENTS`,
+each with at most the passes of the shipped recipe), and with the budget of specialists and recipe together one model
+that learns all tasks in turns (joint) and one that learns them one after the other (cascade). The budget is counted in
+pass units (`Passes.units`). With the first seed also: where queries fall, noise in rollouts, and further settings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from benchmarks.paper.jobs import Job
+from benchmarks.paper.methods import CASCADE, FURTHER, JOINT, MERGED, NOISE, STUDENT, STUDENTS, Variant, queries
 from opd_ds.checkpoint.export_student import EXPORT_FOLDER
 from opd_ds.config.loading import load_config
 from opd_ds.config.schema import RunConfig
+from opd_ds.errors import UserError
 from opd_ds.miniature.world import TASKS
 from opd_ds.plan.passes import Passes, planned_passes
 
 BASE, GRADIENTS = "base", "gradients"
-# The paper's objective, whose weight is the exact KL with noise and mean matching without: one setting for all three.
-CONVERGENCE = {
-    "ode": ("rollout.kernel=euler",),
-    "sde-0.3": ("rollout.kernel=flow", "rollout.noise_level=0.3"),
-    "sde-0.7": ("rollout.kernel=flow", "rollout.noise_level=0.7"),
-}
 EVALUATION_STEPS = 10
-_HELD_OUT = 60 * len(TASKS)  # prompts
+_PROMPTS = 60 * (len(TASKS) + 1)  # held out
 
 # Seconds, measured on one core: a forward pass, what a backward pass adds, a decoded and scored image, a start.
 _FORWARD, _BACKWARD, _PICTURE, _START = 1.65e-3, 2.35e-3, 6e-3, 12.0
@@ -34,22 +31,48 @@ _FORWARD, _BACKWARD, _PICTURE, _START = 1.65e-3, 2.35e-3, 6e-3, 12.0
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is run. A teacher's round is one of `miniature_nft_<task>`, a student's one of `miniature`."""
+    """How much is run.
 
-    seeds: tuple[int, ...] = (0, 1, 2)
-    teacher_rounds: tuple[int, ...] = (40, 25, 60)  # in the order of TASKS
-    opd_rounds: int = 320
-    convergence_rounds: int = 40
-    evaluations: int = 3  # along a run
+    Attributes:
+        seeds: those that the recipes were not tuned on.
+        share: of each recipe's rounds.
+        evaluations: along a run; of joint and cascade along all of it, so that they can be read at smaller budgets.
+        students, queries, noise, further: what is distilled; the last three with the first seed only.
+    """
+
+    seeds: tuple[int, ...] = (3, 4, 5)
+    share: float = 1.0
+    evaluations: int = 3
+    rival_evaluations: int = 9
     samples_per_prompt: int = 2
     gradient_rollouts: int = 32
     gradient_transitions: int = 32
+    students: tuple[Variant, ...] = STUDENTS
+    queries: tuple[Variant, ...] = tuple(queries())
+    noise: tuple[Variant, ...] = NOISE
+    further: tuple[Variant, ...] = FURTHER
+
+    def with_parts(self, names: list[str]) -> Plan:
+        """Only these of the parts that are run with the first seed.
+
+        Raises:
+            UserError: an unknown name.
+        """
+        parts = ("queries", "noise", "further")
+        unknown = [name for name in names if name not in ("methods", *parts)]
+        if unknown:
+            raise UserError(f"--part {unknown[0]}: allowed are methods, {', '.join(parts)}")
+        left = {part: getattr(self, part) if part in names else () for part in parts}
+        return replace(self, queries=left["queries"], noise=left["noise"], further=left["further"])
+
+    def rounds(self, recipe: str) -> int:
+        return max(4, round(load_config(recipe, None, []).run.rounds * self.share))
 
 
 FULL = Plan()
 QUICK = replace(
-    FULL, seeds=(0,), teacher_rounds=(5, 4, 8), opd_rounds=40, convergence_rounds=16, evaluations=3,
-    samples_per_prompt=1, gradient_rollouts=8, gradient_transitions=8,
+    FULL, seeds=(0,), share=0.125, rival_evaluations=5, samples_per_prompt=1, gradient_rollouts=8,
+    gradient_transitions=8, students=STUDENTS[:2], queries=FULL.queries[:2], noise=NOISE[:1], further=FURTHER[:1],
 )  # fmt: skip
 
 
@@ -86,7 +109,7 @@ class Run:
         every, evaluation = self.config.run.eval_every, self.config.evaluation
         evaluations = 1 + ((self.rounds - 1) // every if every else 0)
         scored = self.config.rollout.samples * self.rounds if self.command == "teach" else 0
-        drawn = evaluations * _HELD_OUT * evaluation.samples_per_prompt
+        drawn = evaluations * _PROMPTS * evaluation.samples_per_prompt
         work = self.passes.forward * _FORWARD + self.passes.backward * _BACKWARD + scored * _PICTURE
         return _START + work + drawn * (evaluation.steps * _FORWARD + _PICTURE)
 
@@ -100,88 +123,117 @@ def teacher(task: str, seed: int) -> str:
     return f"teacher-{task}-{seed}"
 
 
-def opd(seed: int) -> str:
-    return f"opd-{seed}"
+def student(variant: Variant, seed: int) -> str:
+    return f"{variant.folder}-{seed}"
+
+
+def merged(seed: int) -> str:
+    return f"{MERGED}-{seed}"
 
 
 def joint(seed: int) -> str:
-    return f"joint-{seed}"
+    return f"{JOINT}-{seed}"
 
 
 def cascade(seed: int) -> list[str]:
     """The stages in order."""
-    return [f"cascade-{seed}-{number}-{task}" for number, task in enumerate(TASKS, 1)]
-
-
-def convergence(kind: str) -> str:
-    return f"convergence-{kind}"
+    return [f"{CASCADE}-{seed}-{number}-{task}" for number, task in enumerate(TASKS, 1)]
 
 
 def runs(plan: Plan) -> list[Run]:
     """All runs; those that others wait for come first."""
-    return [*(run for seed in plan.seeds for run in _of_seed(plan, seed)), *_convergence(plan)]
+    first = plan.seeds[0]
+    teachers = [run for seed in plan.seeds for run in _teachers(plan, seed)]
+    rivals = [run for seed in plan.seeds for run in _rivals(plan, seed)]
+    students = [_student(plan, seed, variant) for seed in plan.seeds for variant in plan.students]
+    others = [_student(plan, first, variant) for variant in (*plan.queries, *plan.noise, *plan.further)]
+    return [*teachers, *rivals, *students, *others]
 
 
 def jobs(plan: Plan) -> list[Job]:
-    """The runs, the base's scores and the gradients' variance."""
-    base = ["eval", "--recipe", "miniature", "--no-defaults", "--model", "base"]
-    for override in (f"run.output_dir=./{BASE}", *_evaluated_alike(plan)):
-        base += ["--set", override]
+    """The runs, the scores of base and merged weights, and the gradients' variance."""
     first = teacher(TASKS[0], plan.seeds[0])
     sizes = [str(number) for number in (16, plan.gradient_rollouts, plan.gradient_transitions)]
     variance = (export(first), TASKS[0], f"./{GRADIENTS}/{GRADIENTS}.json", *sizes)
     # 10 steps of 16 states: rollout, both gradients; then the gradients for transitions that are redrawn.
     states = 160 * (plan.gradient_rollouts * 7 + plan.gradient_transitions)
     return [
-        Job(BASE, tuple(base), seconds=_START + _HELD_OUT * plan.samples_per_prompt * (10 * _FORWARD + _PICTURE)),
         *(run.job() for run in runs(plan)),
+        *(_merge(seed) for seed in plan.seeds),
+        _evaluation_of_untrained(plan),
         Job(GRADIENTS, variance, (first,), "benchmarks.paper.gradients", _START + states * _BACKWARD),
     ]
 
 
-def _of_seed(plan: Plan, seed: int) -> list[Run]:
-    teachers = [
-        Run(teacher(task, seed), "teach", f"miniature_nft_{task}", rounds, _common(plan, seed))
-        for task, rounds in zip(TASKS, plan.teacher_rounds, strict=True)
+def _merge(seed: int) -> Job:
+    needs = tuple(teacher(task, seed) for task in TASKS)
+    base = load_config("miniature", None, []).model.path
+    return Job(merged(seed), ("merge", f"./{merged(seed)}/model", *map(export, needs), "--base", base), needs)
+
+
+def _evaluation_of_untrained(plan: Plan) -> Job:
+    """The base, and each seed's teachers merged."""
+    arguments = ["eval", "--recipe", "miniature", "--no-defaults", "--model", BASE]
+    for seed in plan.seeds:
+        arguments += ["--model", f"{merged(seed)}=./{merged(seed)}/model"]
+    for override in (f"run.output_dir=./{BASE}", *_evaluated_alike(plan)):
+        arguments += ["--set", override]
+    drawn = _PROMPTS * plan.samples_per_prompt * (1 + len(plan.seeds))
+    seconds = _START + drawn * (EVALUATION_STEPS * _FORWARD + _PICTURE)
+    return Job(BASE, tuple(arguments), tuple(map(merged, plan.seeds)), seconds=seconds)
+
+
+def _teachers(plan: Plan, seed: int) -> list[Run]:
+    recipes = {task: f"miniature_nft_{task}" for task in TASKS}
+    return [
+        Run(teacher(task, seed), "teach", recipe, plan.rounds(recipe), _common(plan, seed))
+        for task, recipe in recipes.items()
     ]
-    student = _student(plan, seed, opd(seed), plan.opd_rounds)
-    spent = sum((run.passes for run in teachers), student.passes)
-    # Rounded up to a whole round of each task: joint and cascade never have less than the distillation.
+
+
+def _rivals(plan: Plan, seed: int) -> list[Run]:
+    """Rounded up to a whole round of each task: joint and cascade never have less than the distillation."""
+    teachers = _teachers(plan, seed)
+    spent = sum((run.passes for run in teachers), _student(plan, seed, Variant(STUDENT)).passes)
     turns = -(-spent.units // sum(_one_round(run).units for run in teachers))
-    # Where joint and cascade have spent what the distillation alone has: they are looked at there.
-    mark = student.passes.units // _one_round(teachers[0]).units
-    total = turns * len(TASKS)
-    stages = list(_cascade(plan, seed, turns, mark))
-    every = _look_every(plan, total, mark)
-    together = Run(joint(seed), "teach", "miniature_nft_joint", total, (*_common(plan, seed), every))
-    return [*teachers, *stages, student, together]
+    every = f"run.eval_every={max(1, turns * len(TASKS) // plan.rival_evaluations)}"
+    settings = (*_common(plan, seed), every)
+    together = Run(joint(seed), "teach", "miniature_nft_joint", turns * len(TASKS), settings)
+    return [together, *_cascade(seed, turns, settings)]
 
 
-def _cascade(plan: Plan, seed: int, rounds: int, mark: int) -> Iterator[Run]:
+def _cascade(seed: int, rounds: int, settings: tuple[str, ...]) -> Iterator[Run]:
     before: tuple[str, ...] = ()
-    for number, (task, name) in enumerate(zip(TASKS, cascade(seed), strict=True)):
-        every = _look_every(plan, rounds, mark - number * rounds)
+    for task, name in zip(TASKS, cascade(seed), strict=True):
         start = tuple(f"student.start={export(stage)}" for stage in before)
-        settings = (*_common(plan, seed), every, *start)
-        yield Run(name, "teach", f"miniature_nft_{task}", rounds, settings, before)
+        yield Run(name, "teach", f"miniature_nft_{task}", rounds, (*settings, *start), before)
         before = (name,)
 
 
-def _convergence(plan: Plan) -> list[Run]:
-    objective = "objective={target: transition, weighting: kl}"
-    return [
-        _student(plan, plan.seeds[0], convergence(kind), plan.convergence_rounds, objective, *settings)
-        for kind, settings in CONVERGENCE.items()
-    ]
-
-
-def _student(plan: Plan, seed: int, name: str, rounds: int, *more: str) -> Run:
+def _student(plan: Plan, seed: int, variant: Variant) -> Run:
+    """With the recipe's rounds, or as many as take no more passes than those."""
     teachers = [teacher(task, seed) for task in TASKS]
-    settings = [f"optimizer.warmup_rounds={max(1, rounds // 25)}"]
+    settings = [*_common(plan, seed)]
     for task, source in zip(TASKS, teachers, strict=True):
         settings += [f"tasks.{task}.teacher.path={export(source)}", f"tasks.{task}.teacher.guidance=1.0"]
-    every = f"run.eval_every={max(1, rounds // plan.evaluations)}"
-    return Run(name, "train", "miniature", rounds, (*_common(plan, seed), every, *settings, *more), tuple(teachers))
+
+    def run(rounds: int, changes: Iterable[str]) -> Run:
+        looked = (
+            f"run.eval_every={max(1, rounds // plan.evaluations)}",
+            f"optimizer.warmup_rounds={max(1, rounds // 25)}",
+        )
+        everything = (*settings, *looked, *changes)
+        return Run(student(variant, seed), "train", "miniature", rounds, everything, tuple(teachers))
+
+    recipe = run(plan.rounds("miniature"), ())
+    if not variant.settings:
+        return recipe
+    cost = run(_SAMPLED, variant.settings).passes.units / _SAMPLED
+    return run(int(recipe.passes.units / cost), variant.settings)
+
+
+# Rounds whose passes are counted to know those of one: random queries make rounds differ, and tasks take turns.
+_SAMPLED = 60
 
 
 def _common(plan: Plan, seed: int) -> tuple[str, ...]:
@@ -202,11 +254,3 @@ def _evaluated_alike(plan: Plan) -> tuple[str, ...]:
 
 def _one_round(run: Run) -> Passes:
     return planned_passes(replace(run, rounds=1).config)
-
-
-def _look_every(plan: Plan, rounds: int, mark: int) -> str:
-    """So that one evaluation is at round `mark`, where that is inside the run and not too near to its start."""
-    usual = max(1, rounds // plan.evaluations)
-    if not usual <= mark < rounds:
-        return f"run.eval_every={usual}"
-    return f"run.eval_every={mark // max(1, round(mark / usual))}"

@@ -6,9 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.table import WITH_TEACHERS, Findings, Point
+from benchmarks.paper.methods import WITH_TEACHERS, Queries
+from benchmarks.paper.plan import FULL
+from benchmarks.paper.table import SCORED, Findings, Outcome, Point, mean_of_tasks
 from benchmarks.plots import grouped_bars, panels, write_csv, write_png
-from opd_ds.miniature.world import TASKS
 
 _MILLION_UNITS = "million pass units (forward + 2 x backward)"
 Curves = dict[tuple[str, str], list[Point]]  # by name and seed
@@ -19,7 +20,8 @@ def draw_all(findings: Findings, methods: dict[str, Any], folder: Path) -> None:
     _curves(
         {(name, str(seed)): curve for (name, seed), curve in findings.curves.items()}, folder / "reward_against_passes"
     )
-    _curves({(kind, ""): curve for kind, curve in findings.convergence.items()}, folder / "ode_sde")
+    _curves({(kind, ""): curve for kind, curve in findings.noise.items()}, folder / "noise")
+    _queries(findings.singles, folder / "queries")
     _methods({name: found for name, found in methods.items() if name != WITH_TEACHERS}, folder / "methods")
     _gradients(findings.gradients, folder / "gradient_variance")
 
@@ -31,9 +33,9 @@ def _curves(curves: Curves, place: Path) -> None:
             cost = {"passes": point.passes.total, "pass_units": point.passes.units}
             lines += [{"name": name, "seed": seed, "task": t, **cost, "reward": r} for t, r in point.rewards.items()]
     write_csv(place.with_suffix(".csv"), lines)
-    figure, axes = panels(len(TASKS))
+    figure, axes = panels(len(SCORED))
     colours = {name: f"C{number}" for number, name in enumerate(dict.fromkeys(name for name, _ in curves))}
-    for one, task in zip(axes, TASKS, strict=True):
+    for one, task in zip(axes, SCORED, strict=True):
         one.set(title=task, xlabel=_MILLION_UNITS)
         for (name, _), curve in curves.items():
             units = [point.passes.units / 1e6 for point in curve]
@@ -43,19 +45,39 @@ def _curves(curves: Curves, place: Path) -> None:
 
 def _methods(methods: dict[str, Any], place: Path) -> None:
     lines = [
-        {"method": name, "task": task, **found["tasks"][task]} for name, found in methods.items() for task in TASKS
+        {"method": name, "task": task, **found["tasks"][task]} for name, found in methods.items() for task in SCORED
     ]
     write_csv(place.with_suffix(".csv"), lines)
     means, spreads = (
-        {name: [found["tasks"][task][key] for task in TASKS] for name, found in methods.items()}
+        {name: [found["tasks"][task][key] for task in SCORED] for name, found in methods.items()}
         for key in ("mean", "spread")
     )
     averages = {name: [math.nan if found["average"] is None else found["average"]] for name, found in methods.items()}
     figure, (left, right) = panels(2)
     left.set_title("mean reward on held-out prompts")
-    grouped_bars(left, TASKS, means, spreads)
+    grouped_bars(left, SCORED, means, spreads)
     right.set_title("min-max normalised average")
     grouped_bars(right, ["average"], averages)
+    write_png(figure, place.with_suffix(".png"))
+
+
+def _queries(singles: list[Outcome], place: Path) -> None:
+    """One panel per schedule, one line per place, over the number of queries."""
+    known = {one.name: one for one in FULL.queries if isinstance(one, Queries)}
+    found = [(known[one.method], one) for one in singles if one.method in known]
+    lines: list[dict[str, Any]] = [
+        {"queries": one.count, "where": one.place, "schedule": one.schedule, **outcome.rewards}
+        | {"mean": mean_of_tasks(outcome.rewards), "pass_units": outcome.passes.units}
+        for one, outcome in found
+    ]
+    write_csv(place.with_suffix(".csv"), lines)
+    schedules = list(dict.fromkeys(line["schedule"] for line in lines))
+    figure, axes = panels(len(schedules))
+    for one, schedule in zip(axes, schedules, strict=True):
+        one.set(title=f"tasks of an update: {schedule}", xlabel="queries a trajectory", ylabel="mean reward")
+        for number, where in enumerate(dict.fromkeys(line["where"] for line in lines)):
+            own = [line for line in lines if (line["schedule"], line["where"]) == (schedule, where)]
+            one.plot([o["queries"] for o in own], [o["mean"] for o in own], ".-", color=f"C{number}", label=where)
     write_png(figure, place.with_suffix(".png"))
 
 

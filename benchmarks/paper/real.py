@@ -26,9 +26,9 @@ def real_rewards() -> dict[str, float] | None:
         return None
     config, names, palette = load_config("miniature", None, []), list(world.COLOURS), world.palette()
     rewards = {}
-    for task, section in config.tasks.items():
+    for name, section in config.evaluated.items():
         assert section.eval_prompts is not None
-        prompts = PromptSet.read(section.eval_prompts, f"tasks.{task}.eval_prompts").prompts
+        prompts = PromptSet.read(section.eval_prompts, f"{config.place(name)}.eval_prompts").prompts
         pictures = []
         for prompt in prompts:
             scene = world.parse(prompt)
@@ -39,5 +39,5 @@ def real_rewards() -> dict[str, float] | None:
             ink, ground = (palette[names.index(name)].expand(len(chosen), 3) for name in (scene.ink, scene.ground))
             pictures += [to_image(picture) for picture in world.paint(chosen, ink, ground)]
         asked = [prompt for prompt in prompts for _ in range(PICTURES_PER_PROMPT)]
-        rewards[task] = float(build(section.rewards[0].name).score(pictures, asked, [{}] * len(asked)).mean())
+        rewards[name] = float(build(section.rewards[0].name).score(pictures, asked, [{}] * len(asked)).mean())
     return rewards

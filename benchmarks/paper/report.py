@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from opd_ds.miniature.world import TASKS
+from benchmarks.paper.methods import Queries
+from benchmarks.paper.plan import FULL
+from benchmarks.paper.table import SCORED
 from opd_ds.utils.markdown import markdown_table
 
 PICTURES = {
     "methods.png": "Mean reward by task; whiskers: standard deviation over seeds",
     "reward_against_passes.png": "Held-out reward along each run; distillation without its teachers",
-    "ode_sde.png": "The same distillation with states of the ODE and of SDEs",
+    "queries.png": "Mean reward by number of queries a trajectory, where they fall, and tasks of an update",
+    "noise.png": "The same distillation with states of the ODE and of SDEs",
     "gradient_variance.png": "Total variance of the gradient by step, over rollouts and noise",
 }
 
@@ -29,11 +32,14 @@ def as_markdown(summary: dict[str, Any]) -> str:
     parts = [
         "# Distilling against joint and cascaded learning, in the miniature",
         "Mean reward on held-out prompts, all methods on the same noise, without guidance (± standard deviation over "
-        "seeds). *average*: mean over tasks of min-max normalised means, over base, teachers, opd, joint and cascade. "
-        "Budgets are compared in pass units: a forward pass is 1, a backward pass 2. Seconds are those of rounds, "
-        "several jobs at a time.",
+        "seeds). *all_tasks*: prompts that ask for all tasks, the product of their rewards. *average*: mean over tasks "
+        "of min-max normalised means, over the base and all methods. Budgets are compared in pass units: a "
+        "forward pass is 1, a backward pass 2. Seconds are those of rounds, several jobs at a time.",
         _table(summary["methods"]).rstrip(),
         f"Settings: {settings}.",
+        "## One seed: where queries fall, and further settings",
+        "Students of the first seed with at most the recipe's passes. *mean*: of the three tasks' rewards.",
+        _singles(summary["singles"]).rstrip(),
         "## Claims",
         "\n".join([*claims, *notes]),
         "## Images",
@@ -47,8 +53,20 @@ def _table(methods: dict[str, Any]) -> str:
     for name, found in methods.items():
         average = "-" if found["average"] is None else f"{found['average']:.3f}"
         costs = [f"{found[key]:,.0f}" for key in ("passes", "pass_units", "seconds")]
-        rows.append([name, *(_cell(found["tasks"][task]) for task in TASKS), average, *costs])
-    return markdown_table(["method", *TASKS, "average", "passes", "pass units", "seconds"], rows)
+        rows.append([name, *(_cell(found["tasks"][task]) for task in SCORED), average, *costs])
+    return markdown_table(["method", *SCORED, "average", "passes", "pass units", "seconds"], rows)
+
+
+def _singles(found: dict[str, Any]) -> str:
+    """Queries by what they are, further settings by name; the best mean first."""
+    by_name = {one.name: one for one in FULL.queries}
+    rows = []
+    for name, one in sorted(found.items(), key=lambda item: -item[1]["mean_of_tasks"]):
+        known = by_name.get(name)
+        what = [str(known.count), known.place, known.schedule] if isinstance(known, Queries) else [name, "", ""]
+        cells = [_cell(one["tasks"][task]) for task in SCORED]
+        rows.append([*what, *cells, f"{one['mean_of_tasks']:.3f}", f"{one['pass_units']:,.0f}"])
+    return markdown_table(["queries", "where", "tasks of an update", *SCORED, "mean", "pass units"], rows)
 
 
 def _cell(found: dict[str, Any]) -> str:

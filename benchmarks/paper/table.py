@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from benchmarks.paper.methods import CASCADE, JOINT, MERGED, STUDENT, WITH_TEACHERS
 from benchmarks.paper.passes import measured_passes
-from benchmarks.paper.plan import (
-    BASE,
-    CONVERGENCE,
-    Plan,
-    cascade,
-    convergence,
-    joint,
-    opd,
-    runs,
-    teacher,
-)
+from benchmarks.paper.plan import BASE, Plan, cascade, joint, merged, runs, student, teacher
 from opd_ds.errors import UserError
 from opd_ds.evaluation.results import RESULTS_FILE, means, read_results
-from opd_ds.miniature.world import TASKS
+from opd_ds.miniature.world import ALL_TASKS, TASKS
 from opd_ds.plan.passes import Passes
 from opd_ds.runs.monitor import METRICS_FILE, SCORES_FILE, read_metrics
 from opd_ds.runs.setup import EVALUATION_FOLDER
 
 COLUMNS = ("method", "seed", "task", "reward", "passes", "seconds")
-WITH_TEACHERS = "opd+teachers"
+# What every model is scored on: the tasks, and prompts that ask for all of them (the product of the tasks' rewards).
+SCORED = (*TASKS, ALL_TASKS)
 
-Rewards = dict[str, float]  # by task
+Rewards = dict[str, float]  # by `SCORED`
 
 
 @dataclass(frozen=True)
@@ -59,44 +52,52 @@ class Findings:
     """All that tables, claims and plots are made of.
 
     Attributes:
+        outcomes: of the methods that have every seed.
+        singles: of settings that only the first seed was run with: queries and further ones.
         curves: by method and seed, from the base on.
-        convergence: by kind of rollout, from the base on.
+        noise: by kind of rollout, from the base on.
         gradients: the report of `gradients.py`.
         other_passes: runs whose passes are not those that the budget was made with.
     """
 
     outcomes: list[Outcome]
+    singles: list[Outcome]
     curves: dict[tuple[str, int], list[Point]]
-    convergence: dict[str, list[Point]]
+    noise: dict[str, list[Point]]
     gradients: dict[str, Any]
     other_passes: list[str] = field(default_factory=list)
 
 
 def collect(plan: Plan, folder: Path, real: Rewards | None, gradients: dict[str, Any]) -> Findings:
     """Read the finished runs of `plan` in `folder`."""
-    base = means(read_results(folder / BASE / EVALUATION_FOLDER / RESULTS_FILE))["base"]
-    start = Point(Passes(), {task: base[task][_label(task)] for task in TASKS})
+    untrained = means(read_results(folder / BASE / EVALUATION_FOLDER / RESULTS_FILE))
+    start = Point(
+        Passes(), _rewards({f"{name}/{k}": v for name, one in untrained[BASE].items() for k, v in one.items()})
+    )
     outcomes = [Outcome("base", None, start.rewards)]
     outcomes += [Outcome("real", None, real)] if real is not None else []
     curves: dict[tuple[str, int], list[Point]] = {}
     for seed in plan.seeds:
         teachers = [_outcome(f"teacher:{task}", seed, folder, [teacher(task, seed)]) for task in TASKS]
-        student = _outcome("opd", seed, folder, [opd(seed)])
-        everything = Outcome(
-            WITH_TEACHERS,
-            seed,
-            student.rewards,
-            sum((one.passes for one in teachers), student.passes),
-            sum((one.seconds for one in teachers), student.seconds),
-        )
-        stages = {"joint": [joint(seed)], "cascade": cascade(seed)}
-        others = [_outcome(method, seed, folder, names) for method, names in stages.items()]
-        outcomes += [*teachers, student, everything, *others]
-        for method, names in ({"opd": [opd(seed)]} | stages).items():
+        weights = _rewards(_flat(untrained[merged(seed)]))
+        outcomes += [*teachers, Outcome(MERGED, seed, weights, _sum(teachers))]
+        for variant in plan.students:
+            found = _outcome(variant.name, seed, folder, [student(variant, seed)])
+            outcomes.append(found)
+            if variant.name == STUDENT:
+                seconds = sum((one.seconds for one in teachers), found.seconds)
+                outcomes.append(Outcome(WITH_TEACHERS, seed, found.rewards, _sum([*teachers, found]), seconds))
+                curves[STUDENT, seed] = [start, *_curve(folder, [student(variant, seed)])]
+        for method, names in {JOINT: [joint(seed)], CASCADE: cascade(seed)}.items():
+            outcomes.append(_outcome(method, seed, folder, names))
             curves[method, seed] = [start, *_curve(folder, names)]
-    along = {kind: [start, *_curve(folder, [convergence(kind)])] for kind in CONVERGENCE}
+    first = plan.seeds[0]
+    singles = [
+        _outcome(variant.name, first, folder, [student(variant, first)]) for variant in (*plan.queries, *plan.further)
+    ]
+    noise = {variant.name: [start, *_curve(folder, [student(variant, first)])] for variant in plan.noise}
     other = [run.name for run in runs(plan) if measured_passes(folder / run.name) != run.passes]
-    return Findings(outcomes, curves, along, gradients, other)
+    return Findings(outcomes, singles, curves, noise, gradients, other)
 
 
 def rows(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
@@ -115,8 +116,29 @@ def rows(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
     ]
 
 
+def mean_of_tasks(rewards: Rewards) -> float:
+    """The mean over tasks, without the prompts that ask for all."""
+    return fmean(rewards[task] for task in TASKS)
+
+
 def _label(task: str) -> str:
     return f"miniature_{task}"
+
+
+def _rewards(scores: dict[str, float]) -> Rewards:
+    """From scores by `<prompts>/<reward>`."""
+    return {task: scores[f"{task}/{_label(task)}"] for task in TASKS} | {
+        ALL_TASKS: scores[f"{ALL_TASKS}/miniature_all"]
+    }
+
+
+def _flat(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """By `<prompts>/<reward>`, as scores.jsonl has them."""
+    return {f"{name}/{label}": value for name, labels in found.items() for label, value in labels.items()}
+
+
+def _sum(outcomes: Iterable[Outcome]) -> Passes:
+    return sum((one.passes for one in outcomes), Passes())
 
 
 def _outcome(method: str, seed: int, folder: Path, names: list[str]) -> Outcome:
@@ -139,5 +161,5 @@ def _curve(folder: Path, names: list[str]) -> list[Point]:
             spent += Passes(row["passes/forward"], row["passes/backward"])
             found = scored.get(row["round"])
             if found is not None:
-                points.append(Point(spent, {task: found[f"{task}/{_label(task)}"] for task in TASKS}))
+                points.append(Point(spent, _rewards(found)))
     return points
