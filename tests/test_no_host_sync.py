@@ -198,7 +198,7 @@ def families(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         build_family(name, folder / "base", dtype=torch.float32, device=device, **size) for device in (CPU, META)
     )
 
-    known = ["", *PROMPTS]
+    known = [host.negative_prompt, *PROMPTS]
     encoded = host.encode(known)
 
     def encode(prompts: list[str]) -> Conditioning:
