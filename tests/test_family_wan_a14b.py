@@ -101,11 +101,11 @@ def test_pairs_go_network_by_network_and_short_parts_are_filled_up() -> None:
     chosen, stages = torch.tensor([[0, 3], [1, 2], [0, 1]]), (0, 0, 1, 1)
     assert stage_counts([chosen, chosen.flip(0)], stages) == (4, 2)
     assert stage_counts([chosen[:1], chosen[2:]], stages) == (2, 1)
-    first, second = in_stages(chosen.flatten(), 10, stages, (4, 3))
-    assert (first.index.tolist(), first.step.tolist()) == ([10, 12, 14, 15], [0, 1, 0, 1])
-    assert (second.index.tolist(), second.step.tolist()) == ([11, 13, 10], [3, 2, 2])
+    first, second = in_stages(chosen.flatten(), stages, (4, 3))
+    assert (first.index.tolist(), first.step.tolist()) == ([0, 2, 4, 5], [0, 1, 0, 1])
+    assert (second.index.tolist(), second.step.tolist()) == ([1, 3, 0], [3, 2, 2])
     assert (first.counts.tolist(), second.counts.tolist()) == ([True] * 4, [True, True, False])
-    none = in_stages(torch.tensor([0, 1]), 0, stages, (2, 1))[1]
+    none = in_stages(torch.tensor([0, 1]), stages, (2, 1))[1]
     assert (none.index.tolist(), none.step.tolist(), none.counts.tolist()) == ([0], [2], [False])
 
 

@@ -71,10 +71,10 @@ def test_loss_and_gradient_are_the_sum_of_both(
     config, plain = build_run(**changes, reward_term__reward_attempts=1)
     assert isinstance(config, DistilConfig)
     assert isinstance(plain.trainer, Distillation)
-    data = plain.trainer._see(0, RoundMeter(group, 1)).data["t"]
+    (data,) = plain.trainer._see(0, RoundMeter(group, 1)).data.values()
     pairs = data.buffer.pairs(slice(None))
     sigmas = plain.family.sigmas(config.rollout.steps)
-    states, sigma, cond = data.buffer.inputs(pairs, sigmas.float())
+    states, sigma, cond = data.buffer.inputs(pairs)
     network, known = plain.student.module, data.known.at(pairs)
     velocity = plain.family.guided_velocity(network, states, sigma, cond, cond[:1], 1.0)
     table = kernel("flow", 0.7).coefficients(sigmas)

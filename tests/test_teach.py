@@ -340,7 +340,7 @@ def test_recipes_of_both_kinds_are_complete() -> None:
     for name in ("miniature_nft_text", "miniature_guard_look"):
         config = load_config(name, None, [])
         assert isinstance(config, TeachConfig)
-        assert len(config.evaluated) == 3
+        assert len(config.evaluated) == 4  # the tasks, and all three at once
         result = CliRunner().invoke(app, ["teach", "--recipe", name, "--dry-run"], catch_exceptions=False)
         assert "12 per task, 8 images of each" in result.output
 

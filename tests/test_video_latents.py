@@ -125,9 +125,10 @@ def test_noised_states_and_the_buffer_keep_samples_and_steps_apart() -> None:
     assert video.states is not None
     assert picture.states is not None
     torch.testing.assert_close(as_picture(video.states), picture.states)
-    buffer = TrajectoryBuffer(video.states, chosen, torch.ones(SAMPLES), Conditioning({"x": torch.arange(SAMPLES)}))
+    prompts = Conditioning({"x": torch.arange(SAMPLES)})
+    buffer = TrajectoryBuffer(video.states, chosen, torch.ones(SAMPLES), prompts, SIGMAS.float())
     for pairs in buffer.micro_batches(4):
-        states, sigma, cond = buffer.inputs(pairs, SIGMAS.float())
+        states, sigma, cond = buffer.inputs(pairs)
         assert torch.equal(cond.tensors["x"], pairs.sample)
         for row, (sample, step) in enumerate(zip(pairs.sample, pairs.step, strict=True)):
             slot = chosen[sample].tolist().index(step)

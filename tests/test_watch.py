@@ -45,7 +45,7 @@ class Brightness:
 
 def grey(levels: list[float], prompts: list[str]) -> RolloutResult:
     """Latents that `decode` below turns into plain grey images."""
-    return RolloutResult(prompts, [{} for _ in prompts], torch.tensor(levels)[:, None, None, None].expand(-1, 4, 2, 2))
+    return RolloutResult(prompts, [{} for _ in prompts], [torch.full((4, 2, 2), level) for level in levels])
 
 
 def decode(latents: torch.Tensor) -> torch.Tensor:

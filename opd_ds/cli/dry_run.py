@@ -39,7 +39,8 @@ def describe(config: RunConfig, world: World, start: Start) -> str:
     settings = config.rollout
     trained = config.trained_steps
     updates, rounds = config.train.updates_per_round, config.tasks_of(0)
-    rows = {task: rows_on_a_rank(config.samples(task), world.size, updates) for task in config.tasks}
+    kinds = max(1, len(config.model.sizes))
+    rows = {task: rows_on_a_rank(config.samples(task), world.size, updates, kinds) for task in config.tasks}
     pairs = [count * trained for count in rows.values()]
     filled = {task: count * world.size - config.samples(task) for task, count in rows.items()}
     one_pass = family.passes(settings.guidance) == 1
@@ -66,17 +67,18 @@ def describe(config: RunConfig, world: World, start: Start) -> str:
             f"training               {_each(trainings)} micro-batches of {config.train.micro_batch} per task and "
             f"process, {config.train.inner_epochs} x, and {config.steps_per_round} optimizer steps",
         ]
+    most = "at most " if kinds > 1 else ""
     frames = f", {family.frames} frames" if family.frames else ""
     lines = [
         f"processes              {world.size}, {world.local_size} a node",
         f"starts from            {f'{resumed.checkpoint}, {resumed.done} rounds done' if resumed else 'round 0'}",
-        f"height x width         {family.height} x {family.width}{frames}",
+        f"height x width         {_sizes(config) or f'{family.height} x {family.width}'}{frames}",
         f"tasks                  {len(config.tasks)}: {tasks}",
         f"tasks of a round       {_schedule(config)}",
         f"samples a round        {_each(samples)} per task",
         *(group if config.group_size > 1 else []),
         f"samples per process    {_each(rows.values())} per task"
-        + (f" ({_each(filled.values())} padding samples at weight 0)" if any(filled.values()) else ""),
+        + (f" ({most}{_each(filled.values())} padding samples at weight 0)" if any(filled.values()) else ""),
         f"trained steps          {trained} of {settings.steps}: {_each(pairs)} (state, step) pairs per task and "
         "process",
         *work,
@@ -86,6 +88,15 @@ def describe(config: RunConfig, world: World, start: Start) -> str:
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     ds_config = json.dumps(files.student_ds_config, indent=2)
     return "\n".join(["# run", resolved, "# arithmetic", *lines, "", f"# ds_config ({config.deepspeed})", ds_config])
+
+
+def _sizes(config: RunConfig) -> str:
+    """Of several: which, and who chooses; else nothing."""
+    model = config.model
+    if not model.sizes:
+        return "the prompts' own" if model.size_from == "prompts" else ""
+    chosen = "nearest to the prompts' own" if model.size_from == "prompts" else "drawn"
+    return f"{', '.join(f'{height} x {width}' for height, width in model.sizes)} ({chosen})"
 
 
 def _each(counts: Iterable[int]) -> str:

@@ -72,6 +72,15 @@ class ModelSection(Section):
     path: str = Field(description="diffusers folder, hub id, or package:<path inside opd_ds>")
     height: PositiveInt | None = Field(None, description="pixels; default: the model's own size")
     width: PositiveInt | None = Field(None, description="pixels; default: the model's own size")
+    sizes: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
+        (),
+        description="[height, width] of several image sizes, pixels; one is drawn for each prompt; see docs/sizes.md",
+    )
+    size_from: Literal["drawn", "prompts"] = Field(
+        "drawn",
+        description="prompts: where a prompt set has columns height and width, the prompt's own, or of `sizes` that of "
+        "the nearest aspect ratio",
+    )
     frames: PositiveInt | None = Field(None, description="of a video; default: the family's own")
     max_text_length: PositiveInt | None = Field(
         None, description="tokens of a prompt; T5's where there are several encoders; default: the family's own"
@@ -79,7 +88,7 @@ class ModelSection(Section):
     negative_prompt: str | None = Field(
         None,
         description="of the pass without prompt, where guidance makes two passes; default: the family's own: a blank "
-        "for Qwen-Image, nothing for the others",
+        "for Qwen-Image, nothing for the others; a prompt set may have a column negative_prompt of its own",
     )
     low_noise_guidance: float | None = Field(
         None,
@@ -116,6 +125,16 @@ class ModelSection(Section):
     text_cache: Folder | None = Field(
         None, description="folder of encoded prompts; default: text_cache in run.output_dir"
     )
+
+    @model_validator(mode="after")
+    def _one_size_or_several(self) -> ModelSection:
+        for key in ("height", "width"):
+            if self.sizes and (value := getattr(self, key)) is not None:
+                raise ValueError(f"{key} = {value} beside sizes: put it into sizes, as [height, width], or remove it")
+        twice = [list(size) for size in self.sizes if self.sizes.count(size) > 1]
+        if twice:
+            raise ValueError(f"sizes: {twice[0]} is named twice; a size is drawn as often as any other")
+        return self
 
 
 class LoraSection(Section):
@@ -410,7 +429,9 @@ class PromptsSection(Section):
         (), description="columns with reference pictures: paths beside the file, bytes, or lists of these"
     )
     metadata: tuple[str, ...] | None = Field(
-        None, description="columns that reach the rewards; default: all others, but for pictures, sound and bytes"
+        None,
+        description="columns that reach the rewards, beside those that the run reads itself; default: all others, but "
+        "for pictures, sound and bytes",
     )
     where: dict[str, Cell | tuple[Cell, ...]] = Field(
         default_factory=dict, description="keep the rows whose columns hold this value, or one of these"

@@ -8,18 +8,21 @@ from typing import Any
 
 from opd_ds.config.sections import PromptsSection
 from opd_ds.data.readers import Problem, Row, locate, rows
+from opd_ds.data.sizes import Size, own_size
 from opd_ds.errors import UserError, shown
 from opd_ds.rewards.geneval.rules import Task
 from opd_ds.rewards.ocr import is_text, quotations, target_text
 
 _SHOWN = 5
+_UNIT = 16  # pixels; what the sizes of released models are multiples of
 _TAGS_SHOWN, _TAG_LENGTH = 20, 40
 
 
 @dataclass
 class Findings:
     """Counts of a prompt set; `problems` would end a run or leave a prompt without a score. `odd_quotes` are prompts
-    with quote marks that stand alone."""
+    with quote marks that stand alone; `odd_sizes` would end a run with model.size_from = 'prompts'.
+    """
 
     prompts: int = 0
     pictures: int = 0
@@ -29,6 +32,8 @@ class Findings:
     geneval: int = 0
     repeats: list[Row] = field(default_factory=list)
     odd_quotes: list[Row] = field(default_factory=list)
+    sizes: Counter[Size] = field(default_factory=Counter)
+    odd_sizes: list[Problem] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -64,6 +69,7 @@ def look_through(chosen: PromptsSection, key: str) -> Findings:
                 found.problems.append(Problem(str(error).removeprefix(f"{row.place}: "), row.place))
         if row.metadata.get("tag"):
             found.tags[str(row.metadata["tag"])] += 1
+        _look_at_size(row, found)
         try:
             found.geneval += Task.parse(row.metadata) is not None
         except UserError as error:
@@ -71,6 +77,19 @@ def look_through(chosen: PromptsSection, key: str) -> Findings:
     if not found.prompts and not found.problems:
         found.problems.append(Problem("no prompts"))
     return found
+
+
+def _look_at_size(row: Row, found: Findings) -> None:
+    try:
+        size = own_size(row.metadata)
+    except ValueError as error:
+        found.odd_sizes.append(Problem(str(error), row.place))
+        return
+    if size is None:
+        return
+    found.sizes[size] += 1
+    if size.height % _UNIT or size.width % _UNIT:
+        found.odd_sizes.append(Problem(f"height x width = {size} are no multiples of {_UNIT}", row.place))
 
 
 def describe(found: Findings) -> str:
@@ -86,6 +105,14 @@ def describe(found: Findings) -> str:
         lines.append(f"GenEval       {found.geneval} with metadata that the reward `geneval` reads")
     if found.quoting:
         lines.append(f"quoted text   {found.quoting} that the reward `ocr` can score")
+    if found.sizes:
+        listed = ", ".join(f"{size} {count}" for size, count in found.sizes.most_common(_SHOWN))
+        rest = f" and {len(found.sizes) - _SHOWN} more" if len(found.sizes) > _SHOWN else ""
+        lines.append(f"sizes         height x width of {found.sizes.total()}, for model.size_from: {listed}{rest}")
+    if found.odd_sizes:
+        first_odd = found.odd_sizes[0]
+        lines.append(f"odd sizes     {len(found.odd_sizes)} that a run with model.size_from = prompts may refuse")
+        lines.append(f"  {first_odd.place}: {first_odd.what}")
     if found.odd_quotes:
         first = found.odd_quotes[0]
         target = target_text(first.prompt, first.metadata)
@@ -112,6 +139,8 @@ def as_dict(found: Findings) -> dict[str, Any]:
         "geneval": found.geneval,
         "quoting": found.quoting,
         "odd_quotes": [row.place for row in found.odd_quotes],
+        "sizes": {str(size): count for size, count in found.sizes.items()},
+        "odd_sizes": [asdict(problem) for problem in found.odd_sizes],
         "repeats": [row.place for row in found.repeats],
         "longest": len(found.longest.prompt) if found.longest else 0,
         "problems": [asdict(problem) for problem in found.problems],

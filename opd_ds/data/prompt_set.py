@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from opd_ds.config.sections import PromptsSection
-from opd_ds.data.readers import Problem, Row, locate, rows
+from opd_ds.data.readers import NEGATIVE, Problem, Row, locate, rows
 from opd_ds.errors import UserError
 from opd_ds.pictures import Picture
+
+
+def negative_prompt(metadata: Mapping[str, Any], default: str) -> str:
+    """The negative prompt of the prompt with `metadata`; `default`: of those that have none of their own."""
+    own = metadata.get(NEGATIVE)
+    return default if own is None else str(own)
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,11 @@ class PromptSet:
         return replace(
             self, prompts=self.prompts[:count], metadata=self.metadata[:count], pictures=self.pictures[:count]
         )
+
+    @cached_property
+    def own_negatives(self) -> bool:
+        """Whether a prompt has a negative prompt of its own."""
+        return any(metadata.get(NEGATIVE) is not None for metadata in self.metadata)
 
     @classmethod
     def read(cls, source: Path | PromptsSection, key: str = "prompts") -> PromptSet:

@@ -25,6 +25,10 @@ from opd_ds.errors import UserError, nearest, shown
 from opd_ds.pictures import Picture
 from opd_ds.utils.stand_ins import stand_in
 
+# A prompt's own negative prompt.
+NEGATIVE = "negative_prompt"
+# Columns that a run itself reads, whatever `metadata` names.
+READ = ("height", "width", NEGATIVE)
 FILES = (".txt", ".jsonl", ".parquet", ".csv")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -116,7 +120,7 @@ def _without_flaw(row: Row | Problem) -> Row | Problem:
     """A problem where tokenizers, hashes and reward servers could not take the row."""
     if isinstance(row, Problem):
         return row
-    if "\0" in row.prompt:
+    if "\0" in row.prompt + (row.metadata.get(NEGATIVE) or ""):
         return Problem("the prompt holds a NUL character; remove it", row.place)
     try:
         json.dumps([[row.prompt, row.metadata]], ensure_ascii=False, default=str).encode()
@@ -148,19 +152,23 @@ def _row(record: _Record, chosen: PromptsSection, folder: Path) -> Row | Problem
     columns, wanted = record.columns, chosen.metadata
     prompt = columns.get(chosen.column)
     if not isinstance(prompt, str) or _is_blank(prompt):
-        others = [name for name, value in columns.items() if isinstance(value, str) and name != chosen.column]
-        hint = f"; texts are under {_listed(others)}" if others else ""
+        texts = [name for name, value in columns.items() if isinstance(value, str) and name != chosen.column]
+        hint = f"; texts are under {_listed(texts)}" if texts else ""
         return Problem(f"needs a non-empty text under {shown(chosen.column, 40)}{hint}", record.place)
     absent = [name for name in wanted or () if name not in columns]
     if absent:
         return Problem(f"has no {shown(absent[0], 40)}, which `metadata` names", record.place)
-    if wanted is None:
-        wanted = tuple(name for name in columns if name != chosen.column and name not in chosen.pictures)
+    negative = columns.get(NEGATIVE)
+    if negative is not None and not isinstance(negative, str):
+        said = f"{NEGATIVE} = {shown(negative, 40)}: allowed are texts, or null for model.negative_prompt"
+        return Problem(said, record.place)
+    others = [name for name in columns if name != chosen.column and name not in chosen.pictures]
+    names = others if wanted is None else [*wanted, *(name for name in READ if name in others and name not in wanted)]
     try:
         pictures = tuple(_pictures(record, chosen.pictures, folder))
     except UserError as error:
         return Problem(str(error), record.place)
-    return Row(prompt.strip(), {name: columns[name] for name in wanted}, record.place, pictures)
+    return Row(prompt.strip(), {name: columns[name] for name in names}, record.place, pictures)
 
 
 def _pictures(record: _Record, names: Sequence[str], folder: Path) -> Iterator[Picture]:

@@ -6,12 +6,16 @@ the uninterrupted one would have drawn, with no generator state to save.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from opd_ds.diffusion.noise import sample_seed
+
+Kind = TypeVar("Kind", bound=Hashable)
 
 
 def draw_prompts(count: int, samples: int, seed: int, round_index: int, task: str) -> list[int]:
@@ -44,17 +48,42 @@ class Shard:
     def __len__(self) -> int:
         return len(self.indices)
 
+    @classmethod
+    def cat(cls, parts: Sequence[Shard]) -> Shard:
+        """Parts of the same samples in order, one or more."""
+        indices = [index for part in parts for index in part.indices]
+        return cls(indices, torch.cat([part.weights for part in parts]), parts[0].total)
 
-def rows_on_a_rank(total: int, world: int, updates: int = 1) -> int:
-    """How many samples a rank holds, with those that it repeats."""
-    return updates * -(-(total // updates) // world)
 
-
-def shard(total: int, rank: int, world: int, updates: int = 1) -> Shard:
-    """Contiguous shares of ceil(total / world) samples; of each of the round's `updates` disjoint parts, one after the
-    other, where there are several. They have to divide `total`.
+def rows_on_a_rank(total: int, world: int, updates: int = 1, kinds: int = 1) -> int:
+    """How many samples a rank holds, with those that it repeats; of so many `kinds` of samples that cannot share a
+    forward (`by_kind`) the most that there can be.
     """
-    size, share = total // updates, rows_on_a_rank(total, world, updates) // updates
+    own = total // updates
+    return updates * ((own + min(kinds, own) * (world - 1)) // world)
+
+
+def shard(total: int, rank: int, world: int) -> Shard:
+    """Contiguous shares of ceil(total / world) samples."""
+    return share_of(range(total), rank, world, total)
+
+
+def share_of(samples: Sequence[int], rank: int, world: int, total: int) -> Shard:
+    """The same of some of the `total` samples."""
+    share, last = -(-len(samples) // world), len(samples) - 1
     positions = range(rank * share, (rank + 1) * share)
-    indices = [update * size + min(position, size - 1) for update in range(updates) for position in positions]
-    return Shard(indices, torch.tensor([float(position < size) for position in positions] * updates), total)
+    weights = torch.tensor([float(position <= last) for position in positions])
+    return Shard([samples[min(position, last)] for position in positions], weights, total)
+
+
+def by_kind(kinds: Sequence[Kind]) -> dict[Kind, list[int]]:
+    """The samples of each kind, kinds in the order in which the samples have them. Where each kind is shared out by
+    itself (`share_of`), all ranks' forwards are of the same kinds in the same order.
+
+    Args:
+        kinds: of all samples, in order.
+    """
+    members: dict[Kind, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        members.setdefault(kind, []).append(index)
+    return members

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from opd_ds.config.sections import WEIGHTED_SUM
-from opd_ds.data import PromptSet, shard
+from opd_ds.data import PromptSet
 from opd_ds.engine import Group
 from opd_ds.evaluation.evaluator import score_images, with_sum
 from opd_ds.evaluation.pictures import Item, Painter, items
@@ -109,7 +109,7 @@ class Benchmark:
     ) -> None:
         self.sets = sets
         self._group, self._painter, self._rewards = group, painter, rewards
-        # What all images share.
+        self._base_sha256 = base_sha256
         self.settings = painter.settings | {"base_sha256": base_sha256}
         self.identities = {label: reward.identity() for label, reward in rewards.items()}
         self.keep_in(folder)
@@ -156,7 +156,7 @@ class Benchmark:
             for name, wanted in missing.items():
                 if pause is not None:
                     pause()
-                part = shard(len(wanted), self._group.world.rank, self._group.world.size)
+                part = self._painter.shard(wanted)
                 mine = [wanted[i] for i in part.indices]
                 drawn = self._painter.draw(network, mine, model.guidance[name])
                 for (item, picture), weight in zip(drawn, part.weights.tolist(), strict=True):
@@ -179,9 +179,8 @@ class Benchmark:
         }
 
     def _recipe(self, model: EvalModel, name: str, item: Item) -> dict[str, Any]:
-        named = {"model": model.identity, "guidance": model.guidance[name], "prompt": item.prompt, "index": item.index}
-        pictures = {"pictures": [picture.sha256 for picture in item.pictures]} if item.pictures else {}
-        return self.settings | named | pictures
+        drawn_by = {"base_sha256": self._base_sha256, "model": model.identity, "guidance": model.guidance[name]}
+        return self._painter.recipe(item) | drawn_by
 
     # ---- scoring ----
 

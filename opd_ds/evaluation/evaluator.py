@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import WEIGHTED_SUM
-from opd_ds.data import PromptSet, Shard, shard
+from opd_ds.data import PromptSet, Shard
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.evaluation.pictures import Item, Painter, items
@@ -84,7 +84,7 @@ class Evaluator:
         return shown
 
     def _draw(self, network: Any, wanted: list[Item], guidance: float) -> tuple[Shard, list[Item], list[Drawn]]:
-        part = shard(len(wanted), self._group.world.rank, self._group.world.size)
+        part = self._painter.shard(wanted)
         mine = [wanted[i] for i in part.indices]
         return part, mine, [image for _, image in self._painter.draw(network, mine, guidance)]
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from opd_ds.config.schema import RunConfig
-from opd_ds.data import PromptSet
-from opd_ds.diffusion import kernel
+from opd_ds.data import PromptSet, Shard, Size, Sizes, by_kind, negative_prompt, share_of
+from opd_ds.diffusion import Coefficients, kernel
 from opd_ds.diffusion.noise import SampleNoise, sample_seed
 from opd_ds.diffusion.rollout import Rows, chunks, rollout
 from opd_ds.engine import Group
@@ -72,67 +73,113 @@ def items(prompts: PromptSet, samples: int, limit: int | None = None) -> list[It
     ]
 
 
+@dataclass(frozen=True)
+class _Sampler:
+    """Of one image size."""
+
+    latent_shape: tuple[int, ...]
+    sigmas: Tensor
+    coefficients: Coefficients
+    stages: tuple[int, ...]
+
+
 class Painter:
     """Draws items with any network of the family. It loads nothing before the first image.
 
     Attributes:
-        settings: what all images share, as plain data.
         frames: of one item; 1 of an image.
     """
 
     def __init__(self, config: RunConfig, family: ModelFamily, group: Group) -> None:
-        self._settings = config.evaluation
+        self._config, self._settings = config, config.evaluation
         self._family, self._group = family, group
-        self._sigmas = family.sigmas(self._settings.steps)
-        self._stages = family.stages(self._sigmas[:-1])
-        self._table = kernel("euler").coefficients(self._sigmas)
-        self.settings: dict[str, Any] = {
+        self._samplers: dict[Size, _Sampler] = {}
+        self._sizes = Sizes.of_run(config.model, family)
+        self._shared: dict[str, Any] = {
             "steps": self._settings.steps,
             "seed": self._settings.seed,
             "negative_prompt": family.negative_prompt,
-            "latent_shape": list(family.latent_shape),
             "max_text_length": family.max_text_length,
             "precision": config.precision,
         }
         if family.vae_tiling:
-            self.settings["vae_tiling"] = True
+            self._shared["vae_tiling"] = True
         if family.low_noise_guidance is not None:
-            self.settings["low_noise_guidance"] = family.low_noise_guidance
+            self._shared["low_noise_guidance"] = family.low_noise_guidance
         self.frames = 1
         if family.draws_clips and family.frames:
             self.frames = family.frames
-            self.settings |= {"frames": family.frames, "fps": family.fps}
+            self._shared |= {"frames": family.frames, "fps": family.fps}
 
     @cached_property
     def _uncond(self) -> Conditioning:
         return self._family.encode([self._family.negative_prompt])
 
+    def size(self, item: Item) -> Size:
+        """Of the image: of several sizes the one that the prompt draws, and for its further images the next in turn."""
+        return self._sizes.of(item.metadata, sample_seed(self._settings.seed, 0, item.prompt, 0) + item.index)
+
+    def recipe(self, item: Item) -> dict[str, Any]:
+        """What the image is drawn from, but for model and guidance."""
+        negative = negative_prompt(item.metadata, self._family.negative_prompt)
+        drawn = {"prompt": item.prompt, "index": item.index, "negative_prompt": negative}
+        pictures = {"pictures": [picture.sha256 for picture in item.pictures]} if item.pictures else {}
+        shape = {"latent_shape": list(self._sampler(self.size(item)).latent_shape)}
+        return self._shared | shape | drawn | pictures
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all images share, and where their sizes come from, as plain data."""
+        model = self._config.model
+        shape = {"latent_shape": list(self._family.latent_shape)}
+        sizes = {"sizes": [list(size) for size in model.sizes], "size_from": model.size_from}
+        return self._shared | (sizes if model.sizes or model.size_from != "drawn" else shape)
+
+    def shard(self, wanted: list[Item]) -> Shard:
+        """This rank's part, ordered by size: as many forwards of the same sizes as on every other rank."""
+        world = self._group.world
+        members = by_kind([self.size(item) for item in wanted]).values()
+        return Shard.cat([share_of(own, world.rank, world.size, len(wanted)) for own in members])
+
     def draw(self, network: Any, wanted: list[Item], guidance: float) -> Iterator[tuple[Item, Drawn]]:
-        """The images or clips in order, by micro-batches. The number of forwards depends on `len(wanted)` alone."""
-        for block in chunks(len(wanted), _ENCODED_AT_ONCE):
-            cond = self._encode(wanted[block])
-            for rows in chunks(len(cond), self._settings.micro_batch):
-                part = wanted[block][rows]
-                yield from zip(part, self._micro_batch(network, part, cond[rows], guidance), strict=True)
+        """The images or clips in order, by micro-batches of one size: neighbours that have it."""
+        for size, items_of in groupby(wanted, self.size):
+            of_size = list(items_of)
+            for block in chunks(len(of_size), _ENCODED_AT_ONCE):
+                cond = self._encode(of_size[block])
+                for rows in chunks(len(cond), self._settings.micro_batch):
+                    part = of_size[block][rows]
+                    drawn = self._micro_batch(network, part, cond[rows], self._sampler(size), guidance)
+                    yield from zip(part, drawn, strict=True)
+
+    def _sampler(self, size: Size) -> _Sampler:
+        if size not in self._samplers:
+            family = self._family.at(*size)
+            sigmas = family.sigmas(self._settings.steps)
+            table, stages = kernel("euler").coefficients(sigmas), family.stages(sigmas[:-1])
+            self._samplers[size] = _Sampler(family.latent_shape, sigmas, table, stages)
+        return self._samplers[size]
 
     def _encode(self, wanted: list[Item]) -> Conditioning:
         pictures = [item.pictures for item in wanted]
         cond = self._family.encode([item.prompt for item in wanted], pictures)
-        if not (self._family.sees_pictures and any(pictures)):
+        negatives = [negative_prompt(item.metadata, self._family.negative_prompt) for item in wanted]
+        seen = self._family.sees_pictures and any(pictures)
+        if not seen and all(text == self._family.negative_prompt for text in negatives):
             return cond
-        return cond.with_references(
-            cond.references, self._family.encode_texts([self._family.negative_prompt] * len(cond), pictures)
-        )
+        return cond.with_references(cond.references, self._family.encode_texts(negatives, pictures))
 
     @torch.no_grad()
-    def _micro_batch(self, network: Any, part: list[Item], cond: Conditioning, guidance: float) -> Iterator[Drawn]:
+    def _micro_batch(
+        self, network: Any, part: list[Item], cond: Conditioning, sampler: _Sampler, guidance: float
+    ) -> Iterator[Drawn]:
         def predict(x: Tensor, sigma: Tensor, rows: Rows, step: int) -> Tensor:
-            uncond, stage = self._uncond if cond.negative is None else cond.negative, self._stages[step]
+            uncond, stage = self._uncond if cond.negative is None else cond.negative, sampler.stages[step]
             return self._family.guided_velocity(network, x, sigma, cond, uncond, guidance, stage)
 
         self._group.progress("drawing images")
-        noise = SampleNoise([item.seed(self._settings.seed) for item in part], self._family.latent_shape)
-        drawn = rollout(predict, noise, self._table, self._sigmas, device=self._group.device)
+        noise = SampleNoise([item.seed(self._settings.seed) for item in part], sampler.latent_shape)
+        drawn = rollout(predict, noise, sampler.coefficients, sampler.sigmas, device=self._group.device)
         return (to_drawn(one, self._family.fps) for one in self._family.decode(drawn.final))
 
 

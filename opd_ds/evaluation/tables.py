@@ -79,7 +79,8 @@ def gain_kept(scores: dict[str, float | None], uncertain: float = 0.0) -> float 
 
 def comparison_grid(models: dict[str, dict[str, list[Drawn]]], prompts: dict[str, list[str]]) -> Drawn | None:
     """One row per model, one column per prompt, tasks side by side; of clips a clip of that, smaller and with fewer
-    frames. None when there are no images.
+    frames. None when there are no images. All columns are as wide as the widest image: others stand in the middle of
+    theirs, in their own proportions.
 
     Args:
         models: the same images or clips of each model, by task.
@@ -111,8 +112,8 @@ def _for_grid(drawn: Drawn) -> Drawn:
 def _sheet(models: dict[str, dict[str, list[Image.Image]]], prompts: dict[str, list[str]]) -> Image.Image:
     reference = next(iter(models.values()))
     columns = [(task, k) for task, pictures in reference.items() for k in range(len(pictures))]
-    width, height = next(pictures[0].size for pictures in reference.values() if pictures)
-    tile = max(_TILE, height), max(_TILE, width)
+    pictured = [picture.size for pictures in reference.values() for picture in pictures]
+    tile = tuple(max(_TILE, *sides) for sides in zip(*((height, width) for width, height in pictured), strict=True))
     step_y, step_x = tile[0] + _GAP, tile[1] + _GAP
     header = 3 * _LABEL_HEIGHT
     size = (_LABEL_WIDTH + step_x * len(columns), header + step_y * len(models))
@@ -128,9 +129,16 @@ def _sheet(models: dict[str, dict[str, list[Image.Image]]], prompts: dict[str, l
             draw.text((_GAP, top + tile[0] // 2 - 6 + number * _LABEL_HEIGHT), line, "black", font)
         for column, (task, k) in enumerate(columns):
             if k < len(by_task.get(task, [])):
-                picture = by_task[task][k].resize((tile[1], tile[0]), Image.Resampling.NEAREST)
-                sheet.paste(picture, (_LABEL_WIDTH + column * step_x, top))
+                picture = _fitted(by_task[task][k], tile)
+                left = _LABEL_WIDTH + column * step_x + (tile[1] - picture.width) // 2
+                sheet.paste(picture, (left, top + (tile[0] - picture.height) // 2))
     return sheet
+
+
+def _fitted(picture: Image.Image, tile: tuple[int, ...]) -> Image.Image:
+    """As large as `tile` (height, width) takes it."""
+    scale = min(tile[0] / picture.height, tile[1] / picture.width)
+    return picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.NEAREST)
 
 
 def _wrapped(text: str, width: int) -> list[str]:

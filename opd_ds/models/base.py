@@ -9,8 +9,9 @@ from __future__ import annotations
 import shutil
 from abc import abstractmethod
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import diffusers
 import numpy as np
@@ -146,6 +147,18 @@ class ModelFamily(NoiseStages, PromptEncoding):
         self.frames = frames or self.default_frames
         self.draws_clips = (self.frames or 1) > 1  # a video of one frame is an image
         self._check_size()
+
+    def at(self, height: int, width: int, *, key: str = "height x width", hint: str = "") -> Self:
+        """The family at another image size: what it says of latents and sigmas is of that. It is for asking only; this
+        one encodes and decodes for all sizes.
+
+        Raises:
+            UserError: a size that the network cannot draw, naming `key`, with `hint` at its end.
+        """
+        other = copy(self)
+        other.height, other.width = height, width
+        other._check_size(key, hint)
+        return other
 
     # ---- what a family says ----
 
@@ -402,12 +415,12 @@ class ModelFamily(NoiseStages, PromptEncoding):
         defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
         return privates.linear_shift()(tokens, *(self._scheduler_config.get(*default) for default in defaults.items()))
 
-    def _check_size(self) -> None:
+    def _check_size(self, key: str = "model.height x model.width", hint: str = "") -> None:
         unit = self.size_unit
         if self.height % unit or self.width % unit:
             raise UserError(
-                f"model.height x model.width = {self.height}x{self.width}: both must be multiples of {unit} "
-                "(VAE factor times patch size)"
+                f"{key} = {self.height}x{self.width}: both must be multiples of {unit} (VAE factor times patch size)"
+                f"{hint}"
             )
 
     def _read_config(self, file: str) -> dict[str, Any]:

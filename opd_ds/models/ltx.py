@@ -102,7 +102,7 @@ class LTX(ModelFamily):
         decoded = vae.decode(latents * std / vae.config.scaling_factor + mean, timestep, return_dict=False)[0]
         return decoded.transpose(1, 2)
 
-    def _check_size(self) -> None:
-        super()._check_size()
+    def _check_size(self, key: str = "model.height x model.width", hint: str = "") -> None:
+        super()._check_size(key, hint)
         assert self.frames is not None
         check_frames(self.frames, self._temporal_factor)

@@ -9,6 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from opd_ds.errors import UserError
 from opd_ds.models.base import JOINT_ATTENTION, ModelFamily
 from opd_ds.models.conditioning import Conditioning
 
@@ -36,6 +37,14 @@ class SD3(ModelFamily):
     def latent_shape(self) -> tuple[int, ...]:
         factor = self._vae_factor
         return self._transformer_config["in_channels"], self.height // factor, self.width // factor
+
+    def _check_size(self, key: str = "model.height x model.width", hint: str = "") -> None:
+        super()._check_size(key, hint)
+        most = self._transformer_config.get("pos_embed_max_size", 96) * self.size_unit
+        if max(self.height, self.width) > most:
+            raise UserError(
+                f"{key} = {self.height}x{self.width}: the network has positions for {most} pixels a side{hint}"
+            )
 
     def sigmas(self, steps: int) -> Tensor:
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self._scheduler_config)

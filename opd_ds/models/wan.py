@@ -120,8 +120,8 @@ class Wan(ModelFamily):
             )
         return _SCHEDULERS[name].from_config(config)
 
-    def _check_size(self) -> None:
-        super()._check_size()
+    def _check_size(self, key: str = "model.height x model.width", hint: str = "") -> None:
+        super()._check_size(key, hint)
         assert self.frames is not None
         check_frames(self.frames, self._temporal_factor)
 

@@ -18,6 +18,7 @@ from torch import nn
 from opd_ds.config.paths import PACKAGE_PREFIX, package_root, resolve_path
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import LoraSection, StudentSection
+from opd_ds.data import PromptSet, Sizes, check_sizes
 from opd_ds.errors import UserError, about, nearest
 from opd_ds.models import ModelFamily, block_names, family_class, lora
 from opd_ds.models.inspection import ENCODER_WEIGHTS, check_base, has_weights, weight_files
@@ -153,7 +154,8 @@ def known_configs(name: str) -> dict[str, Any]:
 
 
 def find_model(config: RunConfig) -> Model:
-    """The run's model, from a local folder's configs, or from ours by the last part of its hub id.
+    """The run's model at its largest image size, from a local folder's configs, or from ours by the last part of its
+    hub id.
 
     Raises:
         UserError: neither is there, the family does not fit, or the model is not made for a guidance of the run.
@@ -166,7 +168,7 @@ def find_model(config: RunConfig) -> Model:
 def _found(config: RunConfig) -> Model:
     value = config.model.path
     if value.startswith(PACKAGE_PREFIX) or Path(value).expanduser().exists():
-        return _from_folder(config, resolve_path(value, "model.path"))
+        return _at_the_largest_size(config, _from_folder(config, resolve_path(value, "model.path")))
     names = {name.lower(): name for name in known_models()}
     name = names.get(value.rstrip("/").split("/")[-1].lower())
     if name is None:
@@ -175,7 +177,26 @@ def _found(config: RunConfig) -> Model:
             f"{', '.join(names.values())}; for others download the configs alone (hf download {value} --include "
             f"'*.json' --local-dir DIR) and give --set model.path=DIR.{nearest(value.split('/')[-1], names.values())}"
         )
-    return _from_known(config, name)
+    return _at_the_largest_size(config, _from_known(config, name))
+
+
+def _at_the_largest_size(config: RunConfig, model: Model) -> Model:
+    """Prompt sets are read only where they alone say which sizes there are."""
+    settings, sets = config.model, []
+    if settings.size_from == "prompts" and not settings.sizes:
+        sections = {f"tasks.{name}.prompts": task.prompts for name, task in config.tasks.items()}
+        sections |= {
+            f"{config.place(name)}.eval_prompts": section.eval_prompts
+            for name, section in config.evaluated.items()
+            if section.eval_prompts is not None
+        }
+        metadata = {key: PromptSet.read(section, key).metadata for key, section in sections.items()}
+        check_sizes(settings, model.family, metadata)
+        sets = list(metadata.values())
+    else:
+        check_sizes(settings, model.family, {})
+    families = [model.family.at(*size) for size in Sizes.of_run(settings, model.family).possible(sets)]
+    return replace(model, family=max(families, key=lambda family: prod(family.latent_shape)))
 
 
 def _with_pictures(config: RunConfig, model: Model) -> Model:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from opd_ds.config.schema import RunConfig
-from opd_ds.data import PromptSet
+from opd_ds.data import PromptSet, negative_prompt
 from opd_ds.data.text_cache import TextCache, encoders_identity
 from opd_ds.errors import UserError, about
 from opd_ds.models import ModelFamily
@@ -36,7 +36,7 @@ class Wanted:
                 own = found.pictures_of(row)
                 pictures |= {family.picture_name(picture): picture for picture in own}
                 seen = own if family.sees_pictures else ()
-                asked = (prompt, negative) if seen else (prompt,)
+                asked = (prompt, negative_prompt(found.metadata[row], negative))
                 texts |= {family.text_name(text, seen): (text, seen) for text in asked}
         return cls(texts, pictures)
 

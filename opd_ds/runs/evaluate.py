@@ -10,7 +10,7 @@ from opd_ds.checkpoint.export_student import EXPORT_FOLDER
 from opd_ds.config.loading import named_prompts
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import RewardSection
-from opd_ds.data import PromptSet
+from opd_ds.data import PromptSet, check_sizes
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.evaluation.benchmark import Benchmark, EvaluationSet
@@ -75,6 +75,7 @@ def evaluate(
         base = find_base(config)
         family = load_family(config, base, group.device)
         drawn = {f"prompts of {name}": found.first(choice.limit) for name, found in prompts.items()}
+        check_sizes(config.model, family, {key: found.metadata for key, found in drawn.items()})
         check_pictures(config, family, drawn, decode=group.world.is_main)
         if group.world.is_main:
             check_text_cache(config, family, drawn.values())

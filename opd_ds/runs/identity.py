@@ -61,6 +61,11 @@ def run_identity(config: RunConfig, files: RunFiles, family: ModelFamily) -> dic
     }
     if family.low_noise_guidance is not None:  # as in checkpoints from before there was one
         base["low_noise_guidance"] = family.low_noise_guidance
+    # Only where they are set: checkpoints from before there were sizes go on.
+    if config.model.sizes:
+        base["sizes"] = [list(size) for size in config.model.sizes]
+    if config.model.size_from != "drawn":
+        base["size_from"] = config.model.size_from
     return {"seed": config.run.seed, "base": base, "tasks": tasks, **kept}
 
 

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from opd_ds.cluster.world import World
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.without_effect import settings_without_effect
+from opd_ds.data import Sizes, check_sizes
 from opd_ds.engine import Group
 from opd_ds.errors import UserError, about
 from opd_ds.models import ModelFamily, lora
@@ -66,15 +67,20 @@ def preflight(config: RunConfig, group: Group, world: World, start: Start | None
         files = find_files(config, world)
         config = config.with_teachers({name: spec.settings for name, spec in files.teachers.items()})
         family = load_family(config, files.model, group.device)
-        _check_sampling(config, family)
-        check_pictures(config, family, files.prompt_sets(config), decode=world.is_main)
+        sets = files.prompt_sets(config)
+        check_sizes(config.model, family, {key: found.metadata for key, found in sets.items()})
+        sizes = Sizes.of_run(config.model, family).possible(found.metadata for found in sets.values())
+        for size in sizes:
+            _check_sampling(config, family.at(*size))
+        check_pictures(config, family, sets, decode=world.is_main)
         if world.is_main:
-            check_text_cache(config, family, files.prompt_sets(config).values())
+            check_text_cache(config, family, sets.values())
         with about(f"model.path = {config.model.path!r}"):
             family.check_same_weights(files.model)
         _check_teachers(config, files, family)
         _check_student(config, files, family)
-        trainer_class(config).check(config, family)
+        for size in sizes:
+            trainer_class(config).check(config, family.at(*size))
         if world.is_main:
             for line in (*settings_without_effect(config), *files_without_effect(config, files, family)):
                 logging.getLogger("opd_ds").warning("%s", line)

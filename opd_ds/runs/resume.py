@@ -35,6 +35,8 @@ _KEYS = {
     "base.sha256": "model.path",
     "base.negative_prompt": "model.negative_prompt",
     "base.latent_shape": "model.height, width or frames",
+    "base.sizes": "model.sizes",
+    "base.size_from": "model.size_from",
     "base.max_text_length": "model.max_text_length",
     "base.low_noise_guidance": "model.low_noise_guidance",
 }

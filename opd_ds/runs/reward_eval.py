@@ -88,7 +88,7 @@ class AsyncRewardEval:
         count = min(self._settings.rollouts, len(drawn.prompts))
         asked = [Item(i, 0, drawn.prompts[i], drawn.metadata[i], i) for i in range(count)]
         try:
-            images = [self._pool.drawn(latents)[0] for latents in drawn.final[:count].split(1)]
+            images = [self._pool.drawn(latents[None])[0] for latents in drawn.final[:count]]
         except Exception:  # a gap, not the end of the run
             logging.getLogger("opd_ds").exception("round %d: the images of task %s were not decoded", done, task)
             return _Pictures("rollout", task, [], [])

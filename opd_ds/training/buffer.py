@@ -120,7 +120,7 @@ def named(**columns: Column | None) -> dict[str, Column]:
 
 @dataclass(frozen=True)
 class TrajectoryBuffer:
-    """One task's trajectories on this rank.
+    """A share's trajectories on this rank.
 
     Attributes:
         states: [B, K, C, ...], where the trained steps started from, in the dtype the network sees.
@@ -128,16 +128,18 @@ class TrajectoryBuffer:
         weights: [B] float32, on the device of `states`, 1 for a sample, 0 for one that only pads the rank's part or
             does not count.
         cond: the B encoded prompts.
+        sigmas: float32 [T+1], on the device of `states`, what the network hears of each step.
         stages: of a model with two networks, which is asked at each step.
-        stage_counts: then, for each optimizer step that shares the samples, how many pairs each network has.
+        stage_counts: then, how many pairs each network has.
     """
 
     states: Tensor
     chosen: Tensor
     weights: Tensor
     cond: Conditioning
+    sigmas: Tensor
     stages: tuple[int, ...] = ()
-    stage_counts: tuple[tuple[int, ...], ...] = ()
+    stage_counts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", to_device(self.weights, self.states.device))
@@ -158,20 +160,15 @@ class TrajectoryBuffer:
         sample, step, host_sample = self._pairs
         return Pairs(sample[rows], step[rows], rows, host_sample[rows])
 
-    def micro_batches(self, size: int, update: int = 0, updates: int = 1) -> list[Pairs]:
-        """The chosen pairs in micro-batches of `size`: all, or those of one of so many equal parts of the samples."""
+    def micro_batches(self, size: int) -> list[Pairs]:
+        """The chosen pairs in micro-batches of `size`."""
         if self.stage_counts:
-            parts = self.by_stage(update)
-            return [self.pairs_of(part, rows) for part in parts for rows in chunks(len(part), size)]
-        own = self.pair_count // updates
-        first = update * own
-        return [self.pairs(slice(first + rows.start, first + rows.stop)) for rows in chunks(own, size)]
+            return [self.pairs_of(part, rows) for part in self.by_stage() for rows in chunks(len(part), size)]
+        return [self.pairs(rows) for rows in chunks(self.pair_count, size)]
 
-    def by_stage(self, update: int) -> list[StagePairs]:
-        """The pairs of an optimizer step, network by network."""
-        own = self.pair_count // len(self.stage_counts)
-        steps = self.chosen.flatten()[update * own : (update + 1) * own]
-        return in_stages(steps, update * own, self.stages, self.stage_counts[update])
+    def by_stage(self) -> list[StagePairs]:
+        """The pairs, network by network."""
+        return in_stages(self.chosen.flatten(), self.stages, self.stage_counts)
 
     def pairs_of(self, part: StagePairs, rows: slice) -> Pairs:
         """Some of the pairs of one network."""
@@ -191,10 +188,10 @@ class TrajectoryBuffer:
         weights = self.weights[pairs.sample]
         return weights if pairs.counts is None else weights * pairs.counts
 
-    def inputs(self, pairs: Pairs, sigmas: Tensor) -> tuple[Tensor, Tensor, Conditioning]:
-        """States [b, C, ...], their sigma [b] and prompts; `sigmas` float32 [T+1], on the device of the states."""
+    def inputs(self, pairs: Pairs) -> tuple[Tensor, Tensor, Conditioning]:
+        """States [b, C, ...], their sigma [b] and prompts."""
         cond = self.cond.select(pairs.sample, pairs.host_sample)
-        return self.states.flatten(0, 1)[pairs.rows], sigmas[pairs.step], cond
+        return self.states.flatten(0, 1)[pairs.rows], self.sigmas[pairs.step], cond
 
 
 @dataclass(frozen=True)

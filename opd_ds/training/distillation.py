@@ -14,6 +14,7 @@ from torch import Tensor
 
 from opd_ds.cluster.world import World
 from opd_ds.config.algorithms import DistilConfig
+from opd_ds.data import Size
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.diffusion.rollout import Keep, MicroBatch, Rows, Trajectory, in_step
 from opd_ds.errors import UserError
@@ -22,61 +23,66 @@ from opd_ds.training.buffer import Columns, PerPair, PerState, TrajectoryBuffer,
 from opd_ds.training.late import WaitingRound
 from opd_ds.training.meter import RoundMeter
 from opd_ds.training.objectives import ClosedFormLoss, TeacherVelocities
-from opd_ds.training.trainer import BufferedTrainer, Components, Experience, Saved, TaskBatch, TrainingData
+from opd_ds.training.shares import Share, TaskBatch
+from opd_ds.training.trainer import BufferedTrainer, Components, Experience, Saved, TrainingData
 
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """Tasks that are rolled out together, as they share one student guidance: a step is one forward for all of them.
+    """Shares that are rolled out together, as they have one student guidance and one size: a step is one forward for
+    all of them.
 
     Attributes:
-        rows: of each task, one after the other.
+        rows: of each share, one after the other.
         parts: the micro-batches of the rollout, with as many forwards on every rank.
     """
 
     guidance: float
-    rows: dict[str, slice]
+    size: Size
+    rows: dict[Share, slice]
     cond: Conditioning
     noise: SampleNoise
     parts: list[MicroBatch]
 
     @property
-    def sizes(self) -> list[int]:
+    def lengths(self) -> list[int]:
         return [rows.stop - rows.start for rows in self.rows.values()]
 
-    def of(self, task: str, rows: Rows) -> slice:
-        """What of `rows` is the task's, counted from the start of `rows`; it may be empty."""
-        own = self.rows[task]
+    def of(self, share: Share, rows: Rows) -> slice:
+        """What of `rows` is the share's, counted from the start of `rows`; it may be empty."""
+        own = self.rows[share]
         return slice(bisect_left(rows.host, own.start), bisect_left(rows.host, own.stop))
 
 
-def rollout_groups(config: DistilConfig, index: int, batches: dict[str, TaskBatch], world: World) -> list[RolloutGroup]:
-    """The tasks of round `index` by student guidance. Where nobody looks at the images, every sample's rollout ends at
-    its last trained step.
+def rollout_groups(
+    config: DistilConfig, index: int, batches: dict[Share, TaskBatch], world: World
+) -> list[RolloutGroup]:
+    """The shares of round `index` by student guidance and size. Where nobody looks at the images, every sample's
+    rollout ends at its last trained step.
     """
-    together: dict[float, list[str]] = {}
-    for task in batches:
-        together.setdefault(config.student_guidance(task), []).append(task)
+    together: dict[tuple[float, Size], list[Share]] = {}
+    for share in batches:
+        together.setdefault((config.student_guidance(share.task), share.size), []).append(share)
     groups = []
-    for guidance, tasks in together.items():
-        ends = list(accumulate(len(batches[task].part) for task in tasks))
-        rows = {task: slice(end - len(batches[task].part), end) for task, end in zip(tasks, ends, strict=True)}
-        cond = Conditioning.cat([batches[task].cond for task in tasks])
-        noise = SampleNoise.cat([batches[task].noise for task in tasks])
-        by_task = [batches[task].last_steps(world.size) for task in tasks]
-        last = [list(chain.from_iterable(own)) for own in zip(*by_task, strict=True)]
+    for (guidance, size), shares in together.items():
+        ends = list(accumulate(len(batches[share].part) for share in shares))
+        rows = {share: slice(end - len(batches[share].part), end) for share, end in zip(shares, ends, strict=True)}
+        cond = Conditioning.cat([batches[share].cond for share in shares])
+        noise = SampleNoise.cat([batches[share].noise for share in shares])
+        by_share = [batches[share].last_steps(world.size) for share in shares]
+        last = [list(chain.from_iterable(own)) for own in zip(*by_share, strict=True)]
         taken = [list(map(config.steps_until_trained, own)) for own in last]
         parts = in_step(taken, config.rollout.micro_batch, world.rank)
         if config.shows_rollouts(index):
             parts = [part.whole(config.rollout.steps) for part in parts]
-        groups.append(RolloutGroup(guidance, rows, cond, noise, parts))
+        groups.append(RolloutGroup(guidance, size, rows, cond, noise, parts))
     return groups
 
 
 class Distillation(BufferedTrainer):
     """Rounds of several teachers into one student, by the closed form."""
 
-    loss: ClosedFormLoss
+    losses: dict[Size, ClosedFormLoss]
     loss_class: type[ClosedFormLoss] = ClosedFormLoss
     known_class: type[TeacherVelocities] = TeacherVelocities
     keeps_transitions = False
@@ -85,7 +91,10 @@ class Distillation(BufferedTrainer):
         super().__init__(parts)
         self._config: DistilConfig = parts.config
         self._teachers = parts.teachers
-        self.loss = self.loss_class(self._config, self._coefficients, self._sigmas, parts.group.device)
+        self.losses = {
+            size: self.loss_class(self._config, sampler.coefficients, sampler.sigmas, parts.group.device)
+            for size, sampler in self._samplers.items()
+        }
         late = self._config.scoring.late
         self._waiting = WaitingRound(self._draw, self._buffer, self.known_class, parts.group.device) if late else None
 
@@ -104,7 +113,7 @@ class Distillation(BufferedTrainer):
             self._waiting.put(index + 1, super()._see(index + 1, meter))
         return seen
 
-    def _collect(self, index: int, batches: dict[str, TaskBatch], meter: RoundMeter) -> Experience[TeacherVelocities]:
+    def _collect(self, index: int, batches: dict[Share, TaskBatch], meter: RoundMeter) -> Experience[TeacherVelocities]:
         with ExitStack() as stack:
             with meter.phase("rollout"):
                 stack.enter_context(self._teachers.gathered())  # for both
@@ -112,62 +121,64 @@ class Distillation(BufferedTrainer):
             return self._score(index, trajectories, batches, meter)
 
     def _score(
-        self, index: int, trajectories: dict[str, Trajectory], batches: dict[str, TaskBatch], meter: RoundMeter
+        self, index: int, trajectories: dict[Share, Trajectory], batches: dict[Share, TaskBatch], meter: RoundMeter
     ) -> Experience[TeacherVelocities]:
         """What the frozen networks say at the states that were visited in round `index`."""
-        buffers = {task: self._buffer(trajectories[task].states, batch) for task, batch in batches.items()}
+        buffers = {share: self._buffer(share, trajectories[share].states, batches[share]) for share in batches}
         with meter.phase("score"):
             said = self._query(buffers, meter)
         data = {
-            task: TrainingData(
-                buffers[task], self._known(task, trajectories[task], said[task]), [batch.pairs] * batch.updates
-            )
-            for task, batch in batches.items()
+            share: TrainingData(buffers[share], self._known(share.task, trajectories[share], said[share]), batch.pairs)
+            for share, batch in batches.items()
         }
         shown = trajectories if self._config.shows_rollouts(index) else {}
-        return Experience(batches, data, {task: trajectory.final for task, trajectory in shown.items()})
+        return Experience(batches, data, {share: trajectory.final for share, trajectory in shown.items()})
 
-    def _roll_out_tasks(self, index: int, batches: dict[str, TaskBatch], meter: RoundMeter) -> dict[str, Trajectory]:
-        """The student's own trajectories in round `index`, by task."""
-        found: dict[str, Trajectory] = {}
+    def _roll_out_tasks(
+        self, index: int, batches: dict[Share, TaskBatch], meter: RoundMeter
+    ) -> dict[Share, Trajectory]:
+        """The student's own trajectories in round `index`."""
+        found: dict[Share, Trajectory] = {}
         with self._student.gathered() as student:
             for group in rollout_groups(self._config, index, batches, self._group.world):
-                chosen = torch.cat([batches[task].chosen for task in group.rows])
+                chosen, sampler = torch.cat([batches[share].chosen for share in group.rows]), self._samplers[group.size]
                 keep = Keep(chosen, self._family.dtype, self.keeps_transitions)
                 rolled = self._roll_out(
-                    student, group.cond, group.noise, group.guidance, meter, parts=group.parts, keep=keep
+                    student, group.cond, group.noise, sampler, group.guidance, meter, parts=group.parts, keep=keep
                 )
-                found |= zip(group.rows, rolled.split(group.sizes), strict=True)
-        return {task: found[task] for task in batches}
+                found |= zip(group.rows, rolled.split(group.lengths), strict=True)
+        return {share: found[share] for share in batches}
 
     @classmethod
     def check(cls, config: DistilConfig, family: ModelFamily) -> None:
         super().check(config, family)
         check_branches(config, family)
 
-    def _losses(self, predicted: GuidedVelocity, steps: Tensor, known: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss(predicted.velocity, steps, known, predicted.branches)
+    def _losses(
+        self, size: Size, predicted: GuidedVelocity, steps: Tensor, known: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.losses[size](predicted.velocity, steps, known, predicted.branches)
 
-    def _query(self, buffers: dict[str, TrajectoryBuffer], meter: RoundMeter) -> dict[str, dict[str, Said]]:
-        """By task, what each of its frozen networks says of all its pairs (see `DistilConfig.asked`). One network after
-        the other, so that one which travels does so once.
+    def _query(self, buffers: dict[Share, TrajectoryBuffer], meter: RoundMeter) -> dict[Share, dict[str, Said]]:
+        """What each of its task's frozen networks says of all a share's pairs (see `DistilConfig.asked`). One network
+        after the other, so that one which travels does so once.
         """
-        asking: dict[str, list[str]] = {}
-        for task in buffers:
-            for name in self._config.asked(task):
-                asking.setdefault(name, []).append(task)
+        asking: dict[str, list[Share]] = {}
+        for share in buffers:
+            for name in self._config.asked(share.task):
+                asking.setdefault(name, []).append(share)
         names = self._teachers.in_turn(asking)
-        found: dict[str, dict[str, Said]] = {task: {} for task in buffers}
+        found: dict[Share, dict[str, Said]] = {share: {} for share in buffers}
         for name, then in zip_longest(names, names[1:]):
             with self._teachers.active(name) as network:
                 if then is not None:
                     self._teachers.prefetch(then)
-                for task in asking[name]:
-                    guidance = self._config.asked(task)[name]
-                    if name in self._config.kept_apart(task, self._family.passes):
-                        found[task][name] = self._query_branches(network, buffers[task], guidance, meter)
+                for share in asking[name]:
+                    guidance = self._config.asked(share.task)[name]
+                    if name in self._config.kept_apart(share.task, self._family.passes):
+                        found[share][name] = self._query_branches(network, buffers[share], guidance, meter)
                     else:
-                        found[task][name] = Said(self._query_frozen(network, buffers[task], guidance, meter))
+                        found[share][name] = Said(self._query_frozen(network, buffers[share], guidance, meter))
         return found
 
     def _query_branches(self, network: Any, buffer: TrajectoryBuffer, guidance: float, meter: RoundMeter) -> Said:
@@ -182,7 +193,7 @@ class Distillation(BufferedTrainer):
         return Said(PerPair(values[:, 0]), PerPair(values[:, 1:]))
 
     def _known(self, task: str, trajectory: Trajectory, said: Mapping[str, Said]) -> Columns[TeacherVelocities]:
-        """What the loss knows of one task's pairs."""
+        """What the loss knows of the pairs of a share of `task`."""
         velocity, noise = (None if v is None else PerState(v) for v in (trajectory.velocity, trajectory.noise))
         roles = self._config.roles(task)
         guided = {role: said[name].guided for role, name in roles.items()}
@@ -192,7 +203,7 @@ class Distillation(BufferedTrainer):
 
 @dataclass(frozen=True)
 class Said:
-    """What a frozen network said of one task's pairs: `guided` velocities, and what guidance made them of, where that
+    """What a frozen network said of a share's pairs: `guided` velocities, and what guidance made them of, where that
     is kept.
     """
 

@@ -21,20 +21,26 @@ Text = tuple[str, tuple[Picture, ...]]  # a prompt, and the pictures that the te
 
 @dataclass(frozen=True)
 class Asked:
-    """What one batch of this rank wants encoded: of each row the prompt, its pictures, the number of its sample."""
+    """What one batch of this rank wants encoded: of each row prompt, negative prompt, pictures, number of sample."""
 
     prompts: Sequence[str]
+    negatives: Sequence[str]
     pictures: Sequence[tuple[Picture, ...]]
     samples: Sequence[int]
 
 
-def encode_batches(family: ModelFamily, group: Group, batches: Mapping[Key, Asked]) -> dict[Key, Conditioning]:
+def encode_batches(
+    family: ModelFamily, group: Group, batches: Mapping[Key, Asked], *, own_negatives: bool
+) -> dict[Key, Conditioning]:
     """All batches of a round together, each prompt and picture once, so that encoders which are offloaded travel once
     a round. Collective.
 
     Texts are encoded over all ranks; pictures, and texts that the text encoder sees with pictures, by the rank that
-    asks for them. Where it sees pictures, all rows have negatives of their own. A batch has pictures in all rows or in
-    none, on all ranks.
+    asks for them. Where it sees pictures, or with `own_negatives`, rows have negatives of their own. A batch has
+    pictures in all rows or in none, on all ranks.
+
+    Args:
+        own_negatives: equal on all ranks.
     """
     seen = family.sees_pictures and any(any(asked.pictures) for asked in batches.values())
     places: dict[Text, tuple[int, int]] = {}
@@ -43,9 +49,12 @@ def encode_batches(family: ModelFamily, group: Group, batches: Mapping[Key, Aske
         for prompt, own, sample in zip(asked.prompts, asked.pictures, asked.samples, strict=True):
             beside = own if seen else ()
             places.setdefault((prompt, beside), (number, sample))
-            if seen:
-                places.setdefault((family.negative_prompt, beside), (len(batches), 0))
             latents |= {picture: family.encode_picture(picture) for picture in own if picture not in latents}
+    own_negatives = own_negatives or seen
+    if own_negatives:  # after all prompts, on any number of ranks
+        for number, asked in enumerate(batches.values(), len(batches)):
+            for negative, own, sample in zip(asked.negatives, asked.pictures, asked.samples, strict=True):
+                places.setdefault((negative, own if seen else ()), (number, sample))
     together = {prompt: place for (prompt, beside), place in places.items() if not beside}
     alone = [text for text in places if text[1]]
     parts = [encode_over_ranks(family, group, together)] if together else []
@@ -61,7 +70,7 @@ def encode_batches(family: ModelFamily, group: Group, batches: Mapping[Key, Aske
     return {
         key: rows(asked.prompts, asked.pictures).with_references(
             tuple(tuple(latents[picture] for picture in own) for own in asked.pictures) if any(asked.pictures) else (),
-            rows([family.negative_prompt] * len(asked.prompts), asked.pictures) if seen else None,
+            rows(asked.negatives, asked.pictures) if own_negatives else None,
         )
         for key, asked in batches.items()
     }

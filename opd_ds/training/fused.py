@@ -6,26 +6,31 @@ import torch
 from torch import Tensor
 
 from opd_ds.config.algorithms import DistilConfig
+from opd_ds.data import Size
 from opd_ds.diffusion.rollout import Predictor, Rows, rollout
 from opd_ds.models import Conditioning, ModelFamily
 from opd_ds.training.accumulator import LossTerm, RoundAccumulator
 from opd_ds.training.distillation import RolloutGroup, check_branches, rollout_groups
 from opd_ds.training.meter import RoundMeter
 from opd_ds.training.objectives import ClosedFormLoss, TeacherVelocities
-from opd_ds.training.trainer import Components, Learned, TaskBatch, Trainer
+from opd_ds.training.shares import Share, TaskBatch
+from opd_ds.training.trainer import Components, Learned, Trainer
 from opd_ds.utils.transfer import to_device
 
 
 class FusedDistillation(Trainer):
     """Per step one student and one teacher pass. Teachers are resident; a round makes one step."""
 
-    loss: ClosedFormLoss
+    losses: dict[Size, ClosedFormLoss]
 
     def __init__(self, parts: Components) -> None:
         super().__init__(parts)
         self._config: DistilConfig = parts.config
         self._teachers = parts.teachers
-        self.loss = ClosedFormLoss(self._config, self._coefficients, self._sigmas, parts.group.device)
+        self.losses = {
+            size: ClosedFormLoss(self._config, sampler.coefficients, sampler.sigmas, parts.group.device)
+            for size, sampler in self._samplers.items()
+        }
 
     @classmethod
     def check(cls, config: DistilConfig, family: ModelFamily) -> None:
@@ -41,15 +46,14 @@ class FusedDistillation(Trainer):
         trained = range(settings.steps) if settings.trained_steps.queries else first.trained[0].tolist()
         groups = rollout_groups(self._config, index, batches, self._group.world)
         parts = sum(step < part.length for group in groups for part in group.parts for step in trained)
-        final: dict[str, Tensor] = {}
+        final: dict[Share, Tensor] = {}
         with meter.phase("train"):
-            accumulator = self._accumulator(list(batches), parts)
+            accumulator = self._accumulator(batches, parts)
             for group in groups:
                 predict = self._training_step(group, batches, set(trained), accumulator, meter)
-                rolled = rollout(
-                    predict, group.noise, self._coefficients, self._sigmas, group.parts, device=self._group.device
-                )
-                final |= {task: own.final for task, own in zip(group.rows, rolled.split(group.sizes), strict=True)}
+                table, sigmas = self._samplers[group.size].coefficients, self._samplers[group.size].sigmas
+                rolled = rollout(predict, group.noise, table, sigmas, group.parts, device=self._group.device)
+                final |= {share: own.final for share, own in zip(group.rows, rolled.split(group.lengths), strict=True)}
             losses = accumulator.measure()
         shown = final if self._config.shows_rollouts(index) else {}
         return Learned(batches, losses, self._step(losses, meter), shown)
@@ -57,42 +61,41 @@ class FusedDistillation(Trainer):
     def _training_step(
         self,
         group: RolloutGroup,
-        batches: dict[str, TaskBatch],
+        batches: dict[Share, TaskBatch],
         trained: set[int],
         accumulator: RoundAccumulator,
         meter: RoundMeter,
     ) -> Predictor:
         """The student's velocity at a step of the rollout, after its loss there has been passed back."""
         steps = self._config.rollout.steps
-        chosen = {
-            task: torch.zeros(len(batches[task].part), steps).scatter_(1, batches[task].chosen, 1.0)
-            for task in group.rows
-        }
-        of_tasks = [chosen[task] * batches[task].part.weights[:, None] for task in group.rows]
-        weights = to_device(torch.cat(of_tasks), self._group.device)
+        own_batches = [batches[share] for share in group.rows]
+        chosen = [torch.zeros(len(one.part), steps).scatter_(1, one.chosen, 1.0) for one in own_batches]
+        weighted = [one * batch.part.weights[:, None] for one, batch in zip(chosen, own_batches, strict=True)]
+        weights = to_device(torch.cat(weighted), self._group.device)
 
         def predict(x: Tensor, sigma: Tensor, rows: Rows, step: int) -> Tensor:
             state, cond = x.to(self._family.dtype), group.cond.select(rows.device, rows.host)
-            stage = self._stages[step]
+            stage = self._samplers[group.size].stages[step]
             if step not in trained:
                 with torch.no_grad():
                     return self._velocity(self._student, state, sigma, cond, group.guidance, meter, stage)
-            parts = {task: own for task in group.rows if (own := group.of(task, rows)).start < own.stop}
+            parts = {share: own for share in group.rows if (own := group.of(share, rows)).start < own.stop}
             # Before the student's forward, whose activations wait for its backward: a teacher in the student's network
             # would come between the two.
             known = {
-                task: self._query(task, state[own], sigma[own], cond[own], meter, stage) for task, own in parts.items()
+                share: self._query(share.task, state[own], sigma[own], cond[own], meter, stage)
+                for share, own in parts.items()
             }
             with torch.enable_grad():
                 predicted = self._predict(self._student, state, sigma, cond, group.guidance, meter, stage)
             velocity, branches = predicted.velocity, predicted.branches
             at = torch.full((len(x),), step, device=x.device)
             terms = []
-            for task, own in parts.items():
+            for share, own in parts.items():
                 apart = None if branches is None else branches[own]
-                losses, measured = self.loss(velocity[own], at[own], known[task], apart)
+                losses, measured = self.losses[group.size](velocity[own], at[own], known[share], apart)
                 weight = weights[rows.device, step][own]
-                terms.append(LossTerm(task, losses, measured, at[own], weight, batches[task].pairs))
+                terms.append(LossTerm(share.task, losses, measured, at[own], weight, batches[share].pairs))
             accumulator.add(*terms)
             return velocity.detach()
 

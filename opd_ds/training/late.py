@@ -11,7 +11,8 @@ from torch import Tensor
 
 from opd_ds.engine import WAITING, ShardReader
 from opd_ds.training.buffer import Column, Columns, PerPair, PerSample, PerState, TrajectoryBuffer
-from opd_ds.training.trainer import Experience, TaskBatch, TrainingData
+from opd_ds.training.shares import Share, TaskBatch
+from opd_ds.training.trainer import Experience, TrainingData
 from opd_ds.utils.transfer import to_device
 
 Known = TypeVar("Known")
@@ -28,7 +29,7 @@ class WaitingRound(Generic[Known]):
     the round and are drawn again.
 
     Args:
-        draw: the batches of a round, by task. Collective.
+        draw: the batches of a round. Collective.
         buffer: of the states that a batch has visited.
         known: what the loss takes.
     """
@@ -37,8 +38,8 @@ class WaitingRound(Generic[Known]):
 
     def __init__(
         self,
-        draw: Callable[[int], dict[str, TaskBatch]],
-        buffer: Callable[[Tensor, TaskBatch], TrajectoryBuffer],
+        draw: Callable[[int], dict[Share, TaskBatch]],
+        buffer: Callable[[Share, Tensor, TaskBatch], TrajectoryBuffer],
         known: Callable[..., Known],
         device: torch.device,
     ) -> None:
@@ -61,21 +62,22 @@ class WaitingRound(Generic[Known]):
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's samples, as entries of `opd_ds.engine.state`: a row of a column is a stretch of it."""
         entries = {}
-        for task, name, column in self._columns():
-            part = self._of(task).part
+        for share, name, column in self._columns():
+            part = self._of(share).part
             rows = column.by_sample(len(part))
             for index, weight, row in zip(part.indices, part.weights.tolist(), rows, strict=True):
                 if weight > 0:  # else another rank's, too
-                    entries[f"{WAITING}/{index * row.numel()}/{task}/{name}"] = row.flatten().to("cpu", copy=True)
+                    key = f"{WAITING}/{index * row.numel()}/{_place(share)}/{name}"
+                    entries[key] = row.flatten().to("cpu", copy=True)
         return entries
 
     def scalar_state(self) -> dict[str, Any]:
         """The round, what rewards said of it, and the shape of a sample in every column."""
         columns: dict[str, dict[str, Any]] = {}
-        for task, name, column in self._columns():
-            rows = column.by_sample(len(self._of(task).part))
+        for share, name, column in self._columns():
+            rows = column.by_sample(len(self._of(share).part))
             dtype = str(rows.dtype).removeprefix("torch.")
-            columns.setdefault(task, {})[name] = [type(column).__name__, dtype, *rows.shape[1:]]
+            columns.setdefault(_place(share), {})[name] = [type(column).__name__, dtype, *rows.shape[1:]]
         scores = {} if self._seen is None else self._seen.scores
         return {"round": self._round, "columns": columns, "scores": scores}
 
@@ -86,38 +88,39 @@ class WaitingRound(Generic[Known]):
             return
         batches = self._draw(scalars["round"])
         data, final = {}, {}
-        for task, shapes in scalars["columns"].items():
+        for share, batch in batches.items():
             columns = {
-                name: self._read(shards, f"{task}/{name}", batches[task].part.indices, *shape)
-                for name, shape in shapes.items()
+                name: self._read(shards, f"{_place(share)}/{name}", batch.part.indices, *shape)
+                for name, shape in scalars["columns"][_place(share)].items()
             }
             states = columns.pop("states").values
             if "final" in columns:
-                final[task] = columns.pop("final").values
-            data[task] = TrainingData(
-                self._buffer(states, batches[task]),
-                Columns(self._known, columns),
-                [batches[task].pairs] * batches[task].updates,
-            )
+                final[share] = columns.pop("final").values
+            data[share] = TrainingData(self._buffer(share, states, batch), Columns(self._known, columns), batch.pairs)
         self.put(scalars["round"], Experience(batches, data, final, scalars["scores"]))
 
-    def _columns(self) -> Iterator[tuple[str, str, Column]]:
-        """Task, name and values of all that a checkpoint keeps."""
+    def _columns(self) -> Iterator[tuple[Share, str, Column]]:
+        """Share, name and values of all that a checkpoint keeps."""
         if self._seen is None:
             return
-        for task, one in self._seen.data.items():
+        for share, one in self._seen.data.items():
             kept: dict[str, Column] = {"states": PerState(one.buffer.states), **one.known.columns}
-            if task in self._seen.final:
-                kept["final"] = PerSample(self._seen.final[task])
+            if share in self._seen.final:
+                kept["final"] = PerSample(self._seen.final[share])
             for name, column in kept.items():
-                yield task, name, column
+                yield share, name, column
 
-    def _of(self, task: str) -> TaskBatch:
+    def _of(self, share: Share) -> TaskBatch:
         assert self._seen is not None
-        return self._seen.batches[task]
+        return self._seen.batches[share]
 
     def _read(self, shards: ShardReader, name: str, samples: list[int], kind: str, dtype: str, *shape: int) -> Column:
         size = math.prod(shape)
         rows = [shards.read(WAITING, name, index * size, size).reshape(shape) for index in samples]
         values = torch.stack(rows).to(getattr(torch, dtype))  # read as float32, which holds them all
         return _COLUMNS[kind].of_samples(to_device(values, self._device))
+
+
+def _place(share: Share) -> str:
+    """Samples of one task and size have rows of one length, whichever update trains on them."""
+    return f"{share.task}/{share.size}"

@@ -34,19 +34,21 @@ def find_base(config: RunConfig) -> Path:
 
 
 def load_family(config: RunConfig, path: Path, device: torch.device, dtype: torch.dtype | None = None) -> ModelFamily:
-    """The run's model family around the folder at `path`, in `dtype` or the run's precision.
+    """The run's model family around the folder at `path`, in `dtype` or the run's precision; of several image sizes it
+    has the first.
 
     Raises:
         UserError: a folder of another family.
     """
     settings = config.model
+    height, width = settings.sizes[0] if settings.sizes else (settings.height, settings.width)
     family = build_family(
         settings.family,
         path,
         dtype=dtype or DTYPES[config.precision],
         device=device,
-        height=settings.height,
-        width=settings.width,
+        height=height,
+        width=width,
         frames=settings.frames,
         max_text_length=settings.max_text_length,
         negative_prompt=settings.negative_prompt,

@@ -38,8 +38,8 @@ def stage_counts(trained: Sequence[Tensor], stages: Sequence[int]) -> tuple[int,
     return tuple(torch.stack(found).amax(0).tolist())
 
 
-def in_stages(steps: Tensor, first: int, stages: Sequence[int], counts: Sequence[int]) -> list[StagePairs]:
-    """Pairs at `steps` int64 [P], of which the first is the buffer's pair `first`, network by network.
+def in_stages(steps: Tensor, stages: Sequence[int], counts: Sequence[int]) -> list[StagePairs]:
+    """A buffer's pairs at `steps` int64 [P], network by network.
 
     Args:
         stages: which network is asked at each step.
@@ -52,5 +52,5 @@ def in_stages(steps: Tensor, first: int, stages: Sequence[int], counts: Sequence
         padding = count - len(rows)
         index = torch.cat([rows, rows.new_zeros(padding)])
         step = torch.cat([steps[rows], rows.new_full((padding,), stages.index(number))])
-        parts.append(StagePairs(number, index + first, step, torch.arange(count) < len(rows)))
+        parts.append(StagePairs(number, index, step, torch.arange(count) < len(rows)))
     return parts

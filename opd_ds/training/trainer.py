@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from opd_ds.config.schema import RunConfig
-from opd_ds.data import PromptSet, Shard, draw_prompts, shard
-from opd_ds.diffusion import Coefficients, kernel
+from opd_ds.data import PromptSet, Shard, Size, Sizes, by_kind, draw_prompts, negative_prompt, share_of
+from opd_ds.diffusion import kernel
 from opd_ds.diffusion.noise import SampleNoise, sample_seed
 from opd_ds.diffusion.rollout import Keep, MicroBatch, Rows, Trajectory, rollout
 from opd_ds.engine import Group, ShardedEma, ShardReader, StudentEngine
@@ -23,10 +23,11 @@ from opd_ds.evaluation.reward_pool import RewardPool
 from opd_ds.models import Conditioning, GuidedVelocity, ModelFamily, guide
 from opd_ds.training.accumulator import Loss, LossTerm, RoundAccumulator, RoundLosses
 from opd_ds.training.auto_batch import AutoMicroBatch
-from opd_ds.training.buffer import Columns, Pairs, PerPair, TrajectoryBuffer
+from opd_ds.training.buffer import Columns, NoisedStates, Pairs, PerPair, TrajectoryBuffer, noised_states
 from opd_ds.training.encoding import Asked, encode_batches
 from opd_ds.training.meter import RoundMeter
-from opd_ds.training.stages import StagePairs, stage_counts
+from opd_ds.training.shares import Sampler, Share, TaskBatch, by_task
+from opd_ds.training.stages import StagePairs
 from opd_ds.training.steps import choose_steps
 from opd_ds.training.teachers import TeacherPool
 from opd_ds.utils.transfer import to_device
@@ -71,63 +72,22 @@ class Components:
 
 
 @dataclass(frozen=True)
-class TaskBatch:
-    """One task's samples of a round on this rank: prompts and noise.
-
-    Attributes:
-        trained: int64 [N, K] on the host, the trained steps of the samples of all ranks, ascending.
-        updates: optimizer steps that share the samples between them.
-    """
-
-    part: Shard
-    prompts: list[str]
-    metadata: list[dict[str, Any]]
-    cond: Conditioning
-    noise: SampleNoise
-    trained: Tensor
-    updates: int
-
-    @property
-    def chosen(self) -> Tensor:
-        """The trained steps of this rank's samples: int64 [B, K]."""
-        return self.trained[self.part.indices]
-
-    def last_steps(self, world: int) -> list[list[int]]:
-        """The last trained step of each sample, by rank."""
-        last = self.trained[:, -1]
-        ranks = (shard(self.part.total, rank, world, self.updates) for rank in range(world))
-        return [last[part.indices].tolist() for part in ranks]
-
-    def stage_counts(self, stages: tuple[int, ...], world: int) -> tuple[tuple[int, ...], ...]:
-        """For each optimizer step, how many pairs each of two networks has on the rank with most of them."""
-        ranks = [shard(self.part.total, rank, world, self.updates).indices for rank in range(world)]
-        own = len(self.part) // self.updates
-        shares = [[self.trained[rows[k * own : (k + 1) * own]] for rows in ranks] for k in range(self.updates)]
-        return tuple(stage_counts(share, stages) for share in shares)
-
-    @property
-    def pairs(self) -> int:
-        """(sample, step) pairs of an optimizer step, over all ranks."""
-        return self.part.total // self.updates * self.trained.shape[1]
-
-
-@dataclass(frozen=True)
 class TrainingData(Generic[Known]):
-    """One task's pairs, ready for training.
+    """A share's pairs, ready for training.
 
     Attributes:
         known: what the loss knows of them.
-        pairs: how many count in the mean, over all ranks, in each optimizer step.
+        pairs: how many of the task count in the mean of this optimizer step: of all sizes, over all ranks.
     """
 
     buffer: TrajectoryBuffer
     known: Columns[Known]
-    pairs: Sequence[float]
+    pairs: float
 
 
 @dataclass(frozen=True)
 class Experience(Generic[Known]):
-    """What a round has seen before it trains, by task.
+    """What a round has seen before it trains.
 
     Attributes:
         batches: what was drawn for it.
@@ -135,9 +95,9 @@ class Experience(Generic[Known]):
         scores: what rewards said of them, where they are learned from.
     """
 
-    batches: dict[str, TaskBatch]
-    data: dict[str, TrainingData[Known]]
-    final: dict[str, Tensor]
+    batches: dict[Share, TaskBatch]
+    data: dict[Share, TrainingData[Known]]
+    final: dict[Share, Tensor]
     scores: dict[str, float] = field(default_factory=dict)
 
 
@@ -145,20 +105,34 @@ class Experience(Generic[Known]):
 class Learned:
     """What a round did: losses and gradient norm of its last step, and what it trained on."""
 
-    batches: dict[str, TaskBatch]
+    batches: dict[Share, TaskBatch]
     losses: RoundLosses
     grad_norm: float
-    final: dict[str, Tensor]
+    final: dict[Share, Tensor]
     scores: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RolloutResult:
-    """Where one task's trajectories of a round ended on this rank: `final` float32 [B, C, ...], on the device."""
+    """Where one task's trajectories of a round ended on this rank: of each sample float32 [C, ...], on the device."""
 
     prompts: list[str]
     metadata: list[dict[str, Any]]
-    final: Tensor
+    final: list[Tensor]
+
+    @classmethod
+    def by_task(cls, batches: dict[Share, TaskBatch], final: dict[Share, Tensor]) -> dict[str, RolloutResult]:
+        """Of the tasks in `final`, the samples of all sizes in their order."""
+        found = {}
+        for task, shares in by_task(final).items():
+            places = [(index, share, row) for share in shares for row, index in enumerate(batches[share].part.indices)]
+            rows = [(share, row) for _, share, row in sorted(places, key=lambda place: place[0])]
+            found[task] = cls(
+                [batches[share].prompts[row] for share, row in rows],
+                [batches[share].metadata[row] for share, row in rows],
+                [final[share][row] for share, row in rows],
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -186,18 +160,22 @@ class RoundReport:
 
 
 class Trainer(ABC):
-    """Runs rounds. All randomness is named by (seed, round, task, sample index), so there is no such state to save."""
+    """Runs rounds. All randomness is named by (seed, round, task, sample index), so there is no such state to save.
 
-    loss: Loss[Any]
+    Attributes:
+        losses: of each image size; they measure the same.
+    """
+
+    losses: Mapping[Size, Loss[Any]]
 
     def __init__(self, parts: Components) -> None:
         config: RunConfig = parts.config
         self._settings, self._group, self._family = config, parts.group, parts.family
         self._student, self._ema, self._prompts = parts.student, parts.ema, parts.prompts
-        self._sigmas = parts.family.sigmas(config.rollout.steps)
-        self._stages = parts.family.stages(self._sigmas[:-1])
-        self._device_sigmas = to_device(self._sigmas.float(), parts.group.device)
-        self._coefficients = kernel(config.rollout.kernel, config.rollout.noise_level).coefficients(self._sigmas)
+        self._sizes = Sizes.of_run(config.model, parts.family)
+        sizes = self._sizes.possible(prompts.metadata for prompts in parts.prompts.values())
+        self._samplers = {size: Sampler.of(config, parts.family.at(*size), parts.group.device) for size in sizes}
+        self._own_negatives = any(prompts.own_negatives for prompts in parts.prompts.values())
         self._uncond = parts.family.encode([parts.family.negative_prompt])
         found = config.scoring.micro_batch == "auto" and parts.group.device.type != "cpu"
         size = None if found else config.scoring_micro_batch
@@ -205,7 +183,7 @@ class Trainer(ABC):
 
     @classmethod
     def check(cls, config: Any, family: ModelFamily) -> None:
-        """Raise UserError for settings that this trainer cannot run with; before networks load."""
+        """Raise UserError for settings that this trainer cannot run with at the family's size; before networks load."""
         kernel(config.rollout.kernel, config.rollout.noise_level).coefficients(family.sigmas(config.rollout.steps))
 
     @property
@@ -222,16 +200,13 @@ class Trainer(ABC):
         meter = RoundMeter(self._group, index + 1)
         skipped = self._student.skipped_steps
         learned = self._learn(index, meter)
-        rolled = {
-            task: RolloutResult(learned.batches[task].prompts, learned.batches[task].metadata, final)
-            for task, final in learned.final.items()
-        }
+        rolled = RolloutResult.by_task(learned.batches, learned.final)
         return RoundReport(
             round=index + 1,
             losses=learned.losses,
             grad_norm=learned.grad_norm,
             learning_rate=self._student.learning_rate,
-            samples=sum(batch.part.total for batch in learned.batches.values()),
+            samples=sum(learned.batches[shares[0]].part.total for shares in by_task(learned.batches).values()),
             seconds=meter.seconds(),
             passes=meter.passes(),
             rolled=rolled,
@@ -245,36 +220,62 @@ class Trainer(ABC):
 
     # ---- the stages, in order ----
 
-    def _draw(self, index: int) -> dict[str, TaskBatch]:
-        """The round's prompts, encoded, with their noise and their trained steps, by task."""
-        settings, world, group = self._settings, self._group.world, self._settings.group_size
-        seed, updates = settings.run.seed, settings.train.updates_per_round
-        parts = {
-            task: shard(settings.samples(task), world.rank, world.size, updates) for task in settings.tasks_of(index)
-        }
-        drawn = {}
-        for task, part in parts.items():
-            visits = settings.visits(index, task)
-            rows = draw_prompts(len(self._prompts[task]), part.total // group, seed, visits, task)
-            drawn[task] = [rows[i // group] for i in part.indices]
-        prompts = {task: [self._prompts[task].prompts[row] for row in rows] for task, rows in drawn.items()}
+    def _draw(self, index: int) -> dict[Share, TaskBatch]:
+        """The round's prompts, encoded, with their noise and their trained steps."""
+        seed, negative = self._settings.run.seed, self._family.negative_prompt
+        rows: dict[Share, list[int]] = {}  # of the task's prompt set
+        members: dict[Share, list[int]] = {}
+        parts: dict[Share, Shard] = {}
+        trained: dict[str, Tensor] = {}
+        for task in self._settings.tasks_of(index):
+            of_task, sizes = self._draw_rows(index, task)
+            total, each = len(of_task), len(of_task) // self._settings.train.updates_per_round
+            trained[task] = self._choose(index, task, list(range(total)))
+            for share, own in by_kind([Share(task, size, i // each) for i, size in enumerate(sizes)]).items():
+                members[share] = own
+                parts[share] = share_of(own, self._group.world.rank, self._group.world.size, total)
+                rows[share] = [of_task[i] for i in parts[share].indices]
+        prompts = {share: [self._prompts[share.task].prompts[row] for row in own] for share, own in rows.items()}
+        metadata = {share: [self._prompts[share.task].metadata[row] for row in own] for share, own in rows.items()}
         asked = {
-            task: Asked(prompts[task], [self._prompts[task].pictures_of(row) for row in drawn[task]], part.indices)
-            for task, part in parts.items()
-        }
-        conds = encode_batches(self._family, self._group, asked)
-        return {
-            task: TaskBatch(
-                part,
-                prompts[task],
-                [self._prompts[task].metadata[row] for row in drawn[task]],
-                conds[task],
-                SampleNoise([sample_seed(seed, index, task, i) for i in part.indices], self._family.latent_shape),
-                self._choose(index, task, list(range(part.total))),
-                updates,
+            share: Asked(
+                prompts[share],
+                [negative_prompt(one, negative) for one in metadata[share]],
+                [self._prompts[share.task].pictures_of(row) for row in rows[share]],
+                part.indices,
             )
-            for task, part in parts.items()
+            for share, part in parts.items()
         }
+        conds = encode_batches(self._family, self._group, asked, own_negatives=self._own_negatives)
+        return {
+            share: TaskBatch(
+                part,
+                members[share],
+                prompts[share],
+                metadata[share],
+                conds[share],
+                SampleNoise(
+                    [sample_seed(seed, index, share.task, i) for i in part.indices],
+                    self._samplers[share.size].latent_shape,
+                ),
+                trained[share.task],
+                self._settings.train.updates_per_round,
+            )
+            for share, part in parts.items()
+        }
+
+    def _draw_rows(self, index: int, task: str) -> tuple[list[int], list[Size]]:
+        """Of all the task's samples of round `index` their rows in its prompt set and their sizes, of which all samples
+        of one prompt have the same.
+        """
+        settings, prompts = self._settings, self._prompts[task]
+        samples, seed, group = settings.samples(task), settings.run.seed, settings.group_size
+        drawn = draw_prompts(len(prompts), samples // group, seed, settings.visits(index, task), task)
+        sizes = [
+            self._sizes.of(prompts.metadata[row], sample_seed(seed, index, f"{task}/size", number))
+            for number, row in enumerate(drawn)
+        ]
+        return [drawn[i // group] for i in range(samples)], [sizes[i // group] for i in range(samples)]
 
     def _choose(self, index: int, task: str, samples: list[int]) -> Tensor:
         """The trained steps of `samples`: int64 [B, K]."""
@@ -287,26 +288,21 @@ class Trainer(ABC):
         network: Any,
         cond: Conditioning,
         noise: SampleNoise,
+        sampler: Sampler,
         guidance: float,
         meter: RoundMeter,
         *,
         parts: Sequence[MicroBatch] | None = None,
         keep: Keep | None = None,
-        coefficients: Coefficients | None = None,
     ) -> Trajectory:
-        """A network's trajectories.
-
-        Args:
-            parts, keep: as `rollout` takes them.
-            coefficients: of another sampler than the run's.
-        """
+        """A network's trajectories; `parts`, `keep`: as `rollout` takes them."""
 
         def predict(x: Tensor, sigma: Tensor, rows: Rows, step: int) -> Tensor:
             own = cond.select(rows.device, rows.host)
-            return self._velocity(network, x, sigma, own, guidance, meter, self._stages[step])
+            return self._velocity(network, x, sigma, own, guidance, meter, sampler.stages[step])
 
-        table = self._coefficients if coefficients is None else coefficients
-        return rollout(predict, noise, table, self._sigmas, parts, device=self._group.device, keep=keep)
+        table, sigmas = sampler.coefficients, sampler.sigmas
+        return rollout(predict, noise, table, sigmas, parts, device=self._group.device, keep=keep)
 
     def _query_frozen(self, network: Any, buffer: TrajectoryBuffer, guidance: float, meter: RoundMeter) -> PerPair:
         """A frozen network's velocities at the chosen pairs."""
@@ -321,7 +317,7 @@ class Trainer(ABC):
         """What `say` makes of all chosen pairs; its last argument is their stage."""
 
         def query(pairs: Pairs) -> Tensor:
-            return say(*buffer.inputs(pairs, self._device_sigmas), pairs.stage)
+            return say(*buffer.inputs(pairs), pairs.stage)
 
         def query_part(part: StagePairs, rows: slice) -> Tensor:
             return query(buffer.pairs_of(part, rows))
@@ -329,37 +325,39 @@ class Trainer(ABC):
         if not buffer.stage_counts:
             return torch.cat(self._scoring.run(buffer.pair_count, lambda rows: query(buffer.pairs(rows))))
         said: list[Tensor] = []
-        parts = [part for update in range(len(buffer.stage_counts)) for part in buffer.by_stage(update)]
+        parts = buffer.by_stage()
         for part in parts:
             said += self._scoring.run(len(part), partial(query_part, part))
         places, counts = (torch.cat([getattr(part, key) for part in parts]) for key in ("index", "counts"))
         own = torch.cat(said)[to_device(counts.nonzero().flatten(), self._group.device)]
         return torch.empty_like(own).index_copy_(0, to_device(places[counts], self._group.device), own)
 
-    def _train(self, data: Mapping[str, TrainingData[Any]], update: int, meter: RoundMeter) -> RoundLosses:
+    def _train(self, data: Mapping[Share, TrainingData[Any]], update: int, meter: RoundMeter) -> RoundLosses:
         """Forward and backward of the pairs of all tasks, those of one of the round's updates."""
-        size, updates = self._settings.train.micro_batch, self._settings.train.updates_per_round
+        size = self._settings.train.micro_batch
         with meter.phase("train"):
-            batches = {task: one.buffer.micro_batches(size, update, updates) for task, one in data.items()}
-            accumulator = self._accumulator(list(data), sum(map(len, batches.values())))
-            for task, one in data.items():
-                for pairs in batches[task]:
-                    states, sigma, cond = one.buffer.inputs(pairs, self._device_sigmas)
-                    guidance = self._settings.student_guidance(task)
+            batches = {share: one.buffer.micro_batches(size) for share, one in data.items() if share.update == update}
+            accumulator = self._accumulator(batches, sum(map(len, batches.values())))
+            for share, parts in batches.items():
+                one, guidance = data[share], self._settings.student_guidance(share.task)
+                for pairs in parts:
+                    states, sigma, cond = one.buffer.inputs(pairs)
                     predicted = self._predict(self._student, states, sigma, cond, guidance, meter, pairs.stage)
-                    losses, measured = self._losses(predicted, pairs.step, one.known.at(pairs))
+                    losses, measured = self._losses(share.size, predicted, pairs.step, one.known.at(pairs))
                     weights = one.buffer.weights_of(pairs)
-                    accumulator.add(LossTerm(task, losses, measured, pairs.step, weights, one.pairs[update]))
+                    accumulator.add(LossTerm(share.task, losses, measured, pairs.step, weights, one.pairs))
             return accumulator.measure()
 
-    def _losses(self, predicted: GuidedVelocity, steps: Tensor, known: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """`self.loss` of a micro-batch."""
-        return self.loss(predicted.velocity, steps, known)
+    def _losses(
+        self, size: Size, predicted: GuidedVelocity, steps: Tensor, known: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`self.losses` of a micro-batch of one size."""
+        return self.losses[size](predicted.velocity, steps, known)
 
-    def _accumulator(self, tasks: list[str], micro_batches: int) -> RoundAccumulator:
-        weights = {task: self._settings.tasks[task].weight for task in tasks}
-        steps = self._settings.rollout.steps
-        return RoundAccumulator(self._student, self._group, weights, self.loss.measures, steps, micro_batches)
+    def _accumulator(self, shares: Iterable[Share], micro_batches: int) -> RoundAccumulator:
+        weights = {task: self._settings.tasks[task].weight for task in by_task(shares)}
+        measures, steps = next(iter(self.losses.values())).measures, self._settings.rollout.steps
+        return RoundAccumulator(self._student, self._group, weights, measures, steps, micro_batches)
 
     def _step(self, losses: RoundLosses, meter: RoundMeter) -> float:
         """One optimizer step on what was accumulated, unless that is not finite; EMA. Returns the gradient norm."""
@@ -379,14 +377,22 @@ class Trainer(ABC):
 
     # ---- shared by the stages ----
 
-    def _buffer(self, states: Tensor | None, batch: TaskBatch) -> TrajectoryBuffer:
+    def _noised(self, index: int, share: Share, final: Tensor, batch: TaskBatch) -> NoisedStates:
+        """The batch's clean latents [B, C, ...], noised afresh to its trained steps."""
+        sampler = self._samplers[share.size]
+        seeds = [sample_seed(self._settings.run.seed, index, f"{share.task}/noised", i) for i in batch.part.indices]
+        noise = SampleNoise(seeds, sampler.latent_shape)
+        return noised_states(final, noise, sampler.sigmas, batch.chosen, self._family.dtype)
+
+    def _buffer(self, share: Share, states: Tensor | None, batch: TaskBatch) -> TrajectoryBuffer:
         """`states` [B, K, C, ...] of the batch's trained steps, which were kept."""
         assert states is not None
-        buffer = TrajectoryBuffer(states, batch.chosen, batch.part.weights, batch.cond)
-        if len(set(self._stages)) == 1:
+        sampler = self._samplers[share.size]
+        buffer = TrajectoryBuffer(states, batch.chosen, batch.part.weights, batch.cond, sampler.device_sigmas)
+        if len(set(sampler.stages)) == 1:
             return buffer
-        counts = batch.stage_counts(self._stages, self._group.world.size)
-        return replace(buffer, stages=self._stages, stage_counts=counts)
+        counts = batch.stage_counts(sampler.stages, self._group.world.size)
+        return replace(buffer, stages=sampler.stages, stage_counts=counts)
 
     def _velocity(
         self,
@@ -436,7 +442,7 @@ class BufferedTrainer(Trainer):
         return self._collect(index, batches, meter)
 
     @abstractmethod
-    def _collect(self, index: int, batches: dict[str, TaskBatch], meter: RoundMeter) -> Experience[Any]:
+    def _collect(self, index: int, batches: dict[Share, TaskBatch], meter: RoundMeter) -> Experience[Any]:
         """Rollouts, and what frozen networks and rewards say of them."""
 
     def _after_steps(self, index: int) -> None:

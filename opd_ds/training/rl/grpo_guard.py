@@ -8,7 +8,7 @@ reach the upper clip while bad ones reach the lower. GRPO-Guard takes mean(D eps
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from opd_ds.config.rl import GuardSection, RatioSection
 from opd_ds.config.schema import RunConfig
+from opd_ds.data import Size
 from opd_ds.diffusion import Coefficients, clipped_surrogate, kernel, kl_weight, log_ratio, velocity_error
 from opd_ds.diffusion.noise import sample_seed
 from opd_ds.diffusion.rollout import Trajectory
@@ -23,8 +24,9 @@ from opd_ds.errors import UserError
 from opd_ds.models import ModelFamily
 from opd_ds.training.buffer import Columns, PerPair, PerState, TrajectoryBuffer, named
 from opd_ds.training.rl.trainer import RLTrainer
+from opd_ds.training.shares import Sampler, Share, TaskBatch
 from opd_ds.training.steps import choose_steps
-from opd_ds.training.trainer import Components, TaskBatch
+from opd_ds.training.trainer import Components
 
 
 @dataclass(frozen=True)
@@ -157,17 +159,20 @@ class GrpoGuardTrainer(RLTrainer[Transitions, GrpoGuardKnown]):
         super().__init__(parts)
         assert isinstance(self._config.teach, GuardSection)
         self._guard = self._config.teach
-        trained = trained_by_any_round(self._config, self._coefficients.std)
-        self.loss = GrpoGuardLoss(self._guard, self._coefficients, self._sigmas, trained, parts.group.device)
+        self.losses = {}
+        for size, sampler in self._samplers.items():
+            trained = trained_by_any_round(self._config, sampler.coefficients.std)
+            self.losses[size] = GrpoGuardLoss(
+                self._guard, sampler.coefficients, sampler.sigmas, trained, parts.group.device
+            )
 
     def _keep(
-        self, index: int, task: str, trajectory: Trajectory, batch: TaskBatch
+        self, index: int, share: Share, trajectory: Trajectory, batch: TaskBatch
     ) -> tuple[TrajectoryBuffer, Transitions]:
-        assert trajectory.states is not None
         assert trajectory.velocity is not None
         assert trajectory.noise is not None
-        buffer = self._buffer(trajectory.states, batch)
-        return buffer, Transitions(PerState(trajectory.velocity), PerState(trajectory.noise))
+        kept = Transitions(PerState(trajectory.velocity), PerState(trajectory.noise))
+        return self._buffer(share, trajectory.states, batch), kept
 
     def _known(
         self, kept: Transitions, advantages: Tensor, old: PerPair | None, start: PerPair | None
@@ -185,19 +190,20 @@ class GrpoGuardTrainer(RLTrainer[Transitions, GrpoGuardKnown]):
         length = self._guard.window
         if length is None:
             return None
-        noisy = (self._coefficients.std > 0).tolist()
+        noisy = torch.stack([one.coefficients.std > 0 for one in self._samplers.values()]).all(0).tolist()
         starts = [first for first in range(len(noisy) - length + 1) if all(noisy[first : first + length])]
         generator = torch.Generator().manual_seed(sample_seed(self._config.run.seed, index, "window", 0))
         first = starts[int(torch.randint(len(starts), (), generator=generator))]
         return range(first, first + length)
 
-    def _table(self, index: int) -> Coefficients:
-        window = self._window(index)
+    def _sampler(self, index: int, size: Size) -> Sampler:
+        window, sampler = self._window(index), self._samplers[size]
         if window is None:
-            return self._coefficients
+            return sampler
         inside = torch.zeros(self._config.rollout.steps, dtype=torch.bool)
         inside[window.start : window.stop] = True
-        return self._coefficients.where(inside, kernel("euler").coefficients(self._sigmas))
+        outside = kernel("euler").coefficients(sampler.sigmas)
+        return replace(sampler, coefficients=sampler.coefficients.where(inside, outside))
 
     def _choose(self, index: int, task: str, samples: list[int]) -> Tensor:
         window = self._window(index)

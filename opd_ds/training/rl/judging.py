@@ -12,13 +12,14 @@ from torch import Tensor
 
 from opd_ds.config.rl import GroupSection
 from opd_ds.config.sections import WeightedReward
+from opd_ds.data import Shard
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.evaluation.reward_pool import RewardPool
 from opd_ds.training.meter import RoundMeter
 from opd_ds.training.rl.advantages import equal_groups, group_advantages, weighted_sum
 from opd_ds.training.rl.reward_worker import RewardScorer
-from opd_ds.training.trainer import TaskBatch
+from opd_ds.training.shares import TaskBatch
 
 _SAID_AGAIN = 50  # rounds
 
@@ -28,16 +29,24 @@ class Scored:
     """What the rewards of all ranks say of one task's samples.
 
     Attributes:
-        advantages: float64 [B], of this rank's samples, unclipped.
-        weights: float32 [B], 0 where a sample does not count.
+        advantages: float64 [samples], of all samples, unclipped.
+        finite: bool [samples], whether a sample has a score.
         counts: of the samples that have a score, over all ranks, in each of the round's updates.
         summary: for the metrics, by name.
     """
 
     advantages: Tensor
-    weights: Tensor
+    finite: Tensor
     counts: list[int]
     summary: dict[str, float]
+
+    def advantages_of(self, part: Shard) -> Tensor:
+        """Of a rank's samples: float64 [B]."""
+        return self.advantages[torch.tensor(part.indices)]
+
+    def weights(self, part: Shard) -> Tensor:
+        """Of a rank's samples: float32 [B], 0 where one does not count."""
+        return part.weights * self.finite[torch.tensor(part.indices)]
 
 
 class GroupJudge:
@@ -58,26 +67,31 @@ class GroupJudge:
         """Have clean latents [b, C, ...] scored, those of the batch's `rows`; the scores are for `scored`."""
         return self._scorer.submit(self._rewards[task], latents, batch.prompts[rows], batch.metadata[rows])
 
-    def scored(self, task: str, batch: TaskBatch, pending: list[Future[Tensor]], meter: RoundMeter) -> Scored:
+    def scored(
+        self, task: str, batches: list[TaskBatch], pending: list[list[Future[Tensor]]], meter: RoundMeter
+    ) -> Scored:
         """Rewards of all ranks to what each sample is worth. Collective.
 
         Args:
-            pending: the scores of consecutive parts of the batch.
+            batches: all of the task.
+            pending: of each batch, the scores of its consecutive parts.
 
         Raises:
             UserError: not one image of the round could be scored.
         """
         rewards = self._rewards[task]
-        mine = RewardScorer.collect(pending, lambda: meter.heartbeat(f", waiting for the rewards of {task}"))
-        scores = torch.full((batch.part.total, len(rewards)), torch.nan, dtype=torch.float64)
+        under_way = [future for one in pending for future in one]
+        mine = RewardScorer.collect(under_way, lambda: meter.heartbeat(f", waiting for the rewards of {task}"))
+        part = Shard.cat([batch.part for batch in batches])
+        scores = torch.full((part.total, len(rewards)), torch.nan, dtype=torch.float64)
         # A sample that only pads a rank's part is another rank's too, and counts there.
-        own = batch.part.weights > 0
-        indices = torch.tensor(batch.part.indices)
+        own = part.weights > 0
+        indices = torch.tensor(part.indices)
         for places, values in self._group.gather((indices[own], mine[own])):
             scores[places] = values
         total = weighted_sum(scores, [reward.weight for reward in rewards], self._settings.reward_scale)
         finite = torch.isfinite(total)
-        counts = finite.view(batch.updates, -1).sum(1).tolist()
+        counts = finite.view(batches[0].updates, -1).sum(1).tolist()
         if not all(counts):
             images = f"{len(total) // len(counts)} images" + (" of an update" if len(counts) > 1 else "")
             raise UserError(
@@ -98,7 +112,7 @@ class GroupJudge:
         for reward, column in zip(rewards, scores.T, strict=True):
             summary[f"{task}/{reward.label}"] = float(column.nanmean())
         advantages = group_advantages(total, group, self._settings.advantage_std)
-        return Scored(advantages[indices], batch.part.weights * finite[indices], counts, summary)
+        return Scored(advantages, finite, counts, summary)
 
     def _say_what_teaches_nothing(self, task: str, round_number: int, *, all_equal: bool) -> None:
         """At the first of several rounds in a row, and now and then after that."""

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from opd_ds.config.rl import NftSection
 from opd_ds.diffusion import velocity_error
-from opd_ds.diffusion.noise import SampleNoise, sample_seed
 from opd_ds.diffusion.rollout import Trajectory
 from opd_ds.engine import OLD_POLICY, WeightSnapshot
-from opd_ds.training.buffer import Columns, PerPair, PerState, TrajectoryBuffer, named, noised_states
+from opd_ds.training.buffer import Columns, PerPair, PerState, TrajectoryBuffer, named
 from opd_ds.training.rl.advantages import optimality
 from opd_ds.training.rl.trainer import RLTrainer
-from opd_ds.training.trainer import Components, TaskBatch
+from opd_ds.training.shares import Share, TaskBatch
+from opd_ds.training.trainer import Components
 
 
 @dataclass(frozen=True)
@@ -82,20 +82,20 @@ class NftTrainer(RLTrainer[PerState, NftKnown]):
         assert isinstance(self._config.teach, NftSection)
         self._nft = self._config.teach
         self._old_policy = WeightSnapshot(parts.student, OLD_POLICY)
-        self.loss = NftLoss(self._nft, self._sigmas, parts.group.device)
+        self.losses = {
+            size: NftLoss(self._nft, sampler.sigmas, parts.group.device) for size, sampler in self._samplers.items()
+        }
 
     @property
     def _old(self) -> WeightSnapshot:
         return self._old_policy
 
     def _keep(
-        self, index: int, task: str, trajectory: Trajectory, batch: TaskBatch
+        self, index: int, share: Share, trajectory: Trajectory, batch: TaskBatch
     ) -> tuple[TrajectoryBuffer, PerState]:
         """The images, noised afresh, and the flow at each state."""
-        seeds = [sample_seed(self._config.run.seed, index, f"{task}/noised", i) for i in batch.part.indices]
-        noise = SampleNoise(seeds, self._family.latent_shape)
-        noised = noised_states(trajectory.final, noise, self._sigmas, batch.chosen, self._family.dtype)
-        return self._buffer(noised.states, batch), PerState(noised.flow)
+        noised = self._noised(index, share, trajectory.final, batch)
+        return self._buffer(share, noised.states, batch), PerState(noised.flow)
 
     def _known(
         self, kept: PerState, advantages: Tensor, old: PerPair | None, start: PerPair | None

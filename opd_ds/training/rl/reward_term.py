@@ -25,7 +25,8 @@ from opd_ds.training.meter import RoundMeter
 from opd_ds.training.objectives import ClosedFormLoss, DrawnTransitions, TeacherVelocities
 from opd_ds.training.rl.grpo_guard import GrpoGuardPolicy, trained_by_any_round
 from opd_ds.training.rl.judging import GroupJudge, Scored
-from opd_ds.training.trainer import Components, Experience, TaskBatch
+from opd_ds.training.shares import Share, TaskBatch, by_task
+from opd_ds.training.trainer import Components, Experience
 from opd_ds.utils.transfer import to_device
 
 
@@ -94,33 +95,38 @@ class RewardedDistillation(Distillation):
         self._judge = GroupJudge(parts.group, parts.rewards, rewards, self._term)
 
     def _score(
-        self, index: int, trajectories: dict[str, Trajectory], batches: dict[str, TaskBatch], meter: RoundMeter
+        self, index: int, trajectories: dict[Share, Trajectory], batches: dict[Share, TaskBatch], meter: RoundMeter
     ) -> Experience[TeacherVelocities]:
         pending = {
-            task: [
-                self._judge.submit(task, trajectory.final[rows], batches[task], rows)
+            share: [
+                self._judge.submit(share.task, trajectory.final[rows], batches[share], rows)
                 for rows in chunks(len(trajectory.final), self._config.rollout.micro_batch)
             ]
-            for task, trajectory in trajectories.items()
+            for share, trajectory in trajectories.items()
         }
         seen = super()._score(index, trajectories, batches, meter)
         with meter.phase("rewards"):
-            scored = {task: self._judge.scored(task, batches[task], pending[task], meter) for task in batches}
+            scored = {
+                task: self._judge.scored(
+                    task, [batches[share] for share in shares], [pending[share] for share in shares], meter
+                )
+                for task, shares in by_task(batches).items()
+            }
         data = {
-            task: replace(one, known=self._with_rewards(one.known, batches[task], scored[task]))
-            for task, one in seen.data.items()
+            share: replace(one, known=self._with_rewards(one.known, share, batches[share], scored[share.task]))
+            for share, one in seen.data.items()
         }
         scores = {name: value for one in scored.values() for name, value in one.summary.items()}
         return replace(seen, data=data, scores=scores)
 
     def _with_rewards(
-        self, known: Columns[TeacherVelocities], batch: TaskBatch, scored: Scored
+        self, known: Columns[TeacherVelocities], share: Share, batch: TaskBatch, scored: Scored
     ) -> Columns[TeacherVelocities]:
         clip = self._term.advantage_clip
-        of_update = batch.part.total / batch.updates / torch.tensor(scored.counts)
+        of_update = batch.part.total / batch.updates / scored.counts[share.update]
         columns = {
-            "advantage": scored.advantages.clamp(-clip, clip),
-            "share": scored.weights * of_update.repeat_interleave(len(batch.part) // batch.updates),
+            "advantage": scored.advantages_of(batch.part).clamp(-clip, clip),
+            "share": scored.weights(batch.part) * of_update,
         }
         device = self._group.device
         rewarded = {name: PerSample(to_device(values.float(), device)) for name, values in columns.items()}

@@ -12,13 +12,14 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from opd_ds.config.algorithms import TeachConfig
-from opd_ds.diffusion import Coefficients
+from opd_ds.data import Size
 from opd_ds.diffusion.rollout import Keep, Trajectory, chunks
 from opd_ds.engine import START, WeightSnapshot
 from opd_ds.training.buffer import Columns, PerPair, PerSample, TrajectoryBuffer
 from opd_ds.training.meter import RoundMeter
 from opd_ds.training.rl.judging import GroupJudge
-from opd_ds.training.trainer import BufferedTrainer, Components, Experience, Saved, TaskBatch, TrainingData
+from opd_ds.training.shares import Sampler, Share, TaskBatch, by_task
+from opd_ds.training.trainer import BufferedTrainer, Components, Experience, Saved, TrainingData
 from opd_ds.utils.transfer import to_device
 
 Kept = TypeVar("Kept")  # what an algorithm keeps of every state
@@ -27,7 +28,7 @@ Known = TypeVar("Known")  # what its loss knows of a micro-batch
 
 @dataclass(frozen=True)
 class Rollouts:
-    """One task's trajectories of a round on this rank, and their scores, which are under way."""
+    """A share's trajectories of a round on this rank, and their scores, which are under way."""
 
     trajectory: Trajectory
     scores: list[Future[Tensor]]
@@ -53,31 +54,38 @@ class RLTrainer(BufferedTrainer, Generic[Kept, Known]):
     def saved(self) -> Sequence[Saved]:
         return [*super().saved, *(copy for copy in (self._old, self._start) if copy is not None)]
 
-    def _collect(self, index: int, batches: dict[str, TaskBatch], meter: RoundMeter) -> Experience[Known]:
-        olds: dict[str, PerPair] = {}
+    def _collect(self, index: int, batches: dict[Share, TaskBatch], meter: RoundMeter) -> Experience[Known]:
+        olds: dict[Share, PerPair] = {}
         with self._behaviour(), self._student.gathered() as policy:
             with meter.phase("rollout"):
                 rollouts = {
-                    task: self._roll_out_and_score(index, policy, task, batches[task], meter) for task in batches
+                    share: self._roll_out_and_score(index, policy, share, batches[share], meter) for share in batches
                 }
-                kept = {task: self._keep(index, task, rollouts[task].trajectory, batches[task]) for task in batches}
-                buffers = {task: buffer for task, (buffer, _) in kept.items()}
+                kept = {
+                    share: self._keep(index, share, rollouts[share].trajectory, batches[share]) for share in batches
+                }
+                buffers = {share: buffer for share, (buffer, _) in kept.items()}
             if self._old is not None:
                 with meter.phase("score"):
                     olds = self._query(policy, buffers, meter)
         starts = self._query_start(buffers, meter)
         with meter.phase("rewards"):
-            scored = {task: self._judge.scored(task, batches[task], rollouts[task].scores, meter) for task in batches}
-        data = {
-            task: TrainingData(
-                replace(buffer, weights=scored[task].weights),
-                self._known(kept[task][1], scored[task].advantages, olds.get(task), starts.get(task)),
-                [float(count) * buffer.chosen.shape[1] for count in scored[task].counts],
+            scored = {
+                task: self._judge.scored(
+                    task, [batches[share] for share in shares], [rollouts[share].scores for share in shares], meter
+                )
+                for task, shares in by_task(batches).items()
+            }
+        data = {}
+        for share, buffer in buffers.items():
+            found, part = scored[share.task], batches[share].part
+            data[share] = TrainingData(
+                replace(buffer, weights=found.weights(part)),
+                self._known(kept[share][1], found.advantages_of(part), olds.get(share), starts.get(share)),
+                float(found.counts[share.update]) * buffer.chosen.shape[1],
             )
-            for task, buffer in buffers.items()
-        }
         scores = {name: value for one in scored.values() for name, value in one.summary.items()}
-        return Experience(batches, data, {task: rolled.trajectory.final for task, rolled in rollouts.items()}, scores)
+        return Experience(batches, data, {share: rolled.trajectory.final for share, rolled in rollouts.items()}, scores)
 
     # ---- what algorithms differ in ----
 
@@ -86,17 +94,19 @@ class RLTrainer(BufferedTrainer, Generic[Kept, Known]):
         """The policy that draws, where it is not the trained one."""
         return None
 
-    def _table(self, index: int) -> Coefficients:
-        """The sampler's table in round `index`."""
-        return self._coefficients
+    def _sampler(self, index: int, size: Size) -> Sampler:
+        """The sampler of round `index`."""
+        return self._samplers[size]
 
     @abstractmethod
-    def _keep(self, index: int, task: str, trajectory: Trajectory, batch: TaskBatch) -> tuple[TrajectoryBuffer, Kept]:
+    def _keep(
+        self, index: int, share: Share, trajectory: Trajectory, batch: TaskBatch
+    ) -> tuple[TrajectoryBuffer, Kept]:
         """The states that are trained on, and what else is kept of each."""
 
     @abstractmethod
     def _known(self, kept: Kept, advantages: Tensor, old: PerPair | None, start: PerPair | None) -> Columns[Known]:
-        """What the loss knows of one task's pairs. `advantages`: float64 [B], of this rank's samples."""
+        """What the loss knows of a share's pairs. `advantages`: float64 [B], of this rank's samples."""
 
     # ---- the stages, in order ----
 
@@ -104,30 +114,32 @@ class RLTrainer(BufferedTrainer, Generic[Kept, Known]):
         """Inside, the network is the policy that draws."""
         return nullcontext() if self._old is None else self._old.swapped_in()
 
-    def _roll_out_and_score(self, index: int, policy: Any, task: str, batch: TaskBatch, meter: RoundMeter) -> Rollouts:
+    def _roll_out_and_score(
+        self, index: int, policy: Any, share: Share, batch: TaskBatch, meter: RoundMeter
+    ) -> Rollouts:
         parts, pending = [], []
-        guidance, table = self._config.student_guidance(task), self._table(index)
+        guidance, sampler = self._config.student_guidance(share.task), self._sampler(index, share.size)
         for rows in chunks(len(batch.part), self._config.rollout.micro_batch):
             part = self._roll_out(
                 policy,
                 batch.cond[rows],
                 batch.noise[rows],
+                sampler,
                 guidance,
                 meter,
                 keep=Keep(batch.chosen[rows], self._family.dtype, transitions=True) if self.keeps_transitions else None,
-                coefficients=table,
             )
             parts.append(part)
-            pending.append(self._judge.submit(task, part.final, batch, rows))
+            pending.append(self._judge.submit(share.task, part.final, batch, rows))
         return Rollouts(Trajectory.cat(parts), pending)
 
-    def _query(self, network: Any, buffers: dict[str, TrajectoryBuffer], meter: RoundMeter) -> dict[str, PerPair]:
+    def _query(self, network: Any, buffers: dict[Share, TrajectoryBuffer], meter: RoundMeter) -> dict[Share, PerPair]:
         return {
-            task: self._query_frozen(network, buffer, self._config.student_guidance(task), meter)
-            for task, buffer in buffers.items()
+            share: self._query_frozen(network, buffer, self._config.student_guidance(share.task), meter)
+            for share, buffer in buffers.items()
         }
 
-    def _query_start(self, buffers: dict[str, TrajectoryBuffer], meter: RoundMeter) -> dict[str, PerPair]:
+    def _query_start(self, buffers: dict[Share, TrajectoryBuffer], meter: RoundMeter) -> dict[Share, PerPair]:
         """The start's velocities; nothing where distance to it costs nothing."""
         if self._start is None:
             return {}

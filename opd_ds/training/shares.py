@@ -1,0 +1,105 @@
+"""What of a round can be in one forward: samples of one task, one image size and one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from opd_ds.config.schema import RunConfig
+from opd_ds.data import Shard, Size, share_of
+from opd_ds.diffusion import Coefficients, kernel
+from opd_ds.diffusion.noise import SampleNoise
+from opd_ds.models import Conditioning, ModelFamily
+from opd_ds.training.stages import stage_counts
+from opd_ds.utils.transfer import to_device
+
+
+class Share(NamedTuple):
+    """Samples of a task that have one size and are trained in one of the round's updates. A task's loss in an update is
+    the mean over its pairs of all sizes.
+    """
+
+    task: str
+    size: Size
+    update: int = 0
+
+
+def by_task(shares: Iterable[Share]) -> dict[str, list[Share]]:
+    """Each task's shares, in order."""
+    found: dict[str, list[Share]] = {}
+    for share in shares:
+        found.setdefault(share.task, []).append(share)
+    return found
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The run's sampler at one image size.
+
+    Attributes:
+        latent_shape: of a sample.
+        sigmas, device_sigmas: [T+1], float64 on the host, float32 on the device.
+        coefficients: the kernel's on these.
+        stages: which network is asked at each step, see `ModelFamily.stages`.
+    """
+
+    latent_shape: tuple[int, ...]
+    sigmas: Tensor
+    device_sigmas: Tensor
+    coefficients: Coefficients
+    stages: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: RunConfig, family: ModelFamily, device: torch.device) -> Sampler:
+        """`family`: at the size."""
+        sigmas = family.sigmas(config.rollout.steps)
+        table = kernel(config.rollout.kernel, config.rollout.noise_level).coefficients(sigmas)
+        stages = family.stages(sigmas[:-1])
+        return cls(family.latent_shape, sigmas, to_device(sigmas.float(), device), table, stages)
+
+
+@dataclass(frozen=True)
+class TaskBatch:
+    """The samples of a `Share` of a round on this rank: prompts and noise.
+
+    Attributes:
+        members: the share's samples on all ranks, numbered within the task.
+        trained: int64 [N, K] on the host, the trained steps of all the task's samples of the round, ascending.
+        updates: optimizer steps that share the task's samples between them.
+    """
+
+    part: Shard
+    members: list[int]
+    prompts: list[str]
+    metadata: list[dict[str, Any]]
+    cond: Conditioning
+    noise: SampleNoise
+    trained: Tensor
+    updates: int
+
+    @property
+    def chosen(self) -> Tensor:
+        """The trained steps of this rank's samples: int64 [B, K]."""
+        return self.trained[self.part.indices]
+
+    def last_steps(self, world: int) -> list[list[int]]:
+        """The last trained step of each sample, by rank."""
+        return [trained[:, -1].tolist() for trained in self._by_rank(world)]
+
+    def stage_counts(self, stages: tuple[int, ...], world: int) -> tuple[int, ...]:
+        """How many pairs each of two networks has on the rank with most of them."""
+        return stage_counts(self._by_rank(world), stages)
+
+    def _by_rank(self, world: int) -> list[Tensor]:
+        """The trained steps of each rank's samples."""
+        ranks = (share_of(self.members, rank, world, self.part.total) for rank in range(world))
+        return [self.trained[part.indices] for part in ranks]
+
+    @property
+    def pairs(self) -> int:
+        """(sample, step) pairs of the task in an optimizer step: of all sizes, over all ranks."""
+        return self.part.total // self.updates * self.trained.shape[1]
