@@ -197,9 +197,11 @@ class Trial:
 
     def _settings(self, kind: str) -> dict[str, Any]:
         teacher = {"path": str(self.folder / "teacher"), "guidance": GUIDANCES[0]}
-        sets: dict[str, Any] = {"one": str(self.folder / "prompts.txt")}
+        sets: dict[str, Any] = {}
+        if not self.family.needs_pictures:
+            sets["one"] = str(self.folder / "prompts.txt")
         if self.family.takes_pictures:
-            sets = {"edit": {"path": str(self.folder / "edits.jsonl"), "pictures": "image"}}
+            sets["edit"] = {"path": str(self.folder / "edits.jsonl"), "pictures": "image"}
         return {
             "run": {"rounds": 1, "output_dir": str(self.folder / kind)},
             "model": {"family": self.name, "path": str(self._base), **self._model},

@@ -102,7 +102,7 @@ def test_images_and_caches_know_them(tiny_world: Path, tmp_path: Path, group: Gr
     worse.negative_prompt = WORSE
     other = Painter(config, worse, group)
     wanted = items(PromptSet.read(Path(written())), 1, 3)
-    drawn = [image.tobytes() for _, image in other.draw(parts.student.module, wanted, 3.0)]
+    drawn = [image.tobytes() for _, image, _ in other.draw(parts.student.module, wanted, 3.0)]
     assert [image.tobytes() == theirs for (_, image), theirs in zip(shown, drawn, strict=True)] == [True, False, False]
     painter = Painter(config, parts.family, group)
     assert [painter.recipe(item)["negative_prompt"] for item, _ in shown] == [WORSE, "", "a mist"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,10 @@ from opd_ds.diffusion import kernel
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.engine import Group
 from opd_ds.models import Conditioning, ModelFamily, build_family, lora
+from opd_ds.pictures import Picture
 from opd_ds.runs.preflight import trainer_class
+from opd_ds.testing.family_checks import model_settings
+from opd_ds.testing.tiny.parts import references
 from opd_ds.training.buffer import PerPair, PerSample, PerState, TrajectoryBuffer, noised_states
 from opd_ds.training.rl.grpo_guard import GrpoGuardKnown, GrpoGuardLoss
 from opd_ds.training.rl.nft import NftKnown, NftLoss
@@ -37,7 +41,7 @@ from opd_ds.utils.transfer import to_device
 from tests.tiny import run_settings
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-FAMILIES = ("sd3", "flux", "flux2", "qwen_image", "z_image", "wan", "ltx")
+FAMILIES = ("sd3", "flux", "flux_kontext", "flux2", "qwen_image", "z_image", "wan", "ltx")
 # Of two lengths where a family's prompts have one: with the mask that this takes.
 PROMPTS = ["the number 5", "a red 3 on blue", "a neat 8 beside a black square on a white square"]
 READS = {
@@ -193,6 +197,7 @@ def families(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     name, folder = request.param, tmp_path_factory.mktemp("family")
     import_module(f"opd_ds.testing.tiny.{name}").write(folder / "base")
     size: dict[str, Any] = {"height": 32, "width": 32, "max_text_length": 64}
+    size |= model_settings(name)
     size |= {"frames": {"wan": 5, "ltx": 9}[name]} if name in ("wan", "ltx") else {}
     host, family = (
         build_family(name, folder / "base", dtype=torch.float32, device=device, **size) for device in (CPU, META)
@@ -208,12 +213,18 @@ def families(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             {key: torch.empty_like(value, device=META) for key, value in cond.tensors.items()}, cond.lengths
         )
 
-    family.encode = encode  # type: ignore[method-assign]
+    pictures = {picture: host.encode_picture(picture) for own in references(host, len(PROMPTS)) for picture in own}
+
+    def encode_picture(picture: Picture) -> Tensor:
+        return torch.empty_like(pictures[picture], device=META)
+
+    family.encode = encode  # type: ignore[method-assign,assignment]
+    family.encode_picture = encode_picture  # type: ignore[method-assign]
     return name, family
 
 
 def distillation(name: str, family: ModelFamily, folder: Path, **changes: Any) -> tuple[Trainer, Student]:
-    """Two tasks of a LoRA student, with an anchor."""
+    """Two tasks of a LoRA student, with an anchor; one has reference pictures where the family takes any."""
     changes = {"objective": {"method": "ppo"}, "rollout__kernel": "flow", "rollout__noise_level": 0.7} | changes
     changes |= {"rollout__guidance": 1.0 if family.unguided else 3.0, "anchor": {"path": "base", "weight": 0.1}}
     changes |= {"rollout__samples": 2, "rollout__steps": 2, "rollout__micro_batch": 3, "train__micro_batch": 3}
@@ -225,6 +236,8 @@ def distillation(name: str, family: ModelFamily, folder: Path, **changes: Any) -
     with META:
         lora.new_adapter(network, "student", LoraConfig(r=2, target_modules=list(family.lora_targets)))
     prompts = dict.fromkeys(config.tasks, PromptSet(tuple(PROMPTS), ({},) * len(PROMPTS), ""))
+    if family.takes_pictures:
+        prompts["one"] = replace(prompts["one"], pictures=tuple(references(family, len(PROMPTS))))
     teacher, cond = family.empty_transformer(), family.encode([PROMPTS[0]])
     for each in (network, teacher):  # tables of positions go to the device at a network's first forward
         family.velocity(each, torch.zeros(1, *family.latent_shape, device=META), torch.zeros(1, device=META), cond)

@@ -16,7 +16,7 @@ from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.loading import parse_config
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.turns import TaskSchedule, rounds_before, tasks_of_round
-from opd_ds.data import by_kind, rows_on_a_rank, share_of
+from opd_ds.data import rows_on_a_rank, shards_by
 from opd_ds.engine import Group, Schedule
 from opd_ds.errors import UserError
 from opd_ds.runs.setup import Parts
@@ -87,11 +87,12 @@ def test_every_update_has_a_part_of_the_samples_and_every_rank_equally_many(
     ranks: int, updates: int, each: int
 ) -> None:
     total = updates * each
-    for update, members in by_kind([i // each for i in range(total)]).items():
-        parts = [share_of(members, rank, ranks, total) for rank in range(ranks)]
+    for update in range(updates):
+        own = range(update * each, (update + 1) * each)
+        (parts,) = shards_by(own, [None] * each, ranks, total).values()
         assert {len(part) for part in parts} == {rows_on_a_rank(total, ranks, updates) // updates}
         counted = [i for part in parts for i, w in zip(part.indices, part.weights, strict=True) if w > 0]
-        assert counted == list(range(update * each, (update + 1) * each))
+        assert counted == list(own)
 
 
 def test_an_update_trains_on_its_own_samples(build_run: Build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from opd_ds.config.algorithms import DistilConfig, TeachConfig
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import ModelSection, PromptsSection
-from opd_ds.data import Size, Sizes, by_kind, rows_on_a_rank, share_of
+from opd_ds.data import Size, Sizes, rows_on_a_rank, shards_by
 from opd_ds.data.check import describe, look_through
 from opd_ds.data.sizes import nearest_size, own_size
 from opd_ds.engine import Group
@@ -33,7 +33,7 @@ from opd_ds.testing import family_checks as checks
 from opd_ds.testing.family_checks import change
 from opd_ds.testing.tiny.parts import DYNAMIC_SHIFT
 from tests.ranks import TRAIN_MANY, launch
-from tests.runs import assert_close, metrics
+from tests.runs import assert_close, gradients_of, metrics, write_sgd
 from tests.tiny import ALL_SHARDED, PROMPTS, run_settings, with_changes, write_config
 
 SIZES = [[16, 16], [8, 16], [16, 8]]
@@ -94,15 +94,16 @@ def test_a_prompts_own_size() -> None:
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(1, 5))
-def test_every_rank_holds_as_many_of_each_size(kinds: list[int], ranks: int) -> None:
+def test_ranks_make_equally_many_forwards_of_one_kind_each(kinds: list[int], ranks: int) -> None:
+    parts = shards_by(range(len(kinds)), kinds, ranks, len(kinds))
     held = []
-    for kind, members in by_kind(kinds).items():
-        assert all(kinds[index] == kind for index in members)
-        parts = [share_of(members, rank, ranks, len(kinds)) for rank in range(ranks)]
-        assert len({len(part) for part in parts}) == 1
-        held += [pair for part in parts for pair in zip(part.indices, part.weights, strict=True)]
+    for of_ranks, shards in parts.items():
+        assert len({len(part) for part in shards}) == 1
+        for kind, part in zip(of_ranks, shards, strict=True):
+            assert {kinds[index] for index in part.indices} == {kind}
+            held += zip(part.indices, part.weights, strict=True)
     assert sorted(index for index, weight in held if weight) == list(range(len(kinds)))
-    assert len(held) / ranks <= rows_on_a_rank(len(kinds), ranks, kinds=len(set(kinds)))
+    assert len(held) == ranks * rows_on_a_rank(len(kinds), ranks)
 
 
 @pytest.mark.parametrize(
@@ -155,23 +156,6 @@ def _at_every_size(folder: Path, name: str, guidance: float) -> None:
 # ---- the round ----
 
 
-def _gradients(config: DistilConfig | TeachConfig, group: Group) -> dict[str, torch.Tensor]:
-    parts = prepare(config, group)
-    before = parts.student.gather_weights(trainable_only=True)
-    parts.trainer.run_round(0)
-    after = parts.student.gather_weights(trainable_only=True)
-    return {name: before[name] - after[name] for name in before}
-
-
-def _sgd(folder: Path, stage: int) -> str:
-    file = folder / f"sgd{stage}.json"
-    zero = {"stage": stage, "overlap_comm": False, "stage3_param_persistence_threshold": 0}
-    optimizer = {"type": "SGD", "params": {"lr": "auto"}}
-    settings = {"zero_optimization": zero, "zero_allow_untested_optimizer": True, "optimizer": optimizer}
-    file.write_text(json.dumps(settings))
-    return str(file)
-
-
 CUTS: dict[str, dict[str, Any]] = {
     "small micro-batches": {"train__micro_batch": 3, "rollout__micro_batch": 2, "scoring__micro_batch": 5},
     "stage 3": {"stage": 3},
@@ -184,10 +168,10 @@ def test_the_gradient_of_three_sizes_does_not_depend_on_how_the_round_is_cut(
     world: Path, tmp_path: Path, group: Group
 ) -> None:
     def gradients(stage: int = 0, **changes: Any) -> dict[str, torch.Tensor]:
-        sgd = {"optimizer": {"lr": 1.0, "max_grad_norm": 0.0}, "deepspeed": _sgd(tmp_path, stage)}
+        sgd = {"optimizer": {"lr": 1.0, "max_grad_norm": 0.0}, "deepspeed": write_sgd(tmp_path, stage)}
         sgd["tasks__two__prompts"] = str(world / "sized.jsonl")
         settings = run_settings(world, tmp_path / "out", **(HARD | sgd | changes))
-        return _gradients(DistilConfig.model_validate(settings), group)
+        return gradients_of(DistilConfig.model_validate(settings), group)
 
     expected = gradients()
     scale = max(float(value.abs().max()) for value in expected.values())
@@ -312,7 +296,7 @@ def test_images_and_grids_have_each_their_size(world: Path, tmp_path: Path, grou
     parts = prepare(config, group)
     shown = parts.evaluator.draw(parts.student.module, {"one": 2.0}, 2)["one"]
     assert [image.size for _, image in shown] == [(16, 8), (8, 16)]
-    grid = comparison_grid({"student": {"one": [image for _, image in shown]}}, {"one": PROMPTS[:2]})
+    grid = comparison_grid({"student": {"one": [image for _, image in shown]}}, {"one": PROMPTS[:2]}, {})
     assert grid is not None
     white = (255, 255, 255)
     left, top = 150, 48  # of the first tile, 96 x 96: an image of 96 x 48 in its middle, then one of 48 x 96
@@ -323,10 +307,10 @@ def test_images_and_grids_have_each_their_size(world: Path, tmp_path: Path, grou
 # ---- the plan ----
 
 
-def test_the_plan_takes_the_largest_size_and_the_most_rows(world: Path, tmp_path: Path) -> None:
+def test_the_plan_takes_the_largest_size(world: Path, tmp_path: Path) -> None:
     config = DistilConfig.model_validate(run_settings(world, tmp_path / "out", model__sizes=[[8, 16], [16, 24]]))
     assert find_model(config).family.latent_shape == (4, 8, 12)
-    assert rows_per_rank(config, parse_devices("4xcpu", "--gpu"), "one") == 2  # of 4 samples each size may need 1 more
+    assert rows_per_rank(config, parse_devices("4xcpu", "--gpu"), "one") == 1
     own = {"model__size_from": "prompts", "model__height": 8, "model__width": 8}
     own |= {f"tasks__{task}__prompts": str(world / "sized.jsonl") for task in ("one", "two")}
     config = DistilConfig.model_validate(run_settings(world, tmp_path / "out", **own))

@@ -102,7 +102,7 @@ def evaluation(session: Session) -> None:
                 found |= {f"{task}: {label}": value for label, value in means.items()}
             shown: dict[str, Any] = {task: [image for _, image in pairs] for task, pairs in result.shown.items()}
             prompts = {task: [item.prompt for item, _ in pairs] for task, pairs in result.shown.items()}
-            grid = comparison_grid({"student": shown}, prompts)
+            grid = comparison_grid({"student": shown}, prompts, {})
             assert grid is not None
             file = session.results / f"student_zero{stage}.png"
             frames_of(grid)[0].save(file)

@@ -39,8 +39,7 @@ def describe(config: RunConfig, world: World, start: Start) -> str:
     settings = config.rollout
     trained = config.trained_steps
     updates, rounds = config.train.updates_per_round, config.tasks_of(0)
-    kinds = max(1, len(config.model.sizes))
-    rows = {task: rows_on_a_rank(config.samples(task), world.size, updates, kinds) for task in config.tasks}
+    rows = {task: rows_on_a_rank(config.samples(task), world.size, updates) for task in config.tasks}
     pairs = [count * trained for count in rows.values()]
     filled = {task: count * world.size - config.samples(task) for task, count in rows.items()}
     one_pass = family.passes(settings.guidance) == 1
@@ -67,7 +66,6 @@ def describe(config: RunConfig, world: World, start: Start) -> str:
             f"training               {_each(trainings)} micro-batches of {config.train.micro_batch} per task and "
             f"process, {config.train.inner_epochs} x, and {config.steps_per_round} optimizer steps",
         ]
-    most = "at most " if kinds > 1 else ""
     frames = f", {family.frames} frames" if family.frames else ""
     lines = [
         f"processes              {world.size}, {world.local_size} a node",
@@ -78,7 +76,7 @@ def describe(config: RunConfig, world: World, start: Start) -> str:
         f"samples a round        {_each(samples)} per task",
         *(group if config.group_size > 1 else []),
         f"samples per process    {_each(rows.values())} per task"
-        + (f" ({most}{_each(filled.values())} padding samples at weight 0)" if any(filled.values()) else ""),
+        + (f" ({_each(filled.values())} padding samples at weight 0)" if any(filled.values()) else ""),
         f"trained steps          {trained} of {settings.steps}: {_each(pairs)} (state, step) pairs per task and "
         "process",
         *work,

@@ -55,35 +55,42 @@ class Shard:
         return cls(indices, torch.cat([part.weights for part in parts]), parts[0].total)
 
 
-def rows_on_a_rank(total: int, world: int, updates: int = 1, kinds: int = 1) -> int:
-    """How many samples a rank holds, with those that it repeats; of so many `kinds` of samples that cannot share a
-    forward (`by_kind`) the most that there can be.
-    """
-    own = total // updates
-    return updates * ((own + min(kinds, own) * (world - 1)) // world)
+def rows_on_a_rank(total: int, world: int, updates: int = 1) -> int:
+    """How many samples a rank holds, with those that it repeats."""
+    return updates * -(-(total // updates) // world)
 
 
 def shard(total: int, rank: int, world: int) -> Shard:
     """Contiguous shares of ceil(total / world) samples."""
-    return share_of(range(total), rank, world, total)
+    (found,) = shards_by(range(total), [None] * total, world, total).values()
+    return found[rank]
 
 
-def share_of(samples: Sequence[int], rank: int, world: int, total: int) -> Shard:
-    """The same of some of the `total` samples."""
-    share, last = -(-len(samples) // world), len(samples) - 1
-    positions = range(rank * share, (rank + 1) * share)
-    weights = torch.tensor([float(position <= last) for position in positions])
-    return Shard([samples[min(position, last)] for position in positions], weights, total)
+def shards_by(
+    samples: Sequence[int], kinds: Sequence[Kind], world: int, total: int
+) -> dict[tuple[Kind, ...], list[Shard]]:
+    """All ranks' contiguous shares of some of `total` samples that cannot all share a forward, in parts of one kind.
 
-
-def by_kind(kinds: Sequence[Kind]) -> dict[Kind, list[int]]:
-    """The samples of each kind, kinds in the order in which the samples have them. Where each kind is shared out by
-    itself (`share_of`), all ranks' forwards are of the same kinds in the same order.
+    Samples of one kind are neighbours, and where the kind changes on any rank, a part ends on all. So ranks make
+    equally many forwards of equally many samples, if not of one kind; no sample is repeated but at the very end.
 
     Args:
-        kinds: of all samples, in order.
+        kinds: of the samples.
+
+    Returns:
+        by the kinds that a part has on all ranks, the shards of these.
     """
-    members: dict[Kind, list[int]] = {}
-    for index, kind in enumerate(kinds):
-        members.setdefault(kind, []).append(index)
-    return members
+    share, last = -(-len(samples) // world), len(samples) - 1
+    places = {kind: place for place, kind in enumerate(dict.fromkeys(kinds))}
+    order = sorted(range(len(samples)), key=lambda number: places[kinds[number]])
+    parts: dict[tuple[Kind, ...], list[int]] = {}
+    for position in range(share):
+        of_ranks = tuple(kinds[order[min(rank * share + position, last)]] for rank in range(world))
+        parts.setdefault(of_ranks, []).append(position)
+
+    def of_rank(rank: int, own: list[int]) -> Shard:
+        positions = [rank * share + position for position in own]
+        weights = torch.tensor([float(position <= last) for position in positions])
+        return Shard([samples[order[min(position, last)]] for position in positions], weights, total)
+
+    return {of_ranks: [of_rank(rank, own) for rank in range(world)] for of_ranks, own in parts.items()}

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from opd_ds.config.sections import ModelSection
 from opd_ds.errors import UserError, shown
 from opd_ds.models import ModelFamily
+from opd_ds.pictures import Picture
 
 
 class Size(NamedTuple):
@@ -20,6 +21,22 @@ class Size(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.height}x{self.width}"
+
+
+class Kind(NamedTuple):
+    """Samples of one kind can be in one forward.
+
+    Attributes:
+        size: of the image.
+        pictures: (width, height) in pixels to which each of the prompt's reference pictures is resized.
+    """
+
+    size: Size
+    pictures: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, family: ModelFamily, size: Size, pictures: Sequence[Picture]) -> Kind:
+        return cls(size, tuple(family.fitted_size(picture.size) for picture in pictures))
 
 
 class Sizes:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 
 from opd_ds.config.sections import WEIGHTED_SUM
 from opd_ds.data import PromptSet
 from opd_ds.engine import Group
 from opd_ds.evaluation.evaluator import score_images, with_sum
-from opd_ds.evaluation.pictures import Item, Painter, items
+from opd_ds.evaluation.pictures import Item, Painter, items, references
 from opd_ds.evaluation.store import PictureStore, ScoreStore, digest
 from opd_ds.rewards import Drawn, Reward, batches
 from opd_ds.utils.progress import work
@@ -72,6 +73,10 @@ class EvaluationSet:
         limit: int | None = None,
     ) -> EvaluationSet:
         return cls(prompts, asked, own, tuple(items(prompts, samples, limit)), summed)
+
+    def first(self, count: int) -> list[Item]:
+        """The first images of the first `count` prompts."""
+        return [item for item in self.items if item.sample == 0 and item.number < count]
 
     @property
     def headlines(self) -> tuple[str, ...]:
@@ -156,10 +161,7 @@ class Benchmark:
             for name, wanted in missing.items():
                 if pause is not None:
                     pause()
-                part = self._painter.shard(wanted)
-                mine = [wanted[i] for i in part.indices]
-                drawn = self._painter.draw(network, mine, model.guidance[name])
-                for (item, picture), weight in zip(drawn, part.weights.tolist(), strict=True):
+                for item, picture, weight in self._painter.draw(network, wanted, model.guidance[name]):
                     drawing.advance(size)  # the other ranks draw as many meanwhile
                     if weight > 0:
                         recipe = self._recipe(model, name, item)
@@ -170,13 +172,13 @@ class Benchmark:
     def first_pictures(self, model: EvalModel, count: int) -> dict[str, list[Drawn]]:
         """The first image or clip of each of the first `count` prompts, by prompt set; they must be finished."""
         return {
-            name: [
-                self._pictures.read(picture_file(model, name, item))
-                for item in chosen.items
-                if item.sample == 0 and item.number < count
-            ]
+            name: [self._pictures.read(picture_file(model, name, item)) for item in chosen.first(count)]
             for name, chosen in self.sets.items()
         }
+
+    def first_references(self, count: int) -> dict[str, list[Image]]:
+        """The first reference picture of each of the first `count` prompts, by prompt set."""
+        return {name: references(chosen.first(count)) for name, chosen in self.sets.items()}
 
     def _recipe(self, model: EvalModel, name: str, item: Item) -> dict[str, Any]:
         drawn_by = {"base_sha256": self._base_sha256, "model": model.identity, "guidance": model.guidance[name]}

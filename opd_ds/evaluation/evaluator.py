@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import WEIGHTED_SUM
-from opd_ds.data import PromptSet, Shard
+from opd_ds.data import PromptSet
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.evaluation.pictures import Item, Painter, items
@@ -64,13 +64,13 @@ class Evaluator:
         shown: dict[str, list[Shown]] = {}
         for task, value in guidance.items():
             wanted = items(self._prompts[task], settings.samples_per_prompt)
-            part, mine, images = self._draw(network, wanted, value)
+            mine, images, weights = self._draw(network, wanted, value)
             shown[task] = self._gather(mine, images, settings.grid_prompts)
             section = self._config.evaluated[task]
             labels = [reward.label for reward in section.rewards]
             found = {label: score_images(self._rewards[label], label, images, mine) for label in labels}
             found = with_sum(found, section.summed)
-            scores[task] = {label: self._mean(values, part.weights) for label, values in found.items()}
+            scores[task] = {label: self._mean(values, weights) for label, values in found.items()}
         return EvaluationResult(scores, shown)
 
     def draw(self, network: Any, guidance: dict[str, float], count: int) -> dict[str, list[Shown]]:
@@ -79,14 +79,14 @@ class Evaluator:
         for task, value in guidance.items():
             wanted = items(self._prompts[task], 1, count)
             if wanted:
-                _, mine, images = self._draw(network, wanted, value)
+                mine, images, _ = self._draw(network, wanted, value)
                 shown[task] = self._gather(mine, images, count)
         return shown
 
-    def _draw(self, network: Any, wanted: list[Item], guidance: float) -> tuple[Shard, list[Item], list[Drawn]]:
-        part = self._painter.shard(wanted)
-        mine = [wanted[i] for i in part.indices]
-        return part, mine, [image for _, image in self._painter.draw(network, mine, guidance)]
+    def _draw(self, network: Any, wanted: list[Item], guidance: float) -> tuple[list[Item], list[Drawn], Tensor]:
+        """This rank's items, their images and their weights."""
+        mine, images, weights = zip(*self._painter.draw(network, wanted, guidance), strict=True)
+        return list(mine), list(images), torch.tensor(weights)
 
     def _gather(self, mine: list[Item], images: list[Drawn], count: int) -> list[Shown]:
         first = {item.number: (item, image) for item, image in zip(mine, images, strict=True)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from opd_ds.config.schema import RunConfig
-from opd_ds.data import PromptSet, Shard, Size, Sizes, by_kind, negative_prompt, share_of
+from opd_ds.data import Kind, PromptSet, Size, Sizes, negative_prompt, shards_by
 from opd_ds.diffusion import Coefficients, kernel
 from opd_ds.diffusion.noise import SampleNoise, sample_seed
 from opd_ds.diffusion.rollout import Rows, chunks, rollout
@@ -83,6 +82,11 @@ class _Sampler:
     stages: tuple[int, ...]
 
 
+def references(shown: Iterable[Item]) -> list[Image.Image]:
+    """The first reference picture of each, where prompts have any."""
+    return [item.pictures[0].load() for item in shown if item.pictures]
+
+
 class Painter:
     """Draws items with any network of the family. It loads nothing before the first image.
 
@@ -123,7 +127,10 @@ class Painter:
         """What the image is drawn from, but for model and guidance."""
         negative = negative_prompt(item.metadata, self._family.negative_prompt)
         drawn = {"prompt": item.prompt, "index": item.index, "negative_prompt": negative}
-        pictures = {"pictures": [picture.sha256 for picture in item.pictures]} if item.pictures else {}
+        pictures: dict[str, Any] = {}
+        if item.pictures:
+            sha256 = [picture.sha256 for picture in item.pictures]
+            pictures = {"pictures": sha256, "reference_side": self._family.reference_side}
         shape = {"latent_shape": list(self._sampler(self.size(item)).latent_shape)}
         return self._shared | shape | drawn | pictures
 
@@ -135,22 +142,20 @@ class Painter:
         sizes = {"sizes": [list(size) for size in model.sizes], "size_from": model.size_from}
         return self._shared | (sizes if model.sizes or model.size_from != "drawn" else shape)
 
-    def shard(self, wanted: list[Item]) -> Shard:
-        """This rank's part, ordered by size: as many forwards of the same sizes as on every other rank."""
-        world = self._group.world
-        members = by_kind([self.size(item) for item in wanted]).values()
-        return Shard.cat([share_of(own, world.rank, world.size, len(wanted)) for own in members])
-
-    def draw(self, network: Any, wanted: list[Item], guidance: float) -> Iterator[tuple[Item, Drawn]]:
-        """The images or clips in order, by micro-batches of one size: neighbours that have it."""
-        for size, items_of in groupby(wanted, self.size):
-            of_size = list(items_of)
-            for block in chunks(len(of_size), _ENCODED_AT_ONCE):
-                cond = self._encode(of_size[block])
+    def draw(self, network: Any, wanted: list[Item], guidance: float) -> Iterator[tuple[Item, Drawn, float]]:
+        """This rank's part of the images or clips, each with its weight, 0 where it only pads the part; by
+        micro-batches of one kind, equally many on all ranks.
+        """
+        world, count = self._group.world, len(wanted)
+        kinds = [Kind.of(self._family, self.size(item), item.pictures) for item in wanted]
+        for of_ranks, shards in shards_by(range(count), kinds, world.size, count).items():
+            part, sampler = shards[world.rank], self._sampler(of_ranks[world.rank].size)
+            own = [wanted[i] for i in part.indices]
+            for block in chunks(len(own), _ENCODED_AT_ONCE):
+                cond = self._encode(own[block])
                 for rows in chunks(len(cond), self._settings.micro_batch):
-                    part = of_size[block][rows]
-                    drawn = self._micro_batch(network, part, cond[rows], self._sampler(size), guidance)
-                    yield from zip(part, drawn, strict=True)
+                    drawn = self._micro_batch(network, own[block][rows], cond[rows], sampler, guidance)
+                    yield from zip(own[block][rows], drawn, part.weights[block][rows].tolist(), strict=True)
 
     def _sampler(self, size: Size) -> _Sampler:
         if size not in self._samplers:

@@ -77,7 +77,9 @@ def gain_kept(scores: dict[str, float | None], uncertain: float = 0.0) -> float 
     return (student - base) / (teacher - base)
 
 
-def comparison_grid(models: dict[str, dict[str, list[Drawn]]], prompts: dict[str, list[str]]) -> Drawn | None:
+def comparison_grid(
+    models: dict[str, dict[str, list[Drawn]]], prompts: dict[str, list[str]], references: dict[str, list[Image.Image]]
+) -> Drawn | None:
     """One row per model, one column per prompt, tasks side by side; of clips a clip of that, smaller and with fewer
     frames. None when there are no images. All columns are as wide as the widest image: others stand in the middle of
     theirs, in their own proportions.
@@ -85,6 +87,7 @@ def comparison_grid(models: dict[str, dict[str, list[Drawn]]], prompts: dict[str
     Args:
         models: the same images or clips of each model, by task.
         prompts: by task, in the images' order.
+        references: by task, the first reference picture of each prompt, for a row above; none where prompts have none.
     """
     small = {
         model: {task: [_for_grid(one) for one in shown] for task, shown in by_task.items()}
@@ -97,7 +100,7 @@ def comparison_grid(models: dict[str, dict[str, list[Drawn]]], prompts: dict[str
             model: {task: [frames_of(one)[place] for one in shown] for task, shown in by_task.items()}
             for model, by_task in small.items()
         }
-        return _sheet(stills, prompts)
+        return _sheet(stills, prompts, references)
 
     first = next((one for shown in next(iter(small.values()), {}).values() for one in shown), None)
     if isinstance(first, Clip):
@@ -109,10 +112,16 @@ def _for_grid(drawn: Drawn) -> Drawn:
     return thumbnail(drawn, _CLIP_SIDE) if isinstance(drawn, Clip) else drawn
 
 
-def _sheet(models: dict[str, dict[str, list[Image.Image]]], prompts: dict[str, list[str]]) -> Image.Image:
-    reference = next(iter(models.values()))
-    columns = [(task, k) for task, pictures in reference.items() for k in range(len(pictures))]
-    pictured = [picture.size for pictures in reference.values() for picture in pictures]
+def _sheet(
+    models: dict[str, dict[str, list[Image.Image]]],
+    prompts: dict[str, list[str]],
+    references: dict[str, list[Image.Image]],
+) -> Image.Image:
+    first = next(iter(models.values()))
+    columns = [(task, k) for task, pictures in first.items() for k in range(len(pictures))]
+    pictured = [picture.size for pictures in first.values() for picture in pictures]
+    if any(references.values()):
+        models = {"picture": references, **models}
     tile = tuple(max(_TILE, *sides) for sides in zip(*((height, width) for width, height in pictured), strict=True))
     step_y, step_x = tile[0] + _GAP, tile[1] + _GAP
     header = 3 * _LABEL_HEIGHT
@@ -138,7 +147,8 @@ def _sheet(models: dict[str, dict[str, list[Image.Image]]], prompts: dict[str, l
 def _fitted(picture: Image.Image, tile: tuple[int, ...]) -> Image.Image:
     """As large as `tile` (height, width) takes it."""
     scale = min(tile[0] / picture.height, tile[1] / picture.width)
-    return picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.NEAREST)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    return picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
 def _wrapped(text: str, width: int) -> list[str]:

@@ -264,9 +264,8 @@ def _teacher(config: RunConfig, teacher: Teacher, costs: Costs, element: int, *,
 
 
 def rows_per_rank(config: RunConfig, devices: Devices, task: str) -> int:
-    """Trajectories of one task and round on a rank; of several image sizes the most that there can be."""
-    kinds = max(1, len(config.model.sizes))
-    return rows_on_a_rank(config.samples(task), devices.count, config.train.updates_per_round, kinds)
+    """Trajectories of one task and round on a rank."""
+    return rows_on_a_rank(config.samples(task), devices.count, config.train.updates_per_round)
 
 
 def largest_rows(config: RunConfig, devices: Devices) -> int:

@@ -56,7 +56,6 @@ def check_pictures(config: RunConfig, family: ModelFamily, sets: Mapping[str, Pr
         sets: by key of the config, for messages.
         decode: each of them, to find those that are cut off.
     """
-    kinds: set[tuple[tuple[int, int], ...]] = set()
     for key, found in sets.items():
         if family.needs_pictures and (lacking := [row for row in range(len(found)) if not found.pictures_of(row)]):
             raise UserError(
@@ -67,11 +66,6 @@ def check_pictures(config: RunConfig, family: ModelFamily, sets: Mapping[str, Pr
         with about(key):
             for own in found.pictures:
                 _check_prompt(config.model.family, family, own)
-            kinds |= {
-                tuple(family.fitted_size(one.size) for one in found.pictures_of(row)) for row in range(len(found))
-            }
-            if len(kinds) > 1:
-                raise UserError("pictures of several sizes, or prompts with and without, cannot be in one run yet")
             if decode:
                 with ThreadPoolExecutor() as threads:  # Pillow decodes without the interpreter's lock
                     for _ in threads.map(_decode, {picture for own in found.pictures for picture in own}):

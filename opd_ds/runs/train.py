@@ -21,6 +21,7 @@ from opd_ds.errors import Interrupted
 from opd_ds.evaluation.benchmark import Benchmark, EvalModel
 from opd_ds.evaluation.clips import animation, frames_of
 from opd_ds.evaluation.evaluator import Means, Shown, student_guidance
+from opd_ds.evaluation.pictures import references
 from opd_ds.evaluation.publish import publish
 from opd_ds.evaluation.report import REPORT_FILE
 from opd_ds.evaluation.results import Results, interval_widths, means, require_scores
@@ -253,7 +254,8 @@ def _show_student(
                 shown = result.shown if score_now else evaluator.draw(network, guidance, config.evaluation.grid_prompts)
                 pictures = {task: [image for _, image in pairs] for task, pairs in shown.items()}
                 prompts = {task: [item.prompt for item, _ in pairs] for task, pairs in shown.items()}
-                monitor.picture("student", comparison_grid({"student": pictures}, prompts), done)
+                edited = {task: references(item for item, _ in pairs) for task, pairs in shown.items()}
+                monitor.picture("student", comparison_grid({"student": pictures}, prompts, edited), done)
     if watch is not None and due(config.watch.every):
         watch.submit(done, report.rolled, held_out)
 
@@ -305,7 +307,7 @@ def _evaluate(config: RunConfig, benchmark: Benchmark, models: list[EvalModel], 
         count = config.evaluation.grid_prompts
         pictures = {model.name: benchmark.first_pictures(model, count) for model in models}
         prompts = {name: chosen["prompts"] for name, chosen in results["sets"].items()}
-        grid = comparison_grid(pictures, prompts)
+        grid = comparison_grid(pictures, prompts, benchmark.first_references(count))
         if grid is not None:
             monitor.picture("models", grid, config.run.rounds)
             frames_of(grid)[0].save(config.run.output_dir / "grid.png", **animation(grid))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opd_ds.cluster.world import World
 from opd_ds.config.algorithms import DistilConfig
-from opd_ds.data import Size
+from opd_ds.data import Kind, Size
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.diffusion.rollout import Keep, MicroBatch, Rows, Trajectory, in_step
 from opd_ds.errors import UserError
@@ -29,8 +29,8 @@ from opd_ds.training.trainer import BufferedTrainer, Components, Experience, Sav
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """Shares that are rolled out together, as they have one student guidance and one size: a step is one forward for
-    all of them.
+    """Shares that are rolled out together, as they have one student guidance and are of one kind on every rank: a step
+    is one forward for all of them.
 
     Attributes:
         rows: of each share, one after the other.
@@ -57,25 +57,25 @@ class RolloutGroup:
 def rollout_groups(
     config: DistilConfig, index: int, batches: dict[Share, TaskBatch], world: World
 ) -> list[RolloutGroup]:
-    """The shares of round `index` by student guidance and size. Where nobody looks at the images, every sample's
+    """The shares of round `index` by student guidance and kinds. Where nobody looks at the images, every sample's
     rollout ends at its last trained step.
     """
-    together: dict[tuple[float, Size], list[Share]] = {}
+    together: dict[tuple[float, tuple[Kind, ...]], list[Share]] = {}
     for share in batches:
-        together.setdefault((config.student_guidance(share.task), share.size), []).append(share)
+        together.setdefault((config.student_guidance(share.task), share.kinds), []).append(share)
     groups = []
-    for (guidance, size), shares in together.items():
+    for (guidance, _), shares in together.items():
         ends = list(accumulate(len(batches[share].part) for share in shares))
         rows = {share: slice(end - len(batches[share].part), end) for share, end in zip(shares, ends, strict=True)}
         cond = Conditioning.cat([batches[share].cond for share in shares])
         noise = SampleNoise.cat([batches[share].noise for share in shares])
-        by_share = [batches[share].last_steps(world.size) for share in shares]
+        by_share = [batches[share].last_steps() for share in shares]
         last = [list(chain.from_iterable(own)) for own in zip(*by_share, strict=True)]
         taken = [list(map(config.steps_until_trained, own)) for own in last]
         parts = in_step(taken, config.rollout.micro_batch, world.rank)
         if config.shows_rollouts(index):
             parts = [part.whole(config.rollout.steps) for part in parts]
-        groups.append(RolloutGroup(guidance, size, rows, cond, noise, parts))
+        groups.append(RolloutGroup(guidance, shares[0].size, rows, cond, noise, parts))
     return groups
 
 

@@ -72,12 +72,17 @@ class WaitingRound(Generic[Known]):
         return entries
 
     def scalar_state(self) -> dict[str, Any]:
-        """The round, what rewards said of it, and the shape of a sample in every column."""
+        """The round, what rewards said of it, and the form of a sample in every column of a task: the lengths before
+        those of a latent, which may be another on other ranks, and whether these follow.
+        """
         columns: dict[str, dict[str, Any]] = {}
         for share, name, column in self._columns():
-            rows = column.by_sample(len(self._of(share).part))
+            batch = self._of(share)
+            rows, latent = column.by_sample(len(batch.part)), batch.noise.shape
+            ends = tuple(rows.shape[-len(latent) :]) == latent
+            lengths = rows.shape[1 : -len(latent)] if ends else rows.shape[1:]
             dtype = str(rows.dtype).removeprefix("torch.")
-            columns.setdefault(_place(share), {})[name] = [type(column).__name__, dtype, *rows.shape[1:]]
+            columns.setdefault(share.task, {})[name] = [type(column).__name__, dtype, ends, *lengths]
         scores = {} if self._seen is None else self._seen.scores
         return {"round": self._round, "columns": columns, "scores": scores}
 
@@ -90,8 +95,8 @@ class WaitingRound(Generic[Known]):
         data, final = {}, {}
         for share, batch in batches.items():
             columns = {
-                name: self._read(shards, f"{_place(share)}/{name}", batch.part.indices, *shape)
-                for name, shape in scalars["columns"][_place(share)].items()
+                name: self._read(shards, f"{_place(share)}/{name}", batch, *form)
+                for name, form in scalars["columns"][share.task].items()
             }
             states = columns.pop("states").values
             if "final" in columns:
@@ -114,9 +119,12 @@ class WaitingRound(Generic[Known]):
         assert self._seen is not None
         return self._seen.batches[share]
 
-    def _read(self, shards: ShardReader, name: str, samples: list[int], kind: str, dtype: str, *shape: int) -> Column:
+    def _read(
+        self, shards: ShardReader, name: str, batch: TaskBatch, kind: str, dtype: str, ends: bool, *lengths: int
+    ) -> Column:
+        shape = (*lengths, *batch.noise.shape) if ends else lengths
         size = math.prod(shape)
-        rows = [shards.read(WAITING, name, index * size, size).reshape(shape) for index in samples]
+        rows = [shards.read(WAITING, name, index * size, size).reshape(shape) for index in batch.part.indices]
         values = torch.stack(rows).to(getattr(torch, dtype))  # read as float32, which holds them all
         return _COLUMNS[kind].of_samples(to_device(values, self._device))
 

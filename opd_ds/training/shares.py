@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opd_ds.config.schema import RunConfig
-from opd_ds.data import Shard, Size, share_of
+from opd_ds.data import Kind, Shard, Size
 from opd_ds.diffusion import Coefficients, kernel
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.models import Conditioning, ModelFamily
@@ -19,11 +19,16 @@ from opd_ds.utils.transfer import to_device
 
 
 class Share(NamedTuple):
-    """Samples of a task that have one size and are trained in one of the round's updates. A task's loss in an update is
-    the mean over its pairs of all sizes.
+    """Samples of a task that are of one kind on each rank and are trained in one of the round's updates. A task's loss
+    in an update is the mean over its pairs of all kinds.
+
+    Attributes:
+        kinds: on each rank; the forwards of a share are made by all ranks together.
+        size: of this rank's images.
     """
 
     task: str
+    kinds: tuple[Kind, ...]
     size: Size
     update: int = 0
 
@@ -67,13 +72,13 @@ class TaskBatch:
     """The samples of a `Share` of a round on this rank: prompts and noise.
 
     Attributes:
-        members: the share's samples on all ranks, numbered within the task.
+        parts: of each rank.
         trained: int64 [N, K] on the host, the trained steps of all the task's samples of the round, ascending.
         updates: optimizer steps that share the task's samples between them.
     """
 
     part: Shard
-    members: list[int]
+    parts: list[Shard]
     prompts: list[str]
     metadata: list[dict[str, Any]]
     cond: Conditioning
@@ -86,20 +91,19 @@ class TaskBatch:
         """The trained steps of this rank's samples: int64 [B, K]."""
         return self.trained[self.part.indices]
 
-    def last_steps(self, world: int) -> list[list[int]]:
+    def last_steps(self) -> list[list[int]]:
         """The last trained step of each sample, by rank."""
-        return [trained[:, -1].tolist() for trained in self._by_rank(world)]
+        return [trained[:, -1].tolist() for trained in self._by_rank()]
 
-    def stage_counts(self, stages: tuple[int, ...], world: int) -> tuple[int, ...]:
+    def stage_counts(self, stages: tuple[int, ...]) -> tuple[int, ...]:
         """How many pairs each of two networks has on the rank with most of them."""
-        return stage_counts(self._by_rank(world), stages)
+        return stage_counts(self._by_rank(), stages)
 
-    def _by_rank(self, world: int) -> list[Tensor]:
+    def _by_rank(self) -> list[Tensor]:
         """The trained steps of each rank's samples."""
-        ranks = (share_of(self.members, rank, world, self.part.total) for rank in range(world))
-        return [self.trained[part.indices] for part in ranks]
+        return [self.trained[part.indices] for part in self.parts]
 
     @property
     def pairs(self) -> int:
-        """(sample, step) pairs of the task in an optimizer step: of all sizes, over all ranks."""
+        """(sample, step) pairs of the task in an optimizer step: of all kinds, over all ranks."""
         return self.part.total // self.updates * self.trained.shape[1]

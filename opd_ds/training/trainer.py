@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from opd_ds.config.schema import RunConfig
-from opd_ds.data import PromptSet, Shard, Size, Sizes, by_kind, draw_prompts, negative_prompt, share_of
+from opd_ds.data import Kind, PromptSet, Shard, Size, Sizes, draw_prompts, negative_prompt, shards_by
 from opd_ds.diffusion import kernel
 from opd_ds.diffusion.noise import SampleNoise, sample_seed
-from opd_ds.diffusion.rollout import Keep, MicroBatch, Rows, Trajectory, rollout
+from opd_ds.diffusion.rollout import Keep, MicroBatch, Rows, Trajectory, chunks, rollout
 from opd_ds.engine import Group, ShardedEma, ShardReader, StudentEngine
 from opd_ds.errors import NonFiniteError
 from opd_ds.evaluation.reward_pool import RewardPool
@@ -224,17 +224,18 @@ class Trainer(ABC):
         """The round's prompts, encoded, with their noise and their trained steps."""
         seed, negative = self._settings.run.seed, self._family.negative_prompt
         rows: dict[Share, list[int]] = {}  # of the task's prompt set
-        members: dict[Share, list[int]] = {}
-        parts: dict[Share, Shard] = {}
+        parts: dict[Share, list[Shard]] = {}
+        rank, world = self._group.world.rank, self._group.world.size
         trained: dict[str, Tensor] = {}
         for task in self._settings.tasks_of(index):
-            of_task, sizes = self._draw_rows(index, task)
+            of_task, kinds = self._draw_rows(index, task)
             total, each = len(of_task), len(of_task) // self._settings.train.updates_per_round
             trained[task] = self._choose(index, task, list(range(total)))
-            for share, own in by_kind([Share(task, size, i // each) for i, size in enumerate(sizes)]).items():
-                members[share] = own
-                parts[share] = share_of(own, self._group.world.rank, self._group.world.size, total)
-                rows[share] = [of_task[i] for i in parts[share].indices]
+            for update, samples in enumerate(chunks(total, each)):
+                for of_ranks, shards in shards_by(range(total)[samples], kinds[samples], world, total).items():
+                    share = Share(task, of_ranks, of_ranks[rank].size, update)
+                    parts[share] = shards
+                    rows[share] = [of_task[i] for i in shards[rank].indices]
         prompts = {share: [self._prompts[share.task].prompts[row] for row in own] for share, own in rows.items()}
         metadata = {share: [self._prompts[share.task].metadata[row] for row in own] for share, own in rows.items()}
         asked = {
@@ -242,40 +243,40 @@ class Trainer(ABC):
                 prompts[share],
                 [negative_prompt(one, negative) for one in metadata[share]],
                 [self._prompts[share.task].pictures_of(row) for row in rows[share]],
-                part.indices,
+                shards[rank].indices,
             )
-            for share, part in parts.items()
+            for share, shards in parts.items()
         }
         conds = encode_batches(self._family, self._group, asked, own_negatives=self._own_negatives)
         return {
             share: TaskBatch(
-                part,
-                members[share],
+                shards[rank],
+                shards,
                 prompts[share],
                 metadata[share],
                 conds[share],
                 SampleNoise(
-                    [sample_seed(seed, index, share.task, i) for i in part.indices],
+                    [sample_seed(seed, index, share.task, i) for i in shards[rank].indices],
                     self._samplers[share.size].latent_shape,
                 ),
                 trained[share.task],
                 self._settings.train.updates_per_round,
             )
-            for share, part in parts.items()
+            for share, shards in parts.items()
         }
 
-    def _draw_rows(self, index: int, task: str) -> tuple[list[int], list[Size]]:
-        """Of all the task's samples of round `index` their rows in its prompt set and their sizes, of which all samples
+    def _draw_rows(self, index: int, task: str) -> tuple[list[int], list[Kind]]:
+        """Of all the task's samples of round `index` their rows in its prompt set and their kinds, of which all samples
         of one prompt have the same.
         """
         settings, prompts = self._settings, self._prompts[task]
         samples, seed, group = settings.samples(task), settings.run.seed, settings.group_size
         drawn = draw_prompts(len(prompts), samples // group, seed, settings.visits(index, task), task)
-        sizes = [
-            self._sizes.of(prompts.metadata[row], sample_seed(seed, index, f"{task}/size", number))
-            for number, row in enumerate(drawn)
-        ]
-        return [drawn[i // group] for i in range(samples)], [sizes[i // group] for i in range(samples)]
+        kinds = []
+        for number, row in enumerate(drawn):
+            size = self._sizes.of(prompts.metadata[row], sample_seed(seed, index, f"{task}/size", number))
+            kinds.append(Kind.of(self._family, size, prompts.pictures_of(row)))
+        return [drawn[i // group] for i in range(samples)], [kinds[i // group] for i in range(samples)]
 
     def _choose(self, index: int, task: str, samples: list[int]) -> Tensor:
         """The trained steps of `samples`: int64 [B, K]."""
@@ -391,7 +392,7 @@ class Trainer(ABC):
         buffer = TrajectoryBuffer(states, batch.chosen, batch.part.weights, batch.cond, sampler.device_sigmas)
         if len(set(sampler.stages)) == 1:
             return buffer
-        counts = batch.stage_counts(sampler.stages, self._group.world.size)
+        counts = batch.stage_counts(sampler.stages)
         return replace(buffer, stages=sampler.stages, stage_counts=counts)
 
     def _velocity(
