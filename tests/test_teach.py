@@ -352,7 +352,7 @@ def test_recipes_of_both_kinds_are_complete() -> None:
         ({"train__updates_per_round": 4}, "updates_per_round = 4 does not divide the 2 prompts a round of task bright"),
         ({"rollout__mode": "fused"}, "rewards come after a rollout"),
         ({"teach__beta": -1}, "teach.beta = -1: allowed: more than 0"),
-        ({"teach__betta": 1}, "teach.betta = 1: unknown key; allowed here: algorithm, group, .*Did you mean 'beta'"),
+        ({"teach__betta": 1}, "teach.betta = 1: unknown key; allowed here: group, .*algorithm, .*Did you mean 'beta'"),
         ({"teach__algorithm": "ppo"}, "teach.algorithm = 'ppo': allowed are nft, guard"),
         ({"tasks__bright__rewards": []}, "tasks.bright.rewards"),
         ({"tasks__bright__teacher": "x"}, "tasks.bright.teacher = 'x': unknown key"),
