@@ -129,7 +129,8 @@ def test_a_check_that_raises_is_kept_with_its_traceback(session: Session) -> Non
 
 
 def test_rounds_are_timed_by_phase_and_the_trainer_is_left_as_it_was(session: Session) -> None:
-    config = small._config(session, "deepspeed=zero0")
+    all_steps = ("train.schedule=together", "rollout.trained_steps={fraction: 1.0}")  # so that rounds are alike
+    config = small._config(session, "deepspeed=zero0", *all_steps)
     trainer = prepare(config, session.group).trainer
     measured = measure.time_rounds(Loop("ours", "ours", config, trainer), session, most=1, seconds=0)
     assert set(measured["phases"]) == {"encode", "rollout", "score", "train", "step"}

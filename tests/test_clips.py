@@ -25,7 +25,7 @@ from opd_ds.models.wan import Wan
 from opd_ds.rewards import Clip, Needs, OfClips, build
 from opd_ds.rewards.server import make_app
 from opd_ds.rewards.wire import encode_request
-from opd_ds.runs.setup import build_rewards
+from opd_ds.runs.rewards import build_rewards
 from opd_ds.runs.train import train
 from opd_ds.testing.tiny import wan
 from tests.rewards.servers import running
@@ -168,7 +168,7 @@ def test_a_stored_clip_comes_back_as_it_was_and_plays(tmp_path: Path, shown: tup
 
 def test_a_grid_of_clips_is_a_smaller_clip() -> None:
     clips = [grey(*range(8, 48), size=(600, 300)), grey(*range(208, 248), size=(600, 300))]
-    grid = comparison_grid({"base": {"one": clips}, "student": {"one": clips}}, {"one": ["a", "b"]})
+    grid = comparison_grid({"base": {"one": clips}, "student": {"one": clips}}, {"one": ["a", "b"]}, {})
     assert isinstance(grid, Clip)
     assert (len(grid.frames), grid.fps) == (24, 16 * 24 / 40)
     assert grid.frames[0].width < 2 * 256 + 200

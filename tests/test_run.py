@@ -176,7 +176,7 @@ def test_dry_run_prints_arithmetic_and_starts_nothing(tiny_world: Path, tmp_path
     result = CliRunner().invoke(app, ["train", "--config", str(file), "--dry-run"])
     assert result.exit_code == 0, result.output
     assert "20 (state, step) pairs per task and process" in result.output
-    assert "6 micro-batches of 8 per process, then one optimizer step" in result.output
+    assert "3 micro-batches of 8 per task and process, 1 x, and 1 optimizer steps" in result.output
     assert '"train_micro_batch_size_per_gpu": 8' in result.output
     assert not (tmp_path / "out").exists()
 

@@ -79,7 +79,7 @@ def build(name: str, wanted: dict[str, Any], group: Group) -> Loop:
 def _scored_inline(config: DistilConfig, family: Any, group: Group) -> Any:
     """As the public loop does: images are decoded and scored before the next step."""
     from opd_ds.evaluation.pictures import to_drawn
-    from opd_ds.runs.setup import build_rewards
+    from opd_ds.runs.rewards import build_rewards
 
     rewards = build_rewards(config.rewards, family)
 

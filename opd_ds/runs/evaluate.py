@@ -24,7 +24,8 @@ from opd_ds.rewards.own_file import same_own
 from opd_ds.runs.encodings import check_pictures, check_text_cache
 from opd_ds.runs.model_specs import Requests, contestants
 from opd_ds.runs.monitor import METRICS_FILE, read_metrics
-from opd_ds.runs.setup import EVALUATION_FOLDER, build_rewards
+from opd_ds.runs.rewards import build_rewards
+from opd_ds.runs.setup import EVALUATION_FOLDER
 from opd_ds.training.networks import find_base, load_family
 from opd_ds.utils.hashing import weights_sha256
 from opd_ds.utils.progress import CONSOLE

@@ -6,18 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd_ds.config.schema import RunConfig
-from opd_ds.config.sections import RewardSection
 from opd_ds.engine import Group, NodeMemory, ShardedEma, StudentEngine, parameter_builder
-from opd_ds.errors import UserError
 from opd_ds.evaluation.benchmark import Benchmark, EvaluationSet
 from opd_ds.evaluation.evaluator import Evaluator
 from opd_ds.evaluation.pictures import Painter
 from opd_ds.evaluation.reward_pool import RewardPool
 from opd_ds.models import ModelFamily, compile_blocks
-from opd_ds.rewards import OfClips, Reward, build, takes_clips
 from opd_ds.runs.identity import run_identity, with_rewards
 from opd_ds.runs.preflight import preflight, trainer_class
 from opd_ds.runs.resume import ResumePoint, Start, refuse_other_rewards
+from opd_ds.runs.rewards import build_rewards
 from opd_ds.training.networks import student_module
 from opd_ds.training.teachers import TeacherPool, load_shared
 from opd_ds.training.trainer import Components, Trainer
@@ -92,26 +90,3 @@ def prepare(config: RunConfig, group: Group, start: Start | None = None) -> Part
     folder = config.run.output_dir / EVALUATION_FOLDER
     benchmark = Benchmark(folder, group, painter, identity["base"]["sha256"], sets, rewards)
     return Parts(config, family, student, ema, teachers, trainer, evaluator, benchmark, pool, identity, checked.resumed)
-
-
-def build_rewards(chosen: dict[str, RewardSection], family: ModelFamily) -> dict[str, Reward]:
-    """By label, on the run's device where their options name no other; where the family draws clips, all take clips.
-
-    Raises:
-        UserError: a reward cannot be built, or takes clips where the family draws images.
-    """
-    return {label: _reward(label, section, family) for label, section in chosen.items()}
-
-
-def _reward(label: str, section: RewardSection, family: ModelFamily) -> Reward:
-    if section.frames is not None and not family.draws_clips:
-        raise UserError(f"reward {label}: frames = {section.frames}: the model draws images; remove frames")
-    reward = build(section.name, **{"device": str(family.device)} | section.options)
-    if family.draws_clips:
-        return OfClips(reward, section.frames)
-    if takes_clips(reward):
-        raise UserError(
-            f"reward {label}: {section.name} takes clips, the model draws images; give a reward of images, or a model "
-            "of videos with model.frames above 1"
-        )
-    return reward
