@@ -107,7 +107,7 @@ def test_rewards_decide_nothing(run: Run, tiny_world: Path, monkeypatch: pytest.
     task = with_reward(tiny_world, "miniature_look")
     watched = run("watched", tasks={"one": task}, run__eval_every=1, evaluation__baselines=True)
     silent = run("silent", tasks={"one": task | {"rewards": []}})
-    monkeypatch.setattr("opd_ds.runs.setup.build", lambda name, **_: Broken())
+    monkeypatch.setattr("opd_ds.runs.rewards.build", lambda name, **_: Broken())
     with pytest.raises(IncompleteError, match="no image has a score by miniature_look"):
         run("broken", tasks={"one": task}, run__eval_every=1)
     broken = watched.parent / "broken"

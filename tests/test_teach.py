@@ -64,7 +64,7 @@ class Redness:
 def redness(monkeypatch: pytest.MonkeyPatch) -> Redness:
     """Stands for every reward of the runs that the test prepares."""
     reward = Redness()
-    monkeypatch.setattr("opd_ds.runs.setup.build", lambda name, **options: reward)
+    monkeypatch.setattr("opd_ds.runs.rewards.build", lambda name, **options: reward)
     return reward
 
 

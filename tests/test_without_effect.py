@@ -231,7 +231,7 @@ def test_equal_rewards_are_said_now_and_then(
     caplog: pytest.LogCaptureFixture,
     again: int,
 ) -> None:
-    monkeypatch.setattr("opd_ds.runs.setup.build", lambda name, **_: Blind())
+    monkeypatch.setattr("opd_ds.runs.rewards.build", lambda name, **_: Blind())
     monkeypatch.setattr("opd_ds.training.rl.judging._SAID_AGAIN", again)
     data = run_settings(tiny_world, tmp_path / "out", rollout__samples=8)
     data["tasks"] = {"dull": {"prompts": str(tiny_world / "prompts.txt"), "rewards": ["jpeg_compressibility"]}}
