@@ -121,16 +121,11 @@ def test_two_ranks_on_one_gpu_are_refused_on_both(
         assert list(pool.map(arrive, range(2))) == [problem, problem]
 
 
-def test_variables_that_would_be_a_traceback(tiny_world: Path, tmp_path: Path) -> None:
-    """A home that cannot be written to, and a device that DeepSpeed does not know."""
-    for variables, wanted in (
-        ({"TORCH_EXTENSIONS_DIR": "/proc/ops"}, "TORCH_EXTENSIONS_DIR = '/proc/ops': cannot be made ("),
-        ({"DS_ACCELERATOR": "gpu"}, "DS_ACCELERATOR = 'gpu': unset it, or choose one of cuda, cpu, "),
-    ):
-        process = start(tiny_world, tmp_path, variables)
-        assert process.wait(60) == 2, process.output
-        (line,) = [line for line in process.output.splitlines() if "error" in line]
-        assert line.startswith(f"opd-ds: error: {wanted}")
+def test_a_device_that_deepspeed_does_not_know(tiny_world: Path, tmp_path: Path) -> None:
+    process = start(tiny_world, tmp_path, {"DS_ACCELERATOR": "gpu"})
+    assert process.wait(60) == 2, process.output
+    (line,) = [line for line in process.output.splitlines() if "error" in line]
+    assert line.startswith("opd-ds: error: DS_ACCELERATOR = 'gpu': unset it, or choose one of cuda, cpu, ")
 
 
 def test_gpus_that_a_variable_hides_are_mentioned(

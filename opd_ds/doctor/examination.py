@@ -19,7 +19,7 @@ from opd_ds.doctor.start import START, look_at_start
 from opd_ds.doctor.weights import look_at_files, trainable_parameters
 
 # With a problem in one of these no process group starts, or it hangs.
-_NEEDED_BY_A_GROUP = ("torch", "deepspeed", "CUDA runtime", "NCCL", "accelerator", "C++ compiler")
+_NEEDED_BY_A_GROUP = ("torch", "deepspeed", "CUDA runtime", "NCCL", "accelerator")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "dataset
 _DRIVER = Path("/proc/driver/nvidia/version")
 _INFINIBAND = Path("/sys/class/infiniband")
 _SHARED_MEMORY = Path("/dev/shm")
-# DeepSpeed's CPU op maps 66 MiB a rank, NCCL about 10 MiB for each connection; Docker's default is 64 MiB in all.
+# NCCL maps about 10 MiB for each connection; Docker's default is 64 MiB in all.
 SHARED_MEMORY_PER_RANK = 128 * 2**20
 SPACE_FOR_MODELS = 10 * 2**30
 
@@ -137,12 +137,10 @@ def too_many_processes(world: World, devices: int) -> str | None:
 
 
 def _compiler() -> Iterator[Seen]:
+    """DeepSpeed compiles the Adam of an offloaded optimizer, and what reads and writes NVMe; nothing else needs one."""
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-    if compiler is None:
-        problem = "several processes on CPU need one once: apt install g++, or set CXX"
-        yield Seen("C++ compiler", "absent", problem)
-    else:
-        yield Seen("C++ compiler", compiler)
+    absent = "absent: needed where an optimizer is offloaded (apt install g++, or set CXX)"
+    yield Seen("C++ compiler", compiler or absent)
 
 
 def shared_memory(world: World, folder: Path = _SHARED_MEMORY) -> Iterator[Seen]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -162,8 +161,8 @@ def init_group(world: World, timeout: timedelta = timedelta(minutes=30), *, dete
         deterministic: see `make_deterministic`.
 
     Raises:
-        UserError: on a CPU without a C++ compiler, or a folder to compile in, which DeepSpeed needs there once; a rank
-            that did not arrive; more processes on this node than devices, or two on one; MASTER_PORT is taken.
+        UserError: a rank that did not arrive; more processes on this node than devices, or two on one; MASTER_PORT is
+            taken.
         Interrupted: this process was asked to stop while it waited for other ranks.
     """
     if deterministic:
@@ -175,9 +174,6 @@ def init_group(world: World, timeout: timedelta = timedelta(minutes=30), *, dete
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
     if on_cpu:
         _say_that_gpus_are_idle(world)
-        _require_ops_folder()
-    if on_cpu and world.size > 1:
-        _require_compiler()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import logger
@@ -195,13 +191,10 @@ def init_group(world: World, timeout: timedelta = timedelta(minutes=30), *, dete
         name = _name_of(device)
         set_local_rank(device.index)  # what DeepSpeed takes for the device (engine.py, comm/torch.py)
     guard_builds()
-    privates.keep_op_loading_silent()
+    privates.leave_out_shm_op()
     store = wait_for_ranks(world, name)  # torch would wait in silence, and for as long as for a collective
     deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, timeout=timeout)
     del store
-    if on_cpu:
-        torch.distributed.barrier()  # all ranks have mapped the shared memory by then
-        privates.unlink_shm_buffer(world.rank)
     return Group(world, device, start_watchdog(world) if world.size > 1 else None)
 
 
@@ -229,26 +222,3 @@ def _say_that_gpus_are_idle(world: World) -> None:
     if world.is_main and (hides or torch.cuda.is_available()):
         said = ", ".join(f"{name}={value}" for name, value in shown.items())
         logging.getLogger("opd_ds").warning("the run is on CPUs although there are GPUs here: %s; unset it", said)
-
-
-def _require_ops_folder() -> None:
-    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"TORCH_EXTENSIONS_DIR = {str(folder)!r}: cannot be made ({error.strerror}); on CPU DeepSpeed compiles "
-            "a small communication op at its first start: set the variable to a folder that can be written"
-        ) from error
-
-
-def _compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-
-
-def _require_compiler() -> None:
-    if _compiler() is None:
-        raise UserError(
-            f"no C++ compiler ({os.environ.get('CXX', 'c++')}): on CPU DeepSpeed compiles a small communication op at "
-            "its first start; install one (Debian: apt install g++; conda: gxx) or set CXX"
-        )

@@ -9,11 +9,8 @@ message; `fragments.check_cover` finds what a changed meaning would leave out.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -234,20 +231,8 @@ def counted_messages() -> dict[str, dict[int, list[Any]]]:
     return private(private(deepspeed.comm.comm, "comms_logger"), "comms_dict")
 
 
-def unlink_shm_buffer(rank: int) -> None:
-    """Take the name from this rank's 66 MiB of shared memory; it then ends with the processes that have it mapped.
-
-    csrc/cpu/comm/shm.cpp never unlinks it: every start on CPUs, however it ends, would leave one per rank in memory
-    until the machine is restarted. There is none where the ranks are on several nodes.
+def leave_out_shm_op() -> None:
+    """On CPUs deepspeed/comm/torch.py (0.19) compiles an op for the all-reduce of its inference engine, which nothing
+    here uses: a minute of the first start, a compiler, and 66 MiB of shared memory per rank that no one ever unlinks.
     """
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}"
-    (Path("/dev/shm") / name).unlink(missing_ok=True)
-
-
-def keep_op_loading_silent() -> None:
-    """deepspeed/comm/torch.py (0.19) prints on every rank that an op is built, also where it was built long ago; what
-    is compiled is said by `BuildLock`.
-    """
-    backend = import_module("deepspeed.comm.torch")  # as an attribute of its package it is torch itself
-    setattr(backend, "print", lambda *_: None)  # noqa: B010
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

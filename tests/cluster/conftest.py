@@ -154,11 +154,8 @@ def _reason_to_skip() -> str:
 
 
 @pytest.fixture(scope="session")
-def cluster(group: object) -> Iterator[Cluster]:
-    """A cluster that is up and empty. One that was up before stays up.
-
-    With `group`, DeepSpeed has compiled its op before a job's first start has to wait for it.
-    """
+def cluster() -> Iterator[Cluster]:
+    """A cluster that is up and empty. One that was up before stays up."""
     if reason := _reason_to_skip():
         pytest.skip(reason)
     folder = Path(os.environ.get("OPD_DS_CLUSTER", Path(tempfile.gettempdir()) / "opd-ds-cluster"))
