@@ -25,7 +25,7 @@ from opd_ds.evaluation.pictures import Painter, items
 from opd_ds.evaluation.results import RESULTS_FILE, Results, read_results
 from opd_ds.evaluation.store import PictureStore
 from opd_ds.models.sd3 import SD3
-from opd_ds.runs import setup as preparation
+from opd_ds.runs import rewards as reward_building
 from opd_ds.runs.evaluate import Choice, evaluate
 from opd_ds.runs.model_specs import Requests
 from opd_ds.runs.train import train
@@ -72,7 +72,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Images given to a reward, one number per call."""
     counts: list[int] = []
-    build = preparation.build
+    build = reward_building.build
 
     def watched(name: str, **options: Any) -> Any:
         reward = build(name, **options)
@@ -85,7 +85,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         reward.score = counting  # type: ignore[method-assign]
         return reward
 
-    monkeypatch.setattr(preparation, "build", watched)
+    monkeypatch.setattr(reward_building, "build", watched)
     return counts
 
 
