@@ -13,7 +13,8 @@ from torch import nn
 
 from opd_ds.cluster.rendezvous import prepare_environment
 from opd_ds.cluster.world import detect_world
-from opd_ds.config.sections import StudentSection, TeacherSection
+from opd_ds.config.sections import StudentSection
+from opd_ds.config.teachers import TeacherSection
 from opd_ds.engine import Group, ShardedParameters, frozen_ds_config, init_group
 from opd_ds.models import FAMILIES, ModelFamily, build_family, lora
 from opd_ds.testing.family_checks import tiny_module

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.paths import resolve_path
-from opd_ds.config.sections import StudentSection, TeacherSection
+from opd_ds.config.sections import StudentSection
+from opd_ds.config.teachers import TeacherSection
 from opd_ds.errors import UserError
 from opd_ds.models import lora
 from opd_ds.models.inspection.fitting import check_weights

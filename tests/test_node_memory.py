@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from opd_ds.config.sections import TeacherSection
+from opd_ds.config.teachers import TeacherSection
 from opd_ds.engine import Group, NodeMemory
 from opd_ds.models import Conditioning, ModelFamily, build_family
 from opd_ds.models.host_weights import HostWeights

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from opd_ds.config.sections import TeacherSection
+from opd_ds.config.teachers import TeacherSection
 from opd_ds.models import ModelFamily, ParametersElsewhere, block_names, build_family
 from opd_ds.models.host_weights import HostMemory, HostWeights, side_stream
 from opd_ds.training.frozen_networks import Offloaded, Streamed

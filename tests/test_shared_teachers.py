@@ -18,7 +18,7 @@ from opd_ds.checkpoint.export_student import STUDENT_ADAPTER
 from opd_ds.cluster.world import World
 from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.schema import RunConfig
-from opd_ds.config.sections import TeacherSection
+from opd_ds.config.teachers import TeacherSection
 from opd_ds.errors import UserError
 from opd_ds.models import lora
 from opd_ds.plan.devices import parse_devices

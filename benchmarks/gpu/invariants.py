@@ -13,7 +13,7 @@ from benchmarks.gpu.session import Session, synchronise
 from benchmarks.speed.sizes import write_loras
 from opd_ds.checkpoint.store import CHECKPOINTS_FOLDER
 from opd_ds.config.algorithms import DistilConfig
-from opd_ds.config.sections import TeacherSection
+from opd_ds.config.teachers import TeacherSection
 from opd_ds.miniature.world import TASKS
 from opd_ds.runs.monitor import METRICS_FILE, read_metrics
 from opd_ds.runs.setup import prepare

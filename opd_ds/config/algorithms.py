@@ -12,7 +12,8 @@ from opd_ds.config.objectives import ClosedForm, FlowMatching, Objective, PaperO
 from opd_ds.config.paths import same_place
 from opd_ds.config.rl import GuardSection, LearnedSection, NftSection, RewardAlgorithm, RewardTermSection
 from opd_ds.config.schema import RunConfig
-from opd_ds.config.sections import ANCHOR, BASE, AnchorSection, BaseSection, TaskSection, TeacherSection, TrainedSteps
+from opd_ds.config.sections import ANCHOR, BASE, TaskSection, TrainedSteps
+from opd_ds.config.teachers import AnchorSection, BaseSection, TeacherSection
 
 # A further algorithm is one line here: its section says the rest, its trainer included.
 ALGORITHMS: dict[str, type[Algorithm]] = {
@@ -77,7 +78,11 @@ class DistilConfig(RunConfig):
                 placed = found[ANCHOR]  # one network serves both
             # It is asked with each teacher's guidance; 1 is one that every family knows.
             found[BASE] = TeacherSection(
-                path=self.model.path, guidance=1.0, placement=placed.placement, deepspeed=placed.deepspeed
+                path=self.model.path,
+                guidance=1.0,
+                placement=placed.placement,
+                deepspeed=placed.deepspeed,
+                quantize=placed.quantize,
             )
         return found
 
@@ -85,7 +90,7 @@ class DistilConfig(RunConfig):
         tasks = {name: task.model_copy(update={"teacher": sections[name]}) for name, task in self.tasks.items()}
         base = self.base
         if (section := sections.get(BASE)) is not None:
-            base = BaseSection(placement=section.placement, deepspeed=section.deepspeed)
+            base = BaseSection(placement=section.placement, deepspeed=section.deepspeed, quantize=section.quantize)
         return self.model_copy(update={"tasks": tasks, "anchor": sections.get(ANCHOR), "base": base})
 
     @property

@@ -26,12 +26,12 @@ from opd_ds.config.sections import (
     RunSection,
     ScoringSection,
     StudentSection,
-    TeacherSection,
     TrackerSection,
     TrainedSection,
     TrainSection,
     WatchSection,
 )
+from opd_ds.config.teachers import TeacherSection
 from opd_ds.config.turns import rounds_before, tasks_of_round
 
 
@@ -211,6 +211,8 @@ class RunConfig(Section, ABC):
         if not self.rollout.trained_steps.spread:
             data["rollout"]["trained_steps"].pop("spread")  # as in checkpoints from before there was one
         data["student"].pop("gradient_checkpointing")
+        if self.student.quantize is None:
+            data["student"].pop("quantize")  # as in checkpoints from before there was one
         if self.student.networks == "both":
             data["student"].pop("networks")  # as in checkpoints from before there was one
         if self.optimizer.min_lr == 0:

@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from opd_ds.config.base import Folder, Section
+from opd_ds.config.teachers import Quantization, TeacherSection
 from opd_ds.config.turns import TaskSchedule
-from opd_ds.errors import UserError
 
 STOCHASTIC_KERNELS = ("flow", "dance", "ddim", "cps")
 # The name under which the anchor is asked; no task can have it.
@@ -166,10 +166,20 @@ class StudentSection(Section):
         "both", description="which is trained where a model has two (Wan 2.2 A14B); the other stays the base's"
     )
     lora: LoraSection = LoraSection()
+    quantize: Quantization = None
     gradient_checkpointing: bool = Field(
         False, description="activations are computed again in the backward pass: less memory, one more forward pass"
     )
     ema: EmaSection = EmaSection()
+
+    @model_validator(mode="after")
+    def _frozen_weights_only(self) -> StudentSection:
+        if self.quantize is not None and self.kind == "full":
+            raise ValueError(
+                f"quantize = {self.quantize!r} is for weights that are not trained, and kind = 'full' trains all; set "
+                "kind to 'lora', or remove quantize"
+            )
+        return self
 
 
 class OptimizerSection(Section):
@@ -307,82 +317,6 @@ class ScoringSection(Section):
         description="1: the next round is rolled out and scored before a round trains, so that what a round trains on "
         "was drawn by weights one round older; needs memory for a second buffer",
     )
-
-
-Placement = Annotated[
-    Literal["auto", "resident", "shared", "offload", "stream", "zero_inference"],
-    Field(
-        description="resident: on the device; shared: a further adapter in the LoRA student's network, or that network "
-        "without its adapters; offload: on the host, on the device while it is asked; stream: on the host, block by "
-        "block with every forward, the next one on its way; zero_inference: sharded over the ranks; auto: shared where "
-        "the student is a LoRA and the teacher a LoRA or model.path itself, else resident"
-    ),
-]
-ShardedBy = Annotated[
-    str | None, Field(description="ds_config of a zero_inference teacher; default zero_inference_gpu")
-]
-
-
-def _check_sharding(placement: str, deepspeed: str | None) -> None:
-    if deepspeed is not None and placement != "zero_inference":
-        raise ValueError(f"deepspeed is read only with placement = 'zero_inference', not {placement!r}")
-
-
-class TeacherSection(Section):
-    """The model that a task is learned from; a path alone stands for a mapping with that path."""
-
-    short_key: ClassVar[str] = "path"
-
-    path: str = Field(description="LoRA or full checkpoint: folder, safetensors file, hub id or package:<path>")
-    guidance: float = Field(4.5, ge=0, description="the teacher's own, apart from the student's")
-    placement: Placement = "auto"
-    deepspeed: ShardedBy = None
-    trust_base: bool = Field(False, description="accept a LoRA that names another base (a renamed copy of ours)")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> TeacherSection:
-        _check_sharding(self.placement, self.deepspeed)
-        return self
-
-    def placed(self, key: str, student: str, *, is_lora: bool, is_base: bool = False) -> TeacherSection:
-        """The section with its placement decided, where that is `auto`.
-
-        Args:
-            key: of the section in the run config.
-            student: `student.kind`. All LoRAs of a run stand on its base, in its precision.
-            is_base: it is `model.path` itself, which a LoRA student's network is with its adapters switched off.
-
-        Raises:
-            UserError: `shared` where it is not possible.
-        """
-        possible = student == "lora" and (is_lora or is_base)
-        if self.placement == "shared" and not possible:
-            found = f"student.kind = {student!r}" if student != "lora" else "the teacher is another full checkpoint"
-            raise UserError(
-                f"{key}.placement = 'shared' makes the teacher a part of a LoRA student's network, but {found}; set it "
-                "to resident, offload, stream or zero_inference"
-            )
-        if self.placement != "auto":
-            return self
-        return self.model_copy(update={"placement": "shared" if possible else "resident"})
-
-
-class AnchorSection(TeacherSection):
-    """A frozen teacher that every task is also held to, with a small weight (Flow-OPD, arXiv 2605.08063)."""
-
-    weight: PositiveFloat = Field(0.02, description="factor on the anchor's part beside the task teacher's")
-
-
-class BaseSection(Section):
-    """`model.path` as a frozen network beside the student; read with `objective.extrapolation` above 0."""
-
-    placement: Placement = "auto"
-    deepspeed: ShardedBy = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> BaseSection:
-        _check_sharding(self.placement, self.deepspeed)
-        return self
 
 
 class RewardSection(Section):

@@ -97,6 +97,11 @@ def student_ds_config(template: dict[str, Any], config: RunConfig, world: World,
             f"{source}: zero_optimization.stage = 0 with precision = 'fp16': DeepSpeed would scale gradients "
             "down to nothing; set deepspeed to zero1, zero2 or zero3, or precision to 'bf16'"
         )
+    if config.student.quantize is not None and zero_stage(ds) == 3:
+        raise UserError(
+            f"{source}: zero_optimization.stage = 3 with student.quantize = {config.student.quantize!r}: quantized "
+            "weights cannot be sharded; set deepspeed to zero1 or zero2, or remove student.quantize"
+        )
     _fill_layout(ds, world, source)
     wanted = config.optimizer
     fill_optimizer(ds, wanted, source)

@@ -20,6 +20,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from opd_ds.config.sections import AttentionBackend
+from opd_ds.config.teachers import QuantizedAs
 from opd_ds.errors import UserError, about, shown
 from opd_ds.models import lora, privates
 from opd_ds.models.attention import check_attention, set_attention
@@ -28,6 +29,7 @@ from opd_ds.models.inspection import network_folder, read_config, weight_files
 from opd_ds.models.libraries import diffusers_class
 from opd_ds.models.own_weights import check_own_weights
 from opd_ds.models.prompt_encoding import PromptEncoding
+from opd_ds.models.quantization import quantizer
 from opd_ds.models.stored_weights import (
     ParameterBuilder,
     Stored,
@@ -270,7 +272,11 @@ class ModelFamily(NoiseStages, PromptEncoding):
         return v_uncond + guidance * (v_cond - v_uncond)
 
     def load_transformer(
-        self, path: Path | None = None, build: ParameterBuilder | None = None, adapter: Path | None = None
+        self,
+        path: Path | None = None,
+        build: ParameterBuilder | None = None,
+        adapter: Path | None = None,
+        quantize: QuantizedAs | None = None,
     ) -> nn.Module:
         """The denoising network, of another checkpoint when `path` is given, in `dtype`.
 
@@ -278,6 +284,7 @@ class ModelFamily(NoiseStages, PromptEncoding):
             path: a folder, or a single file that `check_same_weights` accepts.
             build: what of each parameter is kept, and where; default: all, on the CPU.
             adapter: a LoRA to add to the weights.
+            quantize: how frozen weights are stored, layer by layer as they are read; `build` keeps them whole.
 
         Raises:
             UserError: files that lack a weight or have another network's; see `lora.load_adapter`.
@@ -288,7 +295,7 @@ class ModelFamily(NoiseStages, PromptEncoding):
             network = self._unfilled(config, stored)
             if adapter is not None:
                 stored = lora.merge_stored(stored, self.empty_transformer(), adapter, self.pipeline_class, self.dtype)
-            fill(network, stored, build, self.dtype, source)
+            fill(network, stored, build, self.dtype, source, quantizer(network, quantize) if quantize else None)
         set_attention(network, self._attention)
         return network.eval()
 

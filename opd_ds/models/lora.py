@@ -134,6 +134,8 @@ def _inject(transformer: nn.Module, name: str, config: LoraConfig) -> None:
         with _INJECTING, warnings.catch_warnings():
             # Several adapters on one network is what we want.
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            # Nothing is merged into quantized weights.
+            warnings.filterwarnings("ignore", message=".*without `get_apply_tensor_subclass`")
             on_meta = next(transformer.parameters()).device.type == "meta"
             inject_adapter_in_model(config, transformer, adapter_name=name, low_cpu_mem_usage=on_meta)
     except ValueError as error:

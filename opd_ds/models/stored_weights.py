@@ -6,7 +6,7 @@ elements that are asked for are touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -202,7 +202,14 @@ class ParametersElsewhere:
         return nn.Parameter(torch.empty(stored.shape, dtype=dtype, device="meta"))
 
 
-def fill(network: nn.Module, stored: Stored, build: ParameterBuilder, dtype: torch.dtype, source: Path) -> None:
+def fill(
+    network: nn.Module,
+    stored: Stored,
+    build: ParameterBuilder,
+    dtype: torch.dtype,
+    source: Path,
+    finish: Callable[[str, nn.Module], None] | None = None,
+) -> None:
     """Give `network`, whose parameters are on meta, its weights in `dtype`, one after the other.
 
     diffusers leaves some layers in float32; DeepSpeed has one dtype for the weights of an engine. With one dtype
@@ -210,6 +217,7 @@ def fill(network: nn.Module, stored: Stored, build: ParameterBuilder, dtype: tor
 
     Args:
         source: where they are from, for the log.
+        finish: called with every module's name and the module, when it has its weights.
 
     Raises:
         UserError: a parameter is missing or of another shape.
@@ -221,30 +229,39 @@ def fill(network: nn.Module, stored: Stored, build: ParameterBuilder, dtype: tor
     wanted = {sources[id(parameter)]: tuple(parameter.shape) for parameter in network.parameters()}
     wanted |= {name: tuple(buffer.shape) for name, buffer in network.named_buffers() if name in stored}
     refuse_other_shapes(shapes_of({name: stored[name] for name in wanted if name in stored}), wanted, "the network")
+    tied = {sources[id_] for id_, names in aliases.items() if len(names) > 1}
     with work(f"reading {source}", len(aliases), "weights") as reading:
-        _fill(network, stored, build, dtype, sources, reading)
+        for name, module in _filled(network, stored, build, dtype, sources, tied, reading):
+            if finish is not None:
+                finish(name, module)
 
 
-def _fill(
+def _filled(
     network: nn.Module,
     stored: Stored,
     build: ParameterBuilder,
     dtype: torch.dtype,
     sources: dict[int, str],
+    tied: set[str],
     reading: Work,
-) -> None:
-    built: dict[str, nn.Parameter] = {}
+) -> Iterator[tuple[str, nn.Module]]:
+    built: dict[str, nn.Parameter] = {}  # those that are needed again
     for prefix, owner in list(network.named_modules()):
         for name, parameter in list(owner.named_parameters(recurse=False)):
             source = sources[id(parameter)]
-            if source not in built:
-                built[source] = build(stored[source], dtype)
+            if source in built:
+                value = built[source]
+            else:
+                value = build(stored[source], dtype)
                 reading.advance()
-            setattr(owner, name, built[source])
+                if source in tied:
+                    built[source] = value
+            setattr(owner, name, value)
         for name, buffer in list(owner.named_buffers(recurse=False)):
             key = f"{prefix}.{name}" if prefix else name
-            value = stored[key].read() if key in stored else buffer
-            setattr(owner, name, value.to(build.device, dtype if key in stored else None))
+            table = stored[key].read() if key in stored else buffer
+            setattr(owner, name, table.to(build.device, dtype if key in stored else None))
+        yield prefix, owner
 
 
 def lacks_tables(network: nn.Module, stored: Stored) -> bool:

@@ -13,10 +13,12 @@ from torch import nn
 from opd_ds.config.paths import PACKAGE_PREFIX, resolve_ds_config, resolve_path
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import LoraSection
+from opd_ds.config.teachers import QuantizedAs
 from opd_ds.engine import NetworkSizes, read_ds_config
 from opd_ds.errors import about
 from opd_ds.models import block_names
 from opd_ds.models.inspection import has_weights, inspect
+from opd_ds.models.quantization import saved_bytes
 from opd_ds.models.weight_files import read_shapes
 from opd_ds.plan.inputs import network_inputs, squared_sum
 from opd_ds.plan.metering import Cost, Meter, forward_cost, held_tensors, training_cost
@@ -63,6 +65,10 @@ class Costs:
         network = self.model.network()
         sizes = sorted(count(network.get_submodule(name)).parameters for name in block_names(network))
         return self.base().parameters - sum(sizes) + sum(sizes[-2:])
+
+    def saved(self, quantize: QuantizedAs | None) -> float:
+        """Bytes that the weights of a full checkpoint lose as `quantize`."""
+        return saved_bytes(self.model.network(), quantize) if quantize else 0.0
 
     def ds_config(self, value: str, key: str) -> tuple[dict[str, Any], str]:
         """A ds_config as it is written, and where; read once. `key` names it in errors."""

@@ -8,7 +8,8 @@ from math import prod
 
 from opd_ds.config.paths import same_place
 from opd_ds.config.schema import RunConfig
-from opd_ds.config.sections import ANCHOR, TeacherSection
+from opd_ds.config.sections import ANCHOR
+from opd_ds.config.teachers import QuantizedAs, TeacherSection
 from opd_ds.data import rows_on_a_rank
 from opd_ds.engine import fill_sizes, frozen_ds_config, student_ds_config
 from opd_ds.models import family_class
@@ -51,6 +52,7 @@ class Teacher:
     placement: str
     adapters: int
     zero: Zero | None
+    quantize: QuantizedAs | None
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ def run_memory(
         on_cpu=on_cpu,
         asked=asked,
         gathered=placed_as.gathered,
+        saved=costs.saved(config.student.quantize),
     )
     device, host = list(student.device), list(student.host)
 
@@ -202,9 +205,10 @@ def _find_teachers(config: RunConfig, costs: Costs, devices: Devices, student: Z
         is_lora = not is_base and costs.adapter(teacher.path) is not None
         placed = teacher.placed(config.teacher_key(task), config.student.kind, is_lora=is_lora, is_base=is_base)
         kind = "lora" if is_lora or placed.placement == "shared" else teacher.path
-        shared.setdefault((kind, placed.placement, str(teacher.deepspeed)), {})[task] = placed
+        key = (kind, placed.placement, str(teacher.deepspeed), str(teacher.quantize))
+        shared.setdefault(key, {})[task] = placed
     found = []
-    for (_, placement, _), tasks in shared.items():
+    for (_, placement, *_), tasks in shared.items():
         first = next(iter(tasks.values()))
         zero = student if placement == "shared" and student.stage == 3 else None
         if placement == "zero_inference":
@@ -213,7 +217,7 @@ def _find_teachers(config: RunConfig, costs: Costs, devices: Devices, student: Z
             zero = Zero.of(fill_sizes(completed, costs.base_sizes), devices.count)
         paths = {teacher.path for teacher in tasks.values() if not same_place(teacher.path, config.model.path)}
         adapters = sum(costs.adapter(path) or 0 for path in paths)
-        found.append(Teacher(tuple(tasks), placement, adapters, zero))
+        found.append(Teacher(tuple(tasks), placement, adapters, zero, first.quantize))
     return found
 
 
@@ -257,7 +261,7 @@ def _teacher(config: RunConfig, teacher: Teacher, costs: Costs, element: int, *,
         there = whole if teacher.placement == "offload" else element * (costs.streamed + counts.buffers)
         # Packed into one piece of pinned memory that the ranks of a node share.
         return Placed([Part(_WHILE_ASKED, there, frozenset(asked))], [], [Part("teachers (offloaded)", whole)])
-    return Placed([Part("teachers", whole)], [])
+    return Placed([Part("teachers", whole - costs.saved(teacher.quantize))], [])
 
 
 # ---- what a round keeps and computes ----

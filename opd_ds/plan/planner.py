@@ -8,7 +8,8 @@ from itertools import product
 from typing import Any
 
 from opd_ds.config.schema import RunConfig
-from opd_ds.config.sections import BASE, BaseSection
+from opd_ds.config.sections import BASE
+from opd_ds.config.teachers import BaseSection
 from opd_ds.errors import UserError
 from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import GIB, Devices
@@ -95,7 +96,7 @@ class Setting:
                 for name, task in config.tasks.items()
             }
             if BASE in config.all_teachers:
-                changes["base"] = BaseSection(placement=self.placement)
+                changes["base"] = BaseSection(placement=self.placement, quantize=config.all_teachers[BASE].quantize)
         return config.model_copy(update=changes)
 
     def overrides(self, config: RunConfig) -> list[str]:
@@ -177,8 +178,10 @@ def settings(config: RunConfig, devices: Devices) -> Iterator[Setting]:
     fused = config.rollout.mode == "fused"
     rollouts = _up_to(rows_of_a_round(config, devices))
     trains = (config.train.micro_batch,) if fused else _up_to(pairs)
-    placements: tuple[str | None, ...] = (_PLACEMENTS[:1] if fused else _PLACEMENTS) if config.teachers else (None,)
-    for deepspeed in _STAGES[0 if config.precision == "fp32" else 1 :]:
+    # Quantized weights are neither moved nor sharded.
+    stays = fused or any(teacher.quantize for teacher in config.all_teachers.values())
+    placements: tuple[str | None, ...] = (_PLACEMENTS[:1] if stays else _PLACEMENTS) if config.teachers else (None,)
+    for deepspeed in _STAGES[0 if config.precision == "fp32" else 1 : 3 if config.student.quantize else None]:
         for checkpointing in (False, True):
             for placement in placements:
                 for rollout in rollouts:

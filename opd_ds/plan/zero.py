@@ -114,6 +114,7 @@ def student_state(
     on_cpu: bool,
     asked: Collection[Phase] = (Phase.ROLLOUT, Phase.EVALUATE),
     gathered: bool = False,
+    saved: float = 0.0,
 ) -> Placed:
     """Weights, masters, gradients, optimizer state and copies of a trained network under AdamW.
 
@@ -123,6 +124,7 @@ def student_state(
             tensor by tensor.
         asked: when this network is asked without a gradient (frozen policies are, with their weights in its place).
         gathered: the weights are whole on every rank while the network is asked without a gradient.
+        saved: bytes that frozen weights lose by quantization; not at stage 3.
     """
     trained = counts.trained
     shard = trained / zero.world if zero.stage else trained
@@ -132,7 +134,7 @@ def student_state(
         device += weights.device
         host += weights.host
     else:
-        device.append(Part("student weights", element * (counts.parameters + counts.buffers)))
+        device.append(Part("student weights", element * (counts.parameters + counts.buffers) - saved))
     states = host if zero.offload_optimizer else device
     masters = 0 if zero.stage == 0 and precision == "fp32" else FP32 * shard
     pinned = PINNED if zero.offload_optimizer and zero.pinned else 1

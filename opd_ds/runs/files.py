@@ -10,7 +10,7 @@ from typing import Any
 from opd_ds.cluster.world import World
 from opd_ds.config.paths import resolve_ds_config, resolve_path
 from opd_ds.config.schema import RunConfig
-from opd_ds.config.sections import TeacherSection
+from opd_ds.config.teachers import TeacherSection
 from opd_ds.data import PromptSet
 from opd_ds.engine import (
     Schedule,

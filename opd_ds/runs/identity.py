@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from opd_ds.config.schema import RunConfig
-from opd_ds.config.sections import ANCHOR, AnchorSection, WeightedReward
+from opd_ds.config.sections import ANCHOR, WeightedReward
+from opd_ds.config.teachers import AnchorSection
 from opd_ds.models import ModelFamily
 from opd_ds.rewards import Reward
 from opd_ds.runs.files import RunFiles
@@ -24,7 +25,10 @@ def run_identity(config: RunConfig, files: RunFiles, family: ModelFamily) -> dic
 
     def teacher(name: str) -> dict[str, Any]:
         spec = files.teachers[name]
-        return {"teacher_sha256": sha256[spec.path], "teacher_guidance": spec.settings.guidance}
+        found = {"teacher_sha256": sha256[spec.path], "teacher_guidance": spec.settings.guidance}
+        if spec.settings.quantize is not None:
+            found["teacher_quantize"] = spec.settings.quantize
+        return found
 
     tasks: dict[str, dict[str, Any]] = {
         name: {"prompts_sha256": files.prompts[name].sha256, "weight": task.weight, "guidance": task.guidance}

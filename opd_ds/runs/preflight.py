@@ -20,6 +20,7 @@ from opd_ds.engine import Group
 from opd_ds.errors import UserError, about
 from opd_ds.models import ModelFamily, lora
 from opd_ds.models.inspection.fitting import check_weights
+from opd_ds.models.quantization import check_quantization
 from opd_ds.runs.encodings import check_pictures, check_text_cache
 from opd_ds.runs.files import RunFiles, find_files
 from opd_ds.runs.identity import run_identity
@@ -79,6 +80,7 @@ def preflight(config: RunConfig, group: Group, world: World, start: Start | None
             family.check_same_weights(files.model)
         _check_teachers(config, files, family)
         _check_student(config, files, family)
+        _check_quantization(config)
         for size in sizes:
             trainer_class(config).check(config, family.at(*size))
         if world.is_main:
@@ -160,6 +162,14 @@ def _check_student(config: RunConfig, files: RunFiles, family: ModelFamily) -> N
             f"student.start = {value!r} has rank {theirs.r}, student.lora.rank is {chosen.lora.rank}; set it to the "
             "former"
         )
+
+
+def _check_quantization(config: RunConfig) -> None:
+    sections = {"student": config.student.quantize}
+    sections |= {config.teacher_key(name): teacher.quantize for name, teacher in config.all_teachers.items()}
+    for key, kind in sections.items():
+        if kind is not None:
+            check_quantization(f"{key}.quantize", kind)
 
 
 def _check_stages(config: RunConfig, family: ModelFamily, trained: tuple[str, ...]) -> None:

@@ -217,10 +217,9 @@ def _differences(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[tup
 def _known_as(key: str) -> str:
     """The key of the run config that an entry comes from."""
     section, _, last = key.rpartition(".")
-    if last == "teacher_sha256":
-        return f"{section}.path" if section == "anchor" else f"{section}.teacher.path"
-    if last == "teacher_guidance":
-        return f"{section}.guidance" if section == "anchor" else f"{section}.teacher.guidance"
+    if last.startswith("teacher_"):
+        owner = section if section == "anchor" else f"{section}.teacher"
+        return f"{owner}.{last.removeprefix('teacher_').replace('sha256', 'path')}"
     if last == "prompts_sha256":
         return f"{section}.prompts"
     return _KEYS.get(key, key)

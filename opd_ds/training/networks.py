@@ -122,7 +122,7 @@ def student_module(
     """
     adapter = start if start is not None and lora.is_adapter(start) else None
     merged = adapter if settings.kind == "full" else None
-    module = family.load_transformer(start if adapter is None else None, build, merged)
+    module = family.load_transformer(start if adapter is None else None, build, merged, settings.quantize)
     if settings.kind == "full":
         freeze_untrained(module, settings, family)
     if settings.gradient_checkpointing:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from opd_ds.checkpoint.export_student import STUDENT_ADAPTER
-from opd_ds.config.sections import TeacherSection
+from opd_ds.config.teachers import TeacherSection
 from opd_ds.engine import StudentEngine, parameter_builder
 from opd_ds.models import ModelFamily, ParameterBuilder, ParametersElsewhere, WholeParameters, compile_blocks, lora
 from opd_ds.models.host_weights import HostMemory
@@ -67,7 +67,7 @@ class TeacherPool:
         """
         together: dict[tuple[str, ...], list[str]] = {}
         for task, spec in self._specs.items():
-            where = (spec.settings.placement, str(spec.settings.deepspeed))
+            where = (spec.settings.placement, str(spec.settings.deepspeed), str(spec.settings.quantize))
             alike = "lora" if spec.is_lora or spec.settings.placement == "shared" else str(spec.path)
             together.setdefault((alike, *where), []).append(task)
         return list(together.values())
@@ -79,7 +79,8 @@ class TeacherPool:
             assert self._student is not None
             return InStudent(self._student)
         path = None if spec.is_lora else spec.path
-        module = self._family.load_transformer(path, _parameter_builder(spec, self._family, self._device, self._memory))
+        build = _parameter_builder(spec, self._family, self._device, self._memory)
+        module = self._family.load_transformer(path, build, quantize=spec.settings.quantize)
         if spec.is_lora:
             _add_adapters(module, [self._specs[task] for task in tasks], self._family)
         if placement == "stream":
