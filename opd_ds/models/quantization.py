@@ -1,7 +1,7 @@
 """Frozen weights in 8 or 4 bits: torchao stores them, and a layer makes its weight whole for as long as it computes.
 
-Quantized are the linear layers of a network's blocks, where nearly all of its weights are; layers outside of blocks keep
-their precision. So do activations and gradients: what is saved is memory.
+Quantized are the linear layers of a network's blocks, where nearly all of its weights are; other layers keep their
+precision. So do activations and gradients: what is saved is memory.
 """
 
 from __future__ import annotations
