@@ -1,12 +1,13 @@
 """`python -m benchmarks quantization`: what frozen weights in 8 and 4 bits weigh, and how wrong their velocities are.
 
-Errors are measured on tiny networks with random weights, one a family, and on the miniature's trained base. Bytes are
-counted of the published networks, from their configurations.
+Errors are measured in float32 on tiny networks with random weights, one a family, and on the miniature's trained base.
+Bytes are counted of the published networks, from their configurations.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +15,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
+from benchmarks.family_trial import Trial
 from opd_ds.config.paths import resolve_path
 from opd_ds.config.teachers import QuantizedAs
 from opd_ds.diffusion import kernel
@@ -41,20 +43,17 @@ def bench(folder: Path, say: Callable[[str], None]) -> None:
         UserError: torchao is not installed.
     """
     check_quantization("--quantize", "int8")
+    shutil.rmtree(folder / "tiny", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     errors: dict[str, Row] = {}
     for name in FAMILIES:
-        try:
-            tiny = checks.tiny_module(name)
-        except ModuleNotFoundError:
-            continue
+        trial = Trial(name, (folder / "tiny" / name).resolve())
         say(f"{name}: tiny network")
-        errors[f"{name}, tiny, random"] = measure(
-            checks.build(name, tiny.write(folder / "tiny" / name), torch.bfloat16)
-        )
+        trial.write()
+        errors[f"{name}, tiny, random"] = measure(trial.family)
     say("the miniature's base")
     base = resolve_path(MINIATURE, "model.path")
-    trained = checks.build("sd3", base, torch.bfloat16, height=None, width=None, max_text_length=10)
+    trained = checks.build("sd3", base, height=None, width=None, max_text_length=10)
     errors["miniature's base, trained"] = measure(trained)
     sizes = {name: count(name) for name in known_models()}
     text = as_markdown(errors, sizes)
