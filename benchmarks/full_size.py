@@ -96,6 +96,7 @@ class FullSize:
                 "deepspeed": f"zero{self.stage}",
                 "student": {"kind": self.kind, "gradient_checkpointing": True, "lora": {"rank": _RANK}},
                 "rollout": {
+                    "mode": "buffered",
                     "samples": 1,
                     "steps": 2,
                     "trained_steps": {"fraction": 0.5},

@@ -146,7 +146,9 @@ def test_a_plan_counts_what_waits(configured: Callable[..., DistilConfig]) -> No
 
 
 def test_where_nothing_can_wait(tiny_world: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"trains while it rolls out, so scoring.late = 1 is not possible; set it to 0"):
+    with pytest.raises(
+        UserError, match=r"trains while it rolls out, so scoring.late = 1 is not possible; set scoring.late to 0"
+    ):
         parse_config(run_settings(tiny_world, tmp_path, scoring__late=1, rollout__mode="fused"))
     with pytest.raises(UserError, match=r"scoring\.late = 1 is for teachers; learning from rewards has none"):
         parse_config(settings(tiny_world, tmp_path, NFT, scoring__late=1))

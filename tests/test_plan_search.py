@@ -149,7 +149,8 @@ def test_the_command_prints_what_can_be_pasted(configured: Callable[..., DistilC
     device = found["device_bytes"]
     assert sum(device["parts"].values()) == pytest.approx(device["peak"])
     assert device["peak"] == max(device["phases"].values())
-    assert found["round"]["passes"]["train"] == {"forward": 2 * 2 * 4 * 2, "backward": 2 * 2 * 4 * 2}
+    assert found["round"]["passes"]["train"] == {"forward": 32, "backward": 32, "negative": 16}
+    assert found["round"]["pass_units"]["per_trajectory"] == 2 * 3 + (1 + 2) / 2 * 4 + 3 * 2 * 4
     assert set(found["compared"]["configured"]) == set(found["compared"]["recommended"])
     written = tmp_path / "best.yaml"
     result = CliRunner().invoke(app, [*options, "--fit", "2xcpu", "--write", str(written)])

@@ -163,10 +163,10 @@ def test_names_that_are_no_file(name: str, tmp_path: Path, monkeypatch: pytest.M
 def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("a\n")
 
-    def forbidden(_: Path) -> bytes:
+    def forbidden(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    monkeypatch.setattr(Path, "open", forbidden)
     with pytest.raises(UserError, match=r"a\.txt: cannot be read: Permission denied"):
         PromptSet.read(tmp_path / "a.txt")
     assert "all of it: cannot be read: Permission denied" in checked(tmp_path / "a.txt")

@@ -19,7 +19,7 @@ from opd_ds.training.buffer import noised_states
 from opd_ds.training.rl.advantages import group_advantages, optimality, weighted_sum
 from opd_ds.training.rl.grpo_guard import GrpoGuardKnown, GrpoGuardLoss
 from opd_ds.training.rl.nft import NftKnown, NftLoss
-from opd_ds.training.steps import choose_steps, mean_last_step
+from opd_ds.training.steps import choose_steps, last_steps
 
 CPU = torch.device("cpu")
 SHAPE = (4, 8, 8)
@@ -292,4 +292,6 @@ def test_queries_that_are_spread_lie_apart_and_fall_where_they_are_wanted(
         found = torch.bincount(drawn.flatten(), minlength=steps) / 400
         assert (found <= 1).all()
         assert (found[wanted < 1] > wanted[wanted < 1] - 0.2).all()
-    assert mean_last_step(setting, steps) == pytest.approx(float(drawn[:, -1].double().mean()), abs=0.25)
+    assert float(last_steps(setting, steps).double().mean()) == pytest.approx(
+        float(drawn[:, -1].double().mean()), abs=0.25
+    )

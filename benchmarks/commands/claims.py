@@ -53,6 +53,18 @@ def miniature_table(
     bench(output_dir, kind or [], seeds, processes, parallel, settings or [], typer.echo)
 
 
+def passes(
+    output_dir: Annotated[Path, typer.Option(help="runs, passes.json, passes.md and passes.png go here")],
+    seed: Annotated[int, typer.Option(min=0, help="default: one that no recipe was tuned on")] = 3,
+    share: Annotated[float, typer.Option(min=0.01, max=1.0, help="of the rounds; below 1 it shows that it runs")] = 1.0,
+    parallel: Annotated[int, typer.Option(min=1, help="runs at a time, each on one core")] = 1,
+) -> None:
+    """Which reward for how many passes? The public loop's way beside ours; the same command continues it."""
+    from benchmarks.passes import bench
+
+    bench(output_dir, seed, share, parallel, typer.echo)
+
+
 def families(
     output_dir: Annotated[
         Path, typer.Option(help="families.json, families.md and tiny_runs/ go here; tiny_runs/ is replaced")

@@ -79,7 +79,7 @@ class _World:
             "deepspeed": str(self.sharded) if stage == 3 else f"zero{stage}",
             "student": {"kind": "lora" if placement == "shared" else "full"},
             "optimizer": {"lr": 1e-3},
-            "rollout": {"samples": 4, "steps": 4, "guidance": 2.0, "micro_batch": 8},
+            "rollout": {"mode": "buffered", "samples": 4, "steps": 4, "guidance": 2.0, "micro_batch": 8},
             "train": {"micro_batch": 8},
             "tasks": {
                 "one": self.task(one, placement, 1.0),

@@ -28,7 +28,7 @@ class Variant:
         return re.sub("[^a-z0-9.]+", "-", self.name)
 
 
-_TOGETHER = ("train.schedule=together", "rollout.samples=8")
+TOGETHER = ("train.schedule=together", "rollout.samples=8")
 _ONE_TASK = ("train.schedule=alternate", "rollout.samples=24")  # as many trajectories a round
 
 
@@ -37,7 +37,7 @@ def _queries(count: int, favour: str = "none") -> str:
     return f"rollout.trained_steps={{queries: {count}, favour: {favour}, spread: {spread}}}"
 
 
-def _guided(student: float) -> tuple[str, ...]:
+def guided(student: float) -> tuple[str, ...]:
     """The student's guidance, and 2 for its teachers."""
     return (f"rollout.guidance={student}", *(f"tasks.{task}.teacher.guidance=2.0" for task in TASKS))
 
@@ -47,7 +47,7 @@ STUDENTS = (
     Variant(STUDENT),
     Variant(BEYOND[0], ("objective.extrapolation=0.25",)),
     Variant(BEYOND[1], ("objective.extrapolation=0.5",)),
-    Variant("opd-together", _TOGETHER),
+    Variant("opd-together", TOGETHER),
     Variant("opd-k1", (_queries(1),)),
     Variant("opd-k2", (_queries(2),)),
     Variant("sft", ("objective={method: sft}",)),
@@ -63,9 +63,9 @@ NOISE = (
 # One thing each that a distillation may have besides. Guided students are scored with their guidance.
 FURTHER = (
     Variant("one round late", ("scoring.late=1",)),
-    Variant("guided teachers, guidance absorbed", _guided(1.0)),
-    Variant("guided teachers and student", _guided(2.0)),
-    Variant("guided teachers and student, matched apart", (*_guided(2.0), "objective.guided=apart")),
+    Variant("guided teachers, guidance absorbed", guided(1.0)),
+    Variant("guided teachers and student", guided(2.0)),
+    Variant("guided teachers and student, matched apart", (*guided(2.0), "objective.guided=apart")),
     Variant(
         "with the rewards' policy gradient",
         ("rollout.kernel=flow", "rollout.noise_level=0.3", "reward_term={weight: 1.0, group: 8}"),
@@ -87,6 +87,6 @@ class Queries(Variant):
 def queries() -> Iterator[Queries]:
     """Every combination, as in DanceOPD's ablation (arXiv 2606.27377)."""
     for count, place, schedule in product(QUERIES, PLACES, SCHEDULES):
-        tasks = _TOGETHER if schedule == "together" else _ONE_TASK
+        tasks = TOGETHER if schedule == "together" else _ONE_TASK
         name = f"queries-{count}-{place}-{schedule}"
         yield Queries(name, (_queries(count, place), *tasks), count, place, schedule)

@@ -12,5 +12,8 @@ def measured_passes(folder: Path) -> Passes:
     """Of all rounds in the run's metrics.jsonl."""
     total = Passes()
     for row in read_metrics(folder / METRICS_FILE):
-        total += Passes(row["passes/forward"], row["passes/backward"])
+        negative = sum(
+            count for name, count in row.items() if name.startswith("passes/") and name.endswith("_negative")
+        )
+        total += Passes(row["passes/forward"], row["passes/backward"], negative)
     return total

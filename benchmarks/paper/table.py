@@ -87,15 +87,15 @@ def collect(plan: Plan, folder: Path, real: Rewards | None, gradients: dict[str,
             if variant.name == STUDENT:
                 seconds = sum((one.seconds for one in teachers), found.seconds)
                 outcomes.append(Outcome(WITH_TEACHERS, seed, found.rewards, _sum([*teachers, found]), seconds))
-                curves[STUDENT, seed] = [start, *_curve(folder, [student(variant, seed)])]
+                curves[STUDENT, seed] = [start, *curve(folder, [student(variant, seed)])]
         for method, names in {JOINT: [joint(seed)], CASCADE: cascade(seed)}.items():
             outcomes.append(_outcome(method, seed, folder, names))
-            curves[method, seed] = [start, *_curve(folder, names)]
+            curves[method, seed] = [start, *curve(folder, names)]
     first = plan.seeds[0]
     singles = [
         _outcome(variant.name, first, folder, [student(variant, first)]) for variant in (*plan.queries, *plan.further)
     ]
-    noise = {variant.name: [start, *_curve(folder, [student(variant, first)])] for variant in plan.noise}
+    noise = {variant.name: [start, *curve(folder, [student(variant, first)])] for variant in plan.noise}
     other = [run.name for run in runs(plan) if measured_passes(folder / run.name) != run.passes]
     return Findings(outcomes, singles, curves, noise, gradients, other)
 
@@ -146,10 +146,10 @@ def _outcome(method: str, seed: int, folder: Path, names: list[str]) -> Outcome:
     metrics = [row for name in names for row in read_metrics(folder / name / METRICS_FILE)]
     seconds = sum(value for row in metrics for key, value in row.items() if key.startswith("seconds/"))
     passes = sum((measured_passes(folder / name) for name in names), Passes())
-    return Outcome(method, seed, _curve(folder, names)[-1].rewards, passes, seconds)
+    return Outcome(method, seed, curve(folder, names)[-1].rewards, passes, seconds)
 
 
-def _curve(folder: Path, names: list[str]) -> list[Point]:
+def curve(folder: Path, names: list[str]) -> list[Point]:
     points, spent = [], Passes()
     for name in names:
         metrics = read_metrics(folder / name / METRICS_FILE)

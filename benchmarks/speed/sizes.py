@@ -86,6 +86,7 @@ def run_config(size: Size, setting: Setting, ranks: int, samples: int, folder: P
         "student": {"kind": setting.kind, "lora": {"rank": _RANK, "alpha": 2 * _RANK}, "ema": {"every": 8}},
         "optimizer": {"lr": 3e-4},
         "rollout": {
+            "mode": "buffered",
             "samples": samples * ranks,
             "steps": 10,
             "guidance": 4.5,

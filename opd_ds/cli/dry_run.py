@@ -61,6 +61,11 @@ def describe(config: RunConfig, world: World, start: Start) -> str:
         ]
     else:
         work = [
+            *(
+                []
+                if settings.mode == "buffered"
+                else ["rollout.mode           auto, decided at the start by its GPUs; buffered:"]
+            ),
             f"rollout                {settings.steps} steps in micro-batches of {settings.micro_batch}, {passes}",
             f"scoring                {_each(asked)} forwards of frozen weights per task and process",
             f"training               {_each(trainings)} micro-batches of {config.train.micro_batch} per task and "

@@ -199,49 +199,51 @@ class DistilConfig(RunConfig):
     def _consistent(self) -> DistilConfig:
         if self.algorithm.needs_noise:
             self.check_noise(f"objective.method = {self.objective.method!r}")
-        if self.rollout.mode != "fused":
-            return self
+        if self.rollout.negative_every > 1:
+            self._check_kept_directions()
+        return self
+
+    def _check_kept_directions(self) -> None:
+        key = f"rollout.negative_every = {self.rollout.negative_every}"
+        if self.objective.method != "closed_form" or self.reward_term:
+            what = "reward_term" if self.reward_term else f"objective.method = {self.objective.method!r}"
+            raise ValueError(
+                f"{key} draws with nearly the student's velocities, and {what} weighs or learns from what was drawn; "
+                "set it to 1"
+            )
+
+    @property
+    def against_fused(self) -> tuple[str, str] | None:
         for name, teacher in self.all_teachers.items():
             if teacher.placement not in ("auto", "resident", "shared"):
-                raise ValueError(
-                    f"rollout.mode = 'fused' asks every teacher at every step, but {self.teacher_key(name)}.placement "
-                    f"= {teacher.placement!r} is brought in once a round; set it to 'resident' or 'shared', or "
-                    "rollout.mode to 'buffered'"
+                key = f"{self.teacher_key(name)}.placement"
+                return (
+                    f"it asks every teacher at every step, but {key} = {teacher.placement!r} is brought in once a "
+                    "round",
+                    f"set {key} to 'resident' or 'shared', or ",
                 )
-        if self.scoring.late:
-            raise ValueError(
-                f"rollout.mode = 'fused' trains while it rolls out, so scoring.late = {self.scoring.late} is not "
-                "possible; set it to 0 or rollout.mode to 'buffered'"
-            )
-        for key in ("inner_epochs", "updates_per_round"):
-            if getattr(self.train, key) > 1:
-                raise ValueError(
-                    f"rollout.mode = 'fused' trains while it rolls out, so train.{key} = {getattr(self.train, key)} "
-                    "is not possible; set it to 1 or rollout.mode to 'buffered'"
-                )
+        counts = {"scoring.late": (self.scoring.late, 0), "rollout.negative_every": (self.rollout.negative_every, 1)}
+        counts |= {f"train.{key}": (getattr(self.train, key), 1) for key in ("inner_epochs", "updates_per_round")}
+        for key, (value, least) in counts.items():
+            if value > least:
+                return f"it trains while it rolls out, so {key} = {value} is not possible", f"set {key} to {least}, or "
         if not self.objective.fused_trainer:
             fusing = [name for name in algorithm_names(Objective) if ALGORITHMS[name].fused_trainer]
-            raise ValueError(
-                f"rollout.mode = 'fused' knows objective.method = {' or '.join(map(repr, fusing))} only, not "
-                f"{self.objective.method!r}; set rollout.mode to 'buffered'"
-            )
-        return self
+            known = " or ".join(map(repr, fusing))
+            return f"it knows objective.method = {known} only, not {self.objective.method!r}", ""
+        if self.reward_term:
+            return "it trains while it rolls out, and the rewards of reward_term come after a rollout", ""
+        return None
 
     @model_validator(mode="after")
     def _rewards_can_be_learned_from(self) -> DistilConfig:
-        term, rollout = self.reward_term, self.rollout
-        if term is None:
+        if self.reward_term is None:
             return self
         if not self.objective.rewarded_trainer:
             able = [name for name in algorithm_names(Objective) if ALGORITHMS[name].rewarded_trainer]
             raise ValueError(
                 f"reward_term goes with objective.method = {' or '.join(map(repr, able))} only, not "
                 f"{self.objective.method!r}; leave it out, or use another method"
-            )
-        if rollout.mode == "fused":
-            raise ValueError(
-                "rollout.mode = 'fused' trains while it rolls out, and the rewards of reward_term come after a "
-                "rollout; set it to 'buffered'"
             )
         self.check_groups("reward_term")
         self.check_noise("reward_term")
@@ -271,6 +273,10 @@ class TeachConfig(RunConfig):
         return True
 
     @property
+    def against_fused(self) -> tuple[str, str] | None:
+        return "rewards come after a rollout", ""
+
+    @property
     def group_size(self) -> int:
         return self.teach.group
 
@@ -292,8 +298,11 @@ class TeachConfig(RunConfig):
             raise ValueError(
                 f"scoring.late = {self.scoring.late} is for teachers; learning from rewards has none, set it to 0"
             )
-        if rollout.mode == "fused":
-            raise ValueError("rollout.mode = 'fused': rewards come after a rollout; set it to 'buffered'")
+        if rollout.negative_every > 1:
+            raise ValueError(
+                f"rollout.negative_every = {rollout.negative_every} draws with nearly the student's velocities, and "
+                "rewards are learned from what was drawn; set it to 1"
+            )
         if teach.needs_noise:
             self.check_noise(f"teach.algorithm = {teach.algorithm!r}")
         if teach.trained_window is None:

@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -127,6 +127,22 @@ class RunConfig(Section, ABC):
         return self.algorithm.fused_trainer if self.rollout.mode == "fused" else self.algorithm.trainer
 
     @property
+    @abstractmethod
+    def against_fused(self) -> tuple[str, str] | None:
+        """Why rollouts cannot train as they go, and what to set; None where they can."""
+
+    @model_validator(mode="after")
+    def _can_be_fused(self) -> RunConfig:
+        if self.rollout.mode == "fused" and (found := self.against_fused):
+            reason, remedy = found
+            raise ValueError(f"rollout.mode = 'fused': {reason}; {remedy}set rollout.mode to 'buffered'")
+        return self
+
+    def with_mode(self, mode: Literal["buffered", "fused"]) -> Self:
+        """The config with this `rollout.mode`."""
+        return self.model_copy(update={"rollout": self.rollout.model_copy(update={"mode": mode})})
+
+    @property
     def learns_from_rewards(self) -> bool:
         """Whether rewards decide gradients; otherwise they only monitor."""
         return False
@@ -208,6 +224,8 @@ class RunConfig(Section, ABC):
         data = self.model_dump(mode="json", include=set(self.resume_invariants))
         for key in ("micro_batch", "mode", "gather"):
             data["rollout"].pop(key)
+        if self.rollout.negative_every == 1:
+            data["rollout"].pop("negative_every")  # as in checkpoints from before there was one
         if not self.rollout.trained_steps.spread:
             data["rollout"]["trained_steps"].pop("spread")  # as in checkpoints from before there was one
         data["student"].pop("gradient_checkpointing")

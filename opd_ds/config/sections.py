@@ -256,10 +256,17 @@ class RolloutSection(Section):
     )
     guidance: float = Field(4.5, ge=0, description="the student's, in rollout, training and evaluation")
     micro_batch: PositiveInt = Field(8, description="trajectories per forward and rank")
-    mode: Literal["buffered", "fused"] = Field(
-        "buffered",
-        description="training after the rollout, from a buffer; or in the rollout's own forward pass, which saves one "
-        "pass per step and needs shared or resident teachers",
+    negative_every: PositiveInt = Field(
+        1,
+        description="steps of a guided rollout from one pass with the negative prompt to the next; in between the "
+        "direction v_c - v_u of the last one guides (guidance caching, arXiv 2410.19355). Above 1 trained states are "
+        "nearly, not quite, those of the guided student; what teachers and student say of them is exact",
+    )
+    mode: Literal["auto", "buffered", "fused"] = Field(
+        "auto",
+        description="buffered: training after the rollout, from a buffer; fused: in the rollout's own forward pass, "
+        "which saves one pass per step and needs shared or resident teachers; auto: on GPUs fused where it is "
+        "possible, takes fewer passes, and by `opd-ds plan` fits and is faster, else buffered; the log says why",
     )
     gather: Literal["auto", "once", "per_layer"] = Field(
         "auto",

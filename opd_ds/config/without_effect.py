@@ -109,6 +109,11 @@ def _student(config: RunConfig) -> Iterator[str]:
         if value < 1:
             ignored = "ignores the prompt" if value == 0 else "weakens the prompt"
             yield f"{key} = {value:g} {ignored}: guidance is off at 1"
+    if rollout.negative_every > 1 and all(config.student_guidance(task) == 1 for task in config.tasks):
+        yield (
+            f"rollout.negative_every = {rollout.negative_every} is read where the student has a guidance, and it has "
+            "none: no pass of it is made with the negative prompt"
+        )
     if model.negative_prompt and all(value == 1 for value in guidances.values()):
         yield "model.negative_prompt is not read where every guidance is 1"
 

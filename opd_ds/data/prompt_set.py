@@ -1,19 +1,24 @@
-"""A set of prompts in memory."""
+"""A set of prompts, packed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from opd_ds.config.sections import PromptsSection
-from opd_ds.data.readers import NEGATIVE, Problem, Row, locate, rows
+from opd_ds.data.packed import mappings, texts
+from opd_ds.data.readers import NEGATIVE, Problem, locate, rows
 from opd_ds.errors import UserError
 from opd_ds.pictures import Picture
+
+_HASHED = json.JSONEncoder(sort_keys=True, default=str)
 
 
 def negative_prompt(metadata: Mapping[str, Any], default: str) -> str:
@@ -30,10 +35,10 @@ class PromptSet:
         pictures: the reference pictures of each prompt; empty where the set has none.
     """
 
-    prompts: tuple[str, ...]
-    metadata: tuple[dict[str, Any], ...]
+    prompts: Sequence[str]
+    metadata: Sequence[dict[str, Any]]
     sha256: str
-    pictures: tuple[tuple[Picture, ...], ...] = ()
+    pictures: Sequence[tuple[Picture, ...]] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -41,7 +46,8 @@ class PromptSet:
     @cached_property
     def repeats(self) -> int:
         """How many prompts stand further up already, with the same pictures."""
-        return len(self.prompts) - len({(prompt, self.pictures_of(row)) for row, prompt in enumerate(self.prompts)})
+        asked = (hash((prompt, self.pictures_of(row))) for row, prompt in enumerate(self.prompts))
+        return len(self) - len(np.unique(np.fromiter(asked, np.int64, len(self))))
 
     def pictures_of(self, row: int) -> tuple[Picture, ...]:
         return self.pictures[row] if self.pictures else ()
@@ -70,14 +76,18 @@ class PromptSet:
         chosen = PromptsSection(path=str(source)) if isinstance(source, Path) else source
         place = locate(chosen, key)
         kind = "prompt file" if isinstance(place, Path) and place.is_file() else "data set"
-        found: list[Row] = []
+        prompts, metadata, pictures = texts(), mappings(), list[tuple[Picture, ...]]()
+        digest, between = hashlib.sha256(b"["), ""  # of all in one JSON list, which is never made
         for row in rows(place, chosen):
             if isinstance(row, Problem):
                 raise UserError(f"{key}: {kind} {place}{', ' if row.place else ''}{row.place}: {row.what}")
-            found.append(row)
-        if not found:
+            digest.update(f"{between}{_HASHED.encode([row.prompt, row.metadata, *row.asked[1:]])}".encode())
+            between = ", "
+            prompts.append(row.prompt)
+            metadata.append(row.metadata)
+            if chosen.pictures:
+                pictures.append(row.pictures)
+        if not between:
             raise UserError(f"{key}: {kind} {place} has no prompts")
-        pairs = [(row.prompt, row.metadata, *row.asked[1:]) for row in found]
-        digest = hashlib.sha256(json.dumps(pairs, sort_keys=True, default=str).encode()).hexdigest()
-        pictures = tuple(row.pictures for row in found) if chosen.pictures else ()
-        return cls(tuple(row.prompt for row in found), tuple(row.metadata for row in found), digest, pictures)
+        digest.update(b"]")
+        return cls(prompts.done(), metadata.done(), digest.hexdigest(), tuple(pictures))

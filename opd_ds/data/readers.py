@@ -8,6 +8,7 @@ A reader gives rows and what is wrong with others, in file order, so that a run 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import re
@@ -34,10 +35,11 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")  # Unicode's categories: control, format, white space
 _SHOWN = 5  # values in a message
+_PLAIN = json.JSONEncoder(ensure_ascii=False, default=str)
 _TOO_DEEP = "lists and objects are nested too deeply"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """A prompt, what stands beside it, and where: `line 3`, `row 3`."""
 
@@ -60,7 +62,7 @@ class Problem:
     place: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Record:
     columns: dict[str, Any]
     place: str
@@ -97,7 +99,7 @@ def locate(chosen: PromptsSection, key: str) -> Path | str:
 
 def rows(source: Path | str, chosen: PromptsSection) -> Iterator[Row | Problem]:
     """What `chosen` keeps of `source`, which `locate` gave; problems in their places among the rows."""
-    seen: set[tuple[str, ...]] = set()
+    seen: set[bytes] = set()
     kept = 0
     try:
         if isinstance(source, Path) and source.is_file() and (instead := stand_in(source)):
@@ -105,9 +107,10 @@ def rows(source: Path | str, chosen: PromptsSection) -> Iterator[Row | Problem]:
             return
         for row in map(_without_flaw, _prompts(source, chosen)):
             if isinstance(row, Row) and chosen.unique:
-                if row.asked in seen:
+                name = hashlib.blake2b("\0".join(row.asked).encode(), digest_size=16).digest()
+                if name in seen:
                     continue
-                seen.add(row.asked)
+                seen.add(name)
             yield row
             kept += isinstance(row, Row)
             if kept == chosen.limit:
@@ -122,8 +125,10 @@ def _without_flaw(row: Row | Problem) -> Row | Problem:
         return row
     if "\0" in row.prompt + (row.metadata.get(NEGATIVE) or ""):
         return Problem("the prompt holds a NUL character; remove it", row.place)
+    if row.prompt.isascii() and not row.metadata:
+        return row
     try:
-        json.dumps([[row.prompt, row.metadata]], ensure_ascii=False, default=str).encode()
+        _PLAIN.encode([[row.prompt, row.metadata]]).encode()
     except RecursionError:
         return Problem(_TOO_DEEP, row.place)
     except UnicodeEncodeError as error:
@@ -252,7 +257,12 @@ def _records(source: Path | str, chosen: PromptsSection) -> Iterator[_Record | P
 
 def _lines(path: Path) -> Iterator[_Record | Problem]:
     """Lines that hold something; a line is what universal newlines make one, whatever else Unicode calls a break."""
-    for number, raw in enumerate(path.read_bytes().splitlines(), 1):
+    with path.open("rb") as stream:
+        yield from _decoded(raw for block in stream for raw in block.splitlines())
+
+
+def _decoded(lines: Iterable[bytes]) -> Iterator[_Record | Problem]:
+    for number, raw in enumerate(lines, 1):
         place = f"line {number}"
         try:  # files put together by `cat` have byte-order marks further down, too
             text = raw.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
@@ -298,7 +308,9 @@ def _finite(number: str) -> float:
     return value
 
 
-def _refuse_repeats(names: Iterable[str], what: str) -> None:
+def _refuse_repeats(names: Sequence[str], what: str) -> None:
+    if len(set(names)) == len(names):
+        return
     name, times = max(Counter(names).items(), key=lambda counted: counted[1], default=("", 0))
     if times > 1:
         raise ValueError(f"the {what} {shown(name, 40)} stands there {times} times")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -23,15 +24,15 @@ def draw_prompts(count: int, samples: int, seed: int, round_index: int, task: st
 
     Without replacement: rounds walk through one seeded permutation after another.
     """
-    chosen = []
-    permutations: dict[int, list[int]] = {}
-    for position in range(round_index * samples, (round_index + 1) * samples):
-        epoch, offset = divmod(position, count)
-        if epoch not in permutations:
-            generator = torch.Generator().manual_seed(sample_seed(seed, epoch, f"{task}/prompts", 0))
-            permutations[epoch] = torch.randperm(count, generator=generator).tolist()
-        chosen.append(permutations[epoch][offset])
-    return chosen
+    places = (divmod(position, count) for position in range(round_index * samples, (round_index + 1) * samples))
+    return [int(_permutation(count, seed, epoch, task)[offset]) for epoch, offset in places]
+
+
+@lru_cache(maxsize=32)
+def _permutation(count: int, seed: int, epoch: int, task: str) -> Tensor:
+    """int32 [count]; made once for the rounds that walk through it."""
+    generator = torch.Generator().manual_seed(sample_seed(seed, epoch, f"{task}/prompts", 0))
+    return torch.randperm(count, generator=generator).int()
 
 
 @dataclass(frozen=True)

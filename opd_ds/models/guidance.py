@@ -38,12 +38,20 @@ def guide(
     uncond: Conditioning,
     guidance: float,
     stage: int = 0,
+    direction: Tensor | None = None,
 ) -> GuidedVelocity:
-    """`ModelFamily.guided_velocity`, in as many passes, with the branches of it."""
+    """`ModelFamily.guided_velocity`, in as many passes, with the branches of it.
+
+    Args:
+        direction: [B, C, ...], v_c - v_u in place of the pass with the negative prompt, where guidance takes it.
+    """
     if family.passes(guidance) == 1:
         return GuidedVelocity(family.guided_velocity(network, latents, sigma, cond, uncond, guidance, stage))
     family.check_guidance("guidance", guidance)
     network, guidance = family.at_stage(network, stage), family.guidance_at(guidance, stage)
+    if direction is not None:
+        v_cond = family.velocity(network, latents, sigma, cond)
+        return join(family, v_cond - direction, v_cond, guidance)
     return join(family, *family.branches(network, latents, sigma, cond, uncond), guidance)
 
 

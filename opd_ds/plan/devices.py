@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from opd_ds.cluster.world import World
 from opd_ds.errors import UserError, nearest
@@ -78,6 +78,16 @@ class Devices:
     @property
     def world(self) -> World:
         return World(size=self.count, local_size=self.per_node)
+
+    @classmethod
+    def like(cls, name: str, count: int, memory: float) -> Devices:
+        """GPUs that a driver calls `name` (`NVIDIA H100 80GB HBM3`), with `memory` bytes each; of an unknown kind they
+        are taken for H100s, which matters to times only.
+        """
+        plain = name.replace(" ", "").upper()
+        known = [kind for kind in _KINDS.values() if kind.name.partition("-")[0] in plain]
+        kind = known[0] if known else _KINDS["H100-80GB"]
+        return cls(replace(kind, memory=memory), count)
 
     def __str__(self) -> str:
         return f"{self.count}x{self.kind.name}"

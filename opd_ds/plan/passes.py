@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
 
 from opd_ds.config.schema import RunConfig
 from opd_ds.models import family_class
-from opd_ds.training.steps import mean_last_step
+from opd_ds.training.steps import last_steps
 
 
 @dataclass(frozen=True)
 class Passes:
+    """`negative`: those forward that are made with the negative prompt, which is what guidance costs."""
+
     forward: int = 0
     backward: int = 0
+    negative: int = field(default=0, compare=False)
 
     def __add__(self, other: Passes) -> Passes:
-        return Passes(self.forward + other.forward, self.backward + other.backward)
+        return Passes(self.forward + other.forward, self.backward + other.backward, self.negative + other.negative)
 
     def times(self, count: int) -> Passes:
-        return Passes(self.forward * count, self.backward * count)
+        return Passes(self.forward * count, self.backward * count, self.negative * count)
 
     @property
     def total(self) -> int:
@@ -52,27 +58,39 @@ def round_passes(config: RunConfig, task: str, *, shown: bool | None = None) -> 
         shown: whether somebody looks at its images, which are finished then; default: as in the first round.
     """
     rollout, student = config.rollout, student_passes(config, task)
-    taken = rolled_steps(config, shown=config.shows_rollouts(0) if shown is None else shown)
+    taken = steps_taken(config, shown=config.shows_rollouts(0) if shown is None else shown)
     samples = config.samples(task)
     pairs = samples * config.trained_steps
-    per_velocity, rolled = family_class(config.model.family).passes, round(samples * taken)
-    drawn = per_velocity(config.rollout_guidance(task))
-    asked = sum(map(per_velocity, config.queried_guidances(task)))
+    per_velocity, rolled = family_class(config.model.family).passes, round(samples * _mean(taken))
+    directed = round(samples * _mean(torch.ceil(taken / rollout.negative_every)))
+    guidances = config.queried_guidances(task)
+    asked = sum(map(per_velocity, guidances))
     if rollout.mode == "fused":  # a trained step's forward is the rollout's; random queries take all steps
         pairs = rolled if rollout.trained_steps.queries else pairs
         rolled -= pairs
+        directed = rolled
+    directed *= per_velocity(config.rollout_guidance(task)) - 1
     trained = student * pairs * config.train.inner_epochs
-    return {"rollout": Passes(drawn * rolled), "score": Passes(asked * pairs), "train": Passes(trained, trained)}
+    return {
+        "rollout": Passes(rolled + directed, negative=directed),
+        "score": Passes(asked * pairs, negative=(asked - len(guidances)) * pairs),
+        "train": Passes(trained, trained, trained * (student - 1) // student),
+    }
 
 
-def rolled_steps(config: RunConfig, *, shown: bool) -> float:
-    """Steps that a trajectory takes: all of them where somebody looks at the images, else up to its last trained state
-    (an expectation where steps are random; on several ranks some samples go a little further, see `in_step`).
+def steps_taken(config: RunConfig, *, shown: bool) -> Tensor:
+    """Steps that trajectories take, int64: all of them where somebody looks at the images, else up to the last trained
+    state (drawn ones, of which the mean is an expectation, where steps are random; on several ranks some samples go a
+    little further, see `in_step`).
     """
     rollout = config.rollout
     if shown or (rollout.mode == "fused" and rollout.trained_steps.queries):
-        return rollout.steps
-    return config.steps_until_trained(0) + mean_last_step(config.rollout.trained_steps, config.rollout.steps)
+        return torch.tensor([rollout.steps])
+    return config.steps_until_trained(0) + last_steps(rollout.trained_steps, rollout.steps)
+
+
+def _mean(counts: Tensor) -> float:
+    return float(counts.double().mean())
 
 
 def student_passes(config: RunConfig, task: str) -> int:

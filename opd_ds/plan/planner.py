@@ -15,6 +15,7 @@ from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import GIB, Devices
 from opd_ds.plan.memory import Memory, allowance, decoding, largest_rows, layout, rows_of_a_round, run_memory
 from opd_ds.plan.network import find_model
+from opd_ds.plan.rollout_mode import choose_mode
 from opd_ds.plan.timing import Seconds, round_seconds
 from opd_ds.plan.zero import Phase
 
@@ -124,7 +125,9 @@ class Setting:
 
 
 def make_plan(config: RunConfig, costs: Costs, devices: Devices) -> Plan:
-    """The run as it is configured."""
+    """The run as it is configured, with its rollout mode decided."""
+    if config.rollout.mode == "auto":
+        config = config.with_mode(choose_mode(config, costs, devices)[0])
     placed = layout(config, costs, devices)
     memory, seconds = run_memory(config, costs, devices, placed), round_seconds(config, costs, devices, placed)
     return Plan(config, devices, memory, seconds)

@@ -60,6 +60,7 @@ def as_json(found: Comparison, detailed: Plan | None) -> dict[str, Any]:
         },
         "round": {
             "passes": _passes(plan),
+            "pass_units": _pass_units(plan),
             "batches": batches(plan.config, devices),
             "seconds": plan.seconds.phases | {"total": plan.seconds.total},
             "run_hours": _hours(plan),
@@ -100,6 +101,7 @@ def _in_short(plan: Plan | None) -> dict[str, Any] | None:
         "round_seconds": plan.seconds.total,
         "run_hours": _hours(plan),
         "deepspeed": config.deepspeed,
+        "rollout_mode": config.rollout.mode,
         "checkpointing": config.student.gradient_checkpointing,
         "placement": ", ".join(sorted({teacher.placement for teacher in config.teachers.values()})) or None,
         "rollout_micro_batch": config.rollout.micro_batch,
@@ -135,7 +137,13 @@ def as_text(found: dict[str, Any]) -> str:
         _row("at once, of all", host["peak"]) + _verdict(host["memory"], host["fits"]) + assumed,
         "",
         "# a round",
-        *(f"{name:28} {p['forward']:9,} forward {p['backward']:9,} backward" for name, p in a_round["passes"].items()),
+        *(
+            f"{name:28} {p['forward']:9,} forward {p['backward']:9,} backward"
+            + (f" ({p['negative']:,} with the negative prompt)" if p["negative"] else "")
+            for name, p in a_round["passes"].items()
+        ),
+        f"pass units (forward + 2 x backward): {a_round['pass_units']['per_trajectory']:.1f} a trajectory, "
+        f"{a_round['pass_units']['per_trained_state']:.1f} a trained state",
         "rows in a forward: " + ", ".join(f"{name} {size}" for name, size in a_round["batches"].items()),
         "seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in a_round["seconds"].items()),
         f"the run: {a_round['run_hours']:.1f} hours, without evaluations and checkpoints",
@@ -193,7 +201,21 @@ def _passes(plan: Plan) -> dict[str, dict[str, int]]:
     for task in plan.config.tasks:
         for phase, passes in round_passes(plan.config, task).items():
             total[phase] += passes
-    return {phase: {"forward": one.forward, "backward": one.backward} for phase, one in total.items()}
+    return {
+        phase: {"forward": one.forward, "backward": one.backward, "negative": one.negative}
+        for phase, one in total.items()
+    }
+
+
+def _pass_units(plan: Plan) -> dict[str, float]:
+    """Of a round of all tasks, by trajectory and by trained state."""
+    tasks = plan.config.tasks
+    units = sum((one for task in tasks for one in round_passes(plan.config, task).values()), Passes()).units
+    trajectories = sum(map(plan.config.samples, tasks))
+    return {
+        "per_trajectory": units / trajectories,
+        "per_trained_state": units / (trajectories * plan.config.trained_steps),
+    }
 
 
 def _by_name(parts: Iterable[Part]) -> dict[str, float]:

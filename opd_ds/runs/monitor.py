@@ -129,6 +129,10 @@ class Monitor:
         shown = ", ".join(f"{key} {value:.3f}" for key, value in flat.items())
         self.tell(f"round {round_index}: held-out rewards of the student: {shown}")
 
+    def cost(self, values: dict[str, float], round_index: int) -> None:
+        """What the run cost, at its end, for trackers."""
+        self._track(values, round_index)
+
     def picture(self, tag: str, drawn: Drawn | None, round_index: int) -> None:
         """Show an image or clip, if there is one."""
         for tracker in self._trackers:
@@ -153,7 +157,7 @@ def _metrics_row(report: RoundReport, rate: float) -> dict[str, Any]:
     row: dict[str, Any] = {"round": report.round, "loss": report.losses.loss, "grad_norm": report.grad_norm}
     row |= {f"task/{task}/{name}": x for task, means in report.losses.means.items() for name, x in means.items()}
     row |= {f"rollout/{key}": value for key, value in report.scores.items()}
-    row |= {f"passes/{kind}": count for kind, count in report.passes.items()}
+    row |= {f"passes/{kind}": count for kind, count in (report.passes | report.passes_by_part).items()}
     if report.skipped_steps is not None:
         row["skipped_steps"] = report.skipped_steps
     row |= {"learning_rate": report.learning_rate, "samples_per_s": rate}

@@ -25,6 +25,7 @@ from opd_ds.runs.encodings import check_pictures, check_text_cache
 from opd_ds.runs.files import RunFiles, find_files
 from opd_ds.runs.identity import run_identity
 from opd_ds.runs.resume import ResumePoint, Start, find_resume_point, refuse_other_changes, refuse_other_run
+from opd_ds.runs.rollout_mode import with_decided_mode
 from opd_ds.runs.without_effect import files_without_effect
 from opd_ds.training.networks import check_guidances, load_family, trained_networks
 from opd_ds.training.steps import choose_steps
@@ -37,7 +38,7 @@ class Checked:
     """A run that may start.
 
     Attributes:
-        config: with the placement of every teacher decided.
+        config: with the placement of every teacher decided; before a real start also the rollout mode.
         identity: what a checkpoint must share with the run; None where there was no checkpoint to compare with, and on
             all ranks but 0.
     """
@@ -97,6 +98,8 @@ def preflight(config: RunConfig, group: Group, world: World, start: Start | None
             if group.world.is_main:
                 identity = run_identity(config, files, family)
                 refuse_other_run(config, identity, resumed, start.allowed)
+    if group.exchanges:  # where a run is only looked at, its devices are not known
+        config = with_decided_mode(config, files, group, resumed)
     return Checked(config, files, family, resumed, identity)
 
 

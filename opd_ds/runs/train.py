@@ -29,9 +29,11 @@ from opd_ds.evaluation.tables import comparison_grid, print_table, summary
 from opd_ds.models import log_compiled, lora
 from opd_ds.runs.monitor import METRICS_FILE, Monitor, read_metrics
 from opd_ds.runs.output_lock import PATIENCE, OutputLock
+from opd_ds.runs.pass_summary import as_lines, pass_summary, tracked
 from opd_ds.runs.profiling import maybe_profiled
 from opd_ds.runs.resume import ResumePoint, Start
 from opd_ds.runs.reward_eval import AsyncRewardEval
+from opd_ds.runs.rollout_mode import ENTRY as MODE_ENTRY
 from opd_ds.runs.setup import Parts, prepare
 from opd_ds.runs.trackers import places
 from opd_ds.training.trainer import RoundReport
@@ -145,6 +147,7 @@ class _Session:
             "job": os.environ.get(JOB_VARIABLE),
             "world_size": self.group.world.size,
             "zero_stage": parts.student.zero_stage,
+            MODE_ENTRY: parts.config.rollout.mode,
             "shapes": parts.student.shapes,
             "adapter": lora.config_fields(parts.student.module, STUDENT_ADAPTER),
             "student": parts.student.scalar_state(),
@@ -280,12 +283,18 @@ def _finish(config: RunConfig, parts: Parts, baselines: list[EvalModel], session
     if group.world.is_main:
         headlines = {name: section.headline for name, section in config.evaluated.items()}
         data: dict[str, Any] = summary(scores, headlines)
+        passes = pass_summary(config, read_metrics(folder / METRICS_FILE), data["tasks"])
+        if passes is not None:
+            data["passes"] = passes
+            monitor.cost(tracked(passes), config.run.rounds)
         (folder / "summary.json").write_text(json.dumps(data, indent=1) + "\n")
         monitor.say("")
         if config.rewards and results is not None:
             metrics = [(name, label) for name, label in headlines.items() if label and name in results["sets"]]
             widths = interval_widths(results, metrics)
             print_table(monitor.console, data, {name: w for (name, _), w in zip(metrics, widths, strict=True)})
+        for line in as_lines(passes) if passes is not None else ():
+            monitor.say(line)
     if benchmark.sets:
         monitor.say(f"images:       {folder / 'grid.png'}")
         monitor.say(f"report:       {benchmark.folder / REPORT_FILE}")

@@ -153,6 +153,11 @@ class Distillation(BufferedTrainer):
     def check(cls, config: DistilConfig, family: ModelFamily) -> None:
         super().check(config, family)
         check_branches(config, family)
+        if config.rollout.negative_every > 1 and family.boundary is not None:
+            raise UserError(
+                f"rollout.negative_every = {config.rollout.negative_every}: model.family = {config.model.family!r} has "
+                "two networks, and the direction of one would guide the other; set it to 1"
+            )
 
     def _losses(
         self, size: Size, predicted: GuidedVelocity, steps: Tensor, known: Any
@@ -185,7 +190,7 @@ class Distillation(BufferedTrainer):
         """`_query_frozen` with what guidance made the velocities of."""
 
         def say(x: Tensor, sigma: Tensor, cond: Conditioning, stage: int) -> Tensor:
-            predicted = self._predict(network, x, sigma, cond, guidance, meter, stage)
+            predicted = self._predict(network, x, sigma, cond, guidance, meter.part("score"), stage)
             assert predicted.branches is not None
             return torch.cat([predicted.velocity[:, None], predicted.branches], 1)
 

@@ -78,7 +78,8 @@ class FusedDistillation(Trainer):
             stage = self._samplers[group.size].stages[step]
             if step not in trained:
                 with torch.no_grad():
-                    return self._velocity(self._student, state, sigma, cond, group.guidance, meter, stage)
+                    counter = meter.part("rollout")
+                    return self._predict(self._student, state, sigma, cond, group.guidance, counter, stage).velocity
             parts = {share: own for share in group.rows if (own := group.of(share, rows)).start < own.stop}
             # Before the student's forward, whose activations wait for its backward: a teacher in the student's network
             # would come between the two.
@@ -87,7 +88,8 @@ class FusedDistillation(Trainer):
                 for share, own in parts.items()
             }
             with torch.enable_grad():
-                predicted = self._predict(self._student, state, sigma, cond, group.guidance, meter, stage)
+                counter = meter.part("train")
+                predicted = self._predict(self._student, state, sigma, cond, group.guidance, counter, stage)
             velocity, branches = predicted.velocity, predicted.branches
             at = torch.full((len(x),), step, device=x.device)
             terms = []
@@ -109,7 +111,7 @@ class FusedDistillation(Trainer):
         said = {}
         for name, guidance in self._config.asked(task).items():
             with self._teachers.active(name) as network:
-                said[name] = self._predict(network, state, sigma, cond, guidance, meter, stage)
+                said[name] = self._predict(network, state, sigma, cond, guidance, meter.part("score"), stage)
         roles = self._config.roles(task)
         guided = {role: said[name].velocity for role, name in roles.items()}
         both = {f"{role}_branches": said[name].branches for role, name in roles.items()}

@@ -27,12 +27,11 @@ def choose_steps(
 
 
 @cache
-def mean_last_step(setting: TrainedSteps, steps: int) -> float:
-    """The last trained step of a trajectory: an expectation where steps are random."""
+def last_steps(setting: TrainedSteps, steps: int) -> Tensor:
+    """The last trained steps of trajectories, int64: one where all have the same, else many that were drawn."""
     if setting.queries is None:
-        return float(_fixed(setting, steps).max())
-    drawn = _draw(setting, steps, _TRAJECTORIES, torch.Generator().manual_seed(0))
-    return float(drawn[:, -1].double().mean())
+        return _fixed(setting, steps).max()[None]
+    return _draw(setting, steps, _TRAJECTORIES, torch.Generator().manual_seed(0))[:, -1]
 
 
 def _fixed(setting: TrainedSteps, steps: int) -> Tensor:

@@ -25,7 +25,8 @@ from opd_ds.training.accumulator import Loss, LossTerm, RoundAccumulator, RoundL
 from opd_ds.training.auto_batch import AutoMicroBatch
 from opd_ds.training.buffer import Columns, NoisedStates, Pairs, PerPair, TrajectoryBuffer, noised_states
 from opd_ds.training.encoding import Asked, encode_batches
-from opd_ds.training.meter import RoundMeter
+from opd_ds.training.kept_directions import KeptDirections
+from opd_ds.training.meter import PassCounter, RoundMeter
 from opd_ds.training.shares import Sampler, Share, TaskBatch, by_task
 from opd_ds.training.stages import StagePairs
 from opd_ds.training.steps import choose_steps
@@ -142,6 +143,8 @@ class RoundReport:
     Attributes:
         passes: of the network over one latent, all ranks together: `forward` (a guided velocity is two) and `backward`;
             samples that pad a rank's part are passed as well.
+        passes_by_part: the forward ones: `rollout`, `score` (frozen networks) and `train`, and with `_negative` behind
+            it those of a part that were made with the negative prompt, which is what guidance costs.
         rolled: by task; empty where nobody looks at the images (`RunConfig.shows_rollouts`), as they are not finished.
         scores: what rewards said of the rollouts, where they are learned from.
         skipped_steps: of this round, because a gradient overflowed in fp16; None in precisions that skip none.
@@ -154,6 +157,7 @@ class RoundReport:
     samples: int
     seconds: dict[str, float]
     passes: dict[str, int]
+    passes_by_part: dict[str, int]
     rolled: dict[str, RolloutResult]
     scores: dict[str, float]
     skipped_steps: int | None
@@ -201,6 +205,7 @@ class Trainer(ABC):
         skipped = self._student.skipped_steps
         learned = self._learn(index, meter)
         rolled = RolloutResult.by_task(learned.batches, learned.final)
+        passes, by_part = meter.passes()
         return RoundReport(
             round=index + 1,
             losses=learned.losses,
@@ -208,7 +213,8 @@ class Trainer(ABC):
             learning_rate=self._student.learning_rate,
             samples=sum(learned.batches[shares[0]].part.total for shares in by_task(learned.batches).values()),
             seconds=meter.seconds(),
-            passes=meter.passes(),
+            passes=passes,
+            passes_by_part=by_part,
             rolled=rolled,
             scores=learned.scores,
             skipped_steps=self._student.skipped_steps - skipped if self._settings.precision == "fp16" else None,
@@ -298,9 +304,16 @@ class Trainer(ABC):
     ) -> Trajectory:
         """A network's trajectories; `parts`, `keep`: as `rollout` takes them."""
 
+        every, counter = self._settings.rollout.negative_every, meter.part("rollout")
+        kept = KeptDirections(every, len(noise)) if every > 1 and self._family.passes(guidance) > 1 else None
+
         def predict(x: Tensor, sigma: Tensor, rows: Rows, step: int) -> Tensor:
-            own = cond.select(rows.device, rows.host)
-            return self._velocity(network, x, sigma, own, guidance, meter, sampler.stages[step])
+            own, stage = cond.select(rows.device, rows.host), sampler.stages[step]
+            direction = None if kept is None else kept.at(step, rows)
+            predicted = self._predict(network, x, sigma, own, guidance, counter, stage, direction)
+            if kept is not None and direction is None:
+                kept.put(rows, predicted)
+            return predicted.velocity
 
         table, sigmas = sampler.coefficients, sampler.sigmas
         return rollout(predict, noise, table, sigmas, parts, device=self._group.device, keep=keep)
@@ -309,7 +322,7 @@ class Trainer(ABC):
         """A frozen network's velocities at the chosen pairs."""
 
         def say(x: Tensor, sigma: Tensor, cond: Conditioning, stage: int) -> Tensor:
-            return self._velocity(network, x, sigma, cond, guidance, meter, stage)
+            return self._predict(network, x, sigma, cond, guidance, meter.part("score"), stage).velocity
 
         return PerPair(self._ask(buffer, say))
 
@@ -343,7 +356,8 @@ class Trainer(ABC):
                 one, guidance = data[share], self._settings.student_guidance(share.task)
                 for pairs in parts:
                     states, sigma, cond = one.buffer.inputs(pairs)
-                    predicted = self._predict(self._student, states, sigma, cond, guidance, meter, pairs.stage)
+                    counter = meter.part("train")
+                    predicted = self._predict(self._student, states, sigma, cond, guidance, counter, pairs.stage)
                     losses, measured = self._losses(share.size, predicted, pairs.step, one.known.at(pairs))
                     weights = one.buffer.weights_of(pairs)
                     accumulator.add(LossTerm(share.task, losses, measured, pairs.step, weights, one.pairs))
@@ -395,18 +409,6 @@ class Trainer(ABC):
         counts = batch.stage_counts(sampler.stages)
         return replace(buffer, stages=sampler.stages, stage_counts=counts)
 
-    def _velocity(
-        self,
-        network: Any,
-        x: Tensor,
-        sigma: Tensor,
-        cond: Conditioning,
-        guidance: float,
-        meter: RoundMeter,
-        stage: int,
-    ) -> Tensor:
-        return self._predict(network, x, sigma, cond, guidance, meter, stage).velocity
-
     def _predict(
         self,
         network: Any,
@@ -414,13 +416,16 @@ class Trainer(ABC):
         sigma: Tensor,
         cond: Conditioning,
         guidance: float,
-        meter: RoundMeter,
+        counter: PassCounter,
         stage: int,
+        direction: Tensor | None = None,
     ) -> GuidedVelocity:
-        meter.heartbeat()
+        """`direction`: as `guide` takes it."""
+        counter.heartbeat()
         uncond = self._uncond if cond.negative is None else cond.negative
-        predicted = guide(self._family, network, x, sigma, cond, uncond, guidance, stage)
-        meter.count(len(x) * self._family.passes(guidance), backward=predicted.velocity.requires_grad)
+        predicted = guide(self._family, network, x, sigma, cond, uncond, guidance, stage, direction)
+        negatives = len(x) * (self._family.passes(guidance) - 1) if direction is None else 0
+        counter.count(len(x), negatives, backward=predicted.velocity.requires_grad)
         return predicted
 
 
