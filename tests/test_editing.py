@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from opd_ds.config.algorithms import DistilConfig
+from opd_ds.config.loading import parse_config
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.evaluation.tables import comparison_grid
@@ -22,6 +23,7 @@ from opd_ds.plan.memory import run_memory
 from opd_ds.runs.encode import encode_prompts
 from opd_ds.runs.evaluate import Choice, evaluate
 from opd_ds.runs.preflight import preflight
+from opd_ds.runs.reward_eval import AsyncRewardEval
 from opd_ds.runs.setup import prepare
 from opd_ds.runs.train import train
 from opd_ds.testing.tiny import flux_kontext, qwen_image_edit
@@ -150,6 +152,33 @@ def test_cached_pictures_train_the_same_and_are_never_decoded(
         preflight(other, group, group.world, None)
 
 
+def test_rewards_see_the_pictures_of_each_image(world: Path, tmp_path: Path, group: Group) -> None:
+    """Of rollouts that are watched or learned from, and in both evaluations. The score is the picture's own size."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        "def size(images, prompts, metadata, references):\n"
+        "    return [own[0].width + 1000 * own[0].height if own else None for own in references]\n"
+        "size.takes_references = True\n"
+    )
+    mean = sum(width + 1000 * height for width, height in PROPORTIONS) / len(PROPORTIONS)
+    changes = {"rollout__samples": 10, "tasks__edit__rewards": [f"{file}:size"], "watch": {"every": 1, "rollouts": 10}}
+    config = config_of(world, "flux_kontext", tmp_path / "out", **changes)
+    parts = prepare(config, group)
+    watch = AsyncRewardEval(config, parts.rewards)
+    watch.submit(1, parts.trainer.run_round(0).rolled, {})
+    assert [(record.mean, record.judged) for record in watch.close(lambda: None)] == [(mean, 10)]
+    scores = parts.evaluator.run(parts.student.module, {"edit": 2.0}).scores
+    assert scores == {"edit": {"size": mean}}
+    found = evaluate(config, Choice(), group, lambda *_: None)
+    assert found["scores"]["base"]["edit"]["size"]["mean"] == mean
+    data = settings(world, "flux_kontext", tmp_path / "learned", **changes)
+    del data["tasks"]["draw"], data["tasks"]["edit"]["teacher"]
+    data["rollout"] |= {"trained_steps": {"fraction": 0.99}, "samples": 10}
+    learned = parse_config(data | {"teach": {"algorithm": "guard", "group": 2, "kl": 0.0}})
+    report = prepare(learned, group).trainer.run_round(0)
+    assert (report.scores["edit/mean"], report.scores["edit/left_out"]) == (mean, 0)
+
+
 def test_images_are_drawn_again_when_their_pictures_change(world: Path, tmp_path: Path, group: Group) -> None:
     evaluate(config_of(world, "flux_kontext", tmp_path / "out"), Choice(), group)
     files = sorted((tmp_path / "out" / "eval" / "images" / "base" / "edit").glob("*.png"))
@@ -205,6 +234,30 @@ def test_what_a_family_does_not_take_is_refused_before_anything_loads(
     )
     with pytest.raises(UserError, match=r"line 1 has 2 reference pictures, .*takes at most 1 of a prompt"):
         preflight(two, group, group.world, None)
+
+
+def test_rewards_that_the_prompts_or_the_model_do_not_fit_are_refused_before_anything_loads(
+    world: Path, tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opd_ds.rewards.base.Needs.absent_packages", lambda _: [])
+    monkeypatch.setattr("opd_ds.rewards.weights.Weights.find", lambda self: self.place)
+
+    def refusal(**changes: Any) -> str:
+        with pytest.raises(UserError) as error:
+            preflight(config_of(world, "flux_kontext", tmp_path / "out", **changes), group, group.world, None)
+        return str(error.value)
+
+    said = refusal(tasks__draw__rewards=["dino"])
+    assert said.startswith("tasks.draw.rewards: reward dino looks at reference pictures, and the prompts of ")
+    said = refusal(tasks__edit__rewards=[{"name": "mix", "options": {"parts": {"clip_direction": 1}}}])
+    assert "reads the column 'source_caption', and 5 of 5 prompts of tasks.edit.prompts have none, the first: " in said
+    own = tmp_path / "own.py"
+    own.write_text("def f(images, prompts, metadata): return [0] * len(images)\nf.takes_clips = True\n")
+    assert "f takes clips, the model draws images" in refusal(tasks__edit__rewards=[f"{own}:f"])
+    preflight(
+        config_of(world, "flux_kontext", tmp_path / "out", tasks__edit__rewards=["dino", "lpips"]),
+        group, group.world, None,
+    )  # fmt: skip
 
 
 def test_pictures_cut_off_are_found_before_networks_load(

@@ -16,6 +16,8 @@ from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.sections import StudentSection
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
+from opd_ds.merge.files import parse_sources
+from opd_ds.merge.merging import Method, merge
 from opd_ds.models import build_family, lora
 from opd_ds.models.wan_a14b import WanA14B
 from opd_ds.runs.preflight import preflight
@@ -133,6 +135,49 @@ def test_each_network_learns_where_it_is_asked(world: Path, tmp_path: Path, grou
     assert moving == {"transformer", "transformer_2"}
 
 
+def write_lora(ours: WanA14B, folder: Path, networks: Any, seed: int = 1) -> dict[str, torch.Tensor]:
+    network = ours.load_transformer()
+    student = StudentSection(kind="lora", networks=networks)
+    lora.new_adapter(network, "student", LoraConfig(r=2, lora_alpha=4, target_modules=lora_targets(student, ours)))
+    torch.manual_seed(seed)
+    state = {key: torch.randn_like(value) * 0.3 for key, value in lora.adapter_parameters(network, "student").items()}
+    ours.save_lora(state, lora.adapter_config(network, "student"), folder)
+    return state
+
+
+def test_networks_are_merged_with_their_like(world: Path, tmp_path: Path) -> None:
+    """LoRAs, of which one is for one network only; and a LoRA with a full checkpoint."""
+    ours = family(world / "base")
+    write_lora(ours, tmp_path / "both", "both")
+    write_lora(ours, tmp_path / "low", "low_noise", seed=2)
+    base = ours.load_transformer().state_dict()
+
+    def delta(source: Path) -> dict[str, torch.Tensor]:
+        if lora.is_adapter(source):
+            found = ours.load_transformer(adapter=source).state_dict()
+        else:
+            found = ours.load_transformer(source).state_dict()
+        return {key: found[key] - base[key] for key in base}
+
+    both, low, teacher = (delta(folder) for folder in (tmp_path / "both", tmp_path / "low", world / "teacher"))
+    sources = [f"{tmp_path / 'both'}:2", f"{tmp_path / 'low'}:-1"]
+    merge(tmp_path / "lora", parse_sources(sources), Method(), family="wan_a14b")
+    found = delta(tmp_path / "lora")
+    for key in base:
+        torch.testing.assert_close(found[key], 2 * both[key] - low[key], rtol=0, atol=1e-5)
+    sources = [str(tmp_path / "both"), f"{world / 'teacher'}:0.25"]
+    merge(tmp_path / "full", parse_sources(sources), Method(), base=str(world / "base"), family="wan_a14b")
+    found = delta(tmp_path / "full")
+    for key in base:
+        torch.testing.assert_close(found[key], both[key] / 2 + teacher[key] / 4, rtol=0, atol=1e-5)
+    for sources, name, said in [
+        ([tmp_path / "low"] * 2, "wan", "a LoRA of two networks, and --family has one"),
+        ([tmp_path / "low" / "transformer_2"] * 2, "wan_a14b", "a LoRA of one network, and --family has two"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            merge(tmp_path / "none", parse_sources(list(map(str, sources))), Method(), family=name)
+
+
 @pytest.mark.parametrize("networks", ["both", "low_noise"])
 def test_a_lora_of_both_networks_or_of_one(world: Path, tmp_path: Path, group: Group, networks: Any) -> None:
     both = ["transformer", "transformer_2"]
@@ -143,12 +188,7 @@ def test_a_lora_of_both_networks_or_of_one(world: Path, tmp_path: Path, group: G
     for part in wanted:
         assert max(value.abs().max() for name, value in gradient.items() if name.startswith(f"{part}.")) > 0
     ours = family(world / "base")
-    network = ours.load_transformer()
-    student = StudentSection(kind="lora", networks=networks)
-    lora.new_adapter(network, "student", LoraConfig(r=2, lora_alpha=4, target_modules=lora_targets(student, ours)))
-    torch.manual_seed(1)
-    state = {key: torch.randn_like(value) * 0.3 for key, value in lora.adapter_parameters(network, "student").items()}
-    ours.save_lora(state, lora.adapter_config(network, "student"), tmp_path / "lora")
+    state = write_lora(ours, tmp_path / "lora", networks)
     assert sorted(folder.name for folder in (tmp_path / "lora").iterdir()) == wanted
     read = lora.read_adapter(tmp_path / "lora", ours.pipeline_class)[1]
     assert read.keys() == state.keys()

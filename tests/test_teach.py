@@ -25,7 +25,7 @@ from opd_ds.evaluation.reward_pool import RewardPool
 from opd_ds.rewards import Needs
 from opd_ds.runs.setup import Parts, prepare
 from opd_ds.runs.train import train
-from opd_ds.training.rl.reward_worker import RewardScorer
+from opd_ds.training.rl.reward_worker import Asked, RewardScorer
 from tests.ranks import TRAIN_MANY, launch
 from tests.runs import assert_close, metrics
 from tests.tiny import ALL_SHARDED, run_settings, with_changes, write_config
@@ -230,8 +230,8 @@ def judge_of(reward: Redness, attempts: int = 3) -> RewardScorer:
 
 def scores_of(judge: RewardScorer, prompts: list[str]) -> list[float]:
     latents = torch.rand(len(prompts), 4, 2, 2)
-    asked = [WeightedReward.model_validate({"name": "redness", "label": "r"})]
-    pending = [judge.submit(asked, latents, prompts, [{} for _ in prompts])]
+    rewards = [WeightedReward.model_validate({"name": "redness", "label": "r"})]
+    pending = [judge.submit(rewards, latents, Asked(prompts, [{} for _ in prompts], [() for _ in prompts]))]
     return RewardScorer.collect(pending, lambda: None)[:, 0].tolist()
 
 

@@ -45,7 +45,8 @@ class Brightness:
 
 def grey(levels: list[float], prompts: list[str]) -> RolloutResult:
     """Latents that `decode` below turns into plain grey images."""
-    return RolloutResult(prompts, [{} for _ in prompts], [torch.full((4, 2, 2), level) for level in levels])
+    final = [torch.full((4, 2, 2), level) for level in levels]
+    return RolloutResult(prompts, [{} for _ in prompts], [() for _ in prompts], final)
 
 
 def decode(latents: torch.Tensor) -> torch.Tensor:

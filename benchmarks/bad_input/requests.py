@@ -12,7 +12,8 @@ from benchmarks.bad_input.mutations import damaged, spoiled
 from benchmarks.bad_input.trial import Kind, RefusedError
 from opd_ds.rewards import wire
 
-_REQUEST = wire.encode_request([Image.new("RGB", (8, 8))] * 2, ["a", "b"], [{"text": "x"}, {"level": 1}])
+_IMAGE = Image.new("RGB", (8, 8))
+_REQUEST = wire.encode_request([_IMAGE] * 2, ["a", "b"], [{"text": "x"}, {"level": 1}], [(_IMAGE,), ()])
 _REPLY = {"scores": [0.5, None]}
 _LIMITS = wire.Limits(body_bytes=2**20, images=4, pixels=2**12)
 
@@ -27,10 +28,11 @@ def _write(_: bytes, folder: Path) -> None:
 
 def _request(body: bytes, folder: Path) -> None:
     try:
-        images, prompts, metadata = wire.decode_request(body, _LIMITS)
+        asked = wire.decode_request(body, _LIMITS)
     except wire.RefusedError as error:
         raise RefusedError(error.reason) from error
-    if len(images) != len(prompts) or (metadata is not None and len(metadata) != len(images)):
+    known = [asked.prompts, *(part for part in (asked.metadata, asked.references) if part is not None)]
+    if any(len(part) != len(asked.drawn) for part in known):
         raise AssertionError("parts of a request differ in number")
 
 

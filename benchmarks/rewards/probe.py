@@ -14,10 +14,12 @@ from typing import Any
 
 from opd_ds.errors import UserError
 from opd_ds.rewards import RewardUnavailableError, WrongWeightsError, build, check, reward_class
+from opd_ds.rewards.references import score_with
 
 PROMPT = 'a photo of a cat beside a sign with the text "Hello"'
 MINIATURE_PROMPT = "the number 0 in blue on white"
-METADATA = [{"tag": "single_object", "include": [{"class": "cat", "count": 1}]}] * 2
+CAPTIONS = {"source_caption": "a cat", "target_caption": "a cat beside a sign"}
+METADATA = [{"tag": "single_object", "include": [{"class": "cat", "count": 1}], **CAPTIONS}] * 2
 
 
 def message_of_check(name: str, options: dict[str, Any]) -> str:
@@ -41,7 +43,8 @@ def scores(name: str, options: dict[str, Any]) -> str:
 
     reward = build(name, **options)
     prompt = MINIATURE_PROMPT if name.startswith("miniature") else PROMPT
-    values = reward.score([drawn("Hello"), drawn("Help")], [prompt] * 2, METADATA)
+    references = [(drawn("Hello"),), (drawn("Hello"),)]
+    values = score_with(reward, [drawn("Hello"), drawn("Help")], [prompt] * 2, METADATA, references)
     right = values.shape == (2,) and str(values.dtype) == "torch.float32" and values.device.type == "cpu"
     shown = ", ".join("NaN" if math.isnan(value) else f"{value:.4g}" for value in values.tolist())
     return shown if right else f"NO: {tuple(values.shape)} {values.dtype} on {values.device}"

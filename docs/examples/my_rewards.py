@@ -1,4 +1,4 @@
-"""Rewards of your own: name them in a config as `my_rewards.py:blueness`, `:Contrast`, and of videos `:stillness`."""
+"""Rewards of your own, named in a config as `my_rewards.py:blueness` or `:Contrast`; of videos, of edited pictures."""
 
 import torch
 
@@ -48,3 +48,22 @@ def stillness(clips, prompts, metadata):
 
 
 stillness.takes_clips = True  # a class says so in its body; without it a reward gets each frame of a video as an image
+
+
+def unchanged(images, prompts, metadata, references):
+    """How little an edited picture differs from its reference, -1 to 0: minus the mean difference of grey values.
+
+    Args:
+        references: of each image the reference pictures of its prompt, PIL, RGB; an empty tuple where it has none.
+    """
+    scores = []
+    for image, own in zip(images, references, strict=True):
+        if not own:
+            scores.append(None)
+            continue
+        pair = [torch.tensor(list(one.convert("L").resize(image.size).tobytes())) / 255 for one in (image, own[0])]
+        scores.append(-(pair[0] - pair[1]).abs().mean().item())
+    return scores
+
+
+unchanged.takes_references = True  # without it a reward is called with three arguments

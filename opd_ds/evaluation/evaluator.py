@@ -17,7 +17,7 @@ from opd_ds.data import PromptSet
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.evaluation.pictures import Item, Painter, items
-from opd_ds.rewards import Drawn, Reward
+from opd_ds.rewards import Drawn, Reward, score_beside
 
 # By task (or prompt set) and label.
 Means = dict[str, dict[str, float]]
@@ -111,7 +111,8 @@ def student_guidance(config: RunConfig, tasks: list[str]) -> dict[str, float]:
 def score_images(reward: Reward, label: str, images: list[Drawn], asked: list[Item]) -> Tensor:
     """Scores [B], float64, of images or clips. A reward that fails in any way is a gap: NaN, and in the log."""
     try:
-        scores = reward.score(images, [item.prompt for item in asked], [item.metadata for item in asked])
+        prompts, metadata = [item.prompt for item in asked], [item.metadata for item in asked]
+        scores = score_beside(reward, images, prompts, metadata, [item.pictures for item in asked])
         if scores.shape != (len(images),):
             raise ValueError(f"{len(images)} images got scores of shape {tuple(scores.shape)}")
         return scores.double()

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -17,7 +18,9 @@ from opd_ds.config.paths import find_local, resolve_path
 from opd_ds.errors import UserError, about
 from opd_ds.models import ModelFamily, lora
 from opd_ds.models.adapter_config import exact_fields, scale
+from opd_ds.models.adapter_files import adapter_parts
 from opd_ds.models.inspection import inspect, network_folder, weight_files
+from opd_ds.models.two_networks import of_part
 from opd_ds.models.weight_files import Shapes, read_shapes
 from opd_ds.utils.atomic_io import apply_umask
 
@@ -56,22 +59,29 @@ def parse_sources(texts: list[str]) -> list[Source]:
 
 
 class Network:
-    """A full checkpoint in a folder; each parameter is read when it is asked for.
+    """A full checkpoint in a folder, with one network or several; each parameter is read when it is asked for.
 
     Attributes:
-        shapes: of all parameters and buffers, by name.
+        shapes: of all parameters and buffers, by the names that the family gives them.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, family: ModelFamily) -> None:
         self.path = path
-        names = weight_files(network_folder(path))
-        self.shapes: Shapes = read_shapes(names)
-        files = [safe_open(name, framework="pt") for name in names]
-        self._file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        self.shapes: Shapes = {}
+        self._place_of: dict[str, tuple[Any, str]] = {}
+        several = len(family.networks) > 1
+        for part in family.networks:
+            names = weight_files(path / part if several else network_folder(path))
+            prefix = f"{part}." if several else ""
+            self.shapes |= {prefix + key: shape for key, shape in read_shapes(names).items()}
+            for file in (safe_open(name, framework="pt") for name in names):
+                self._place_of |= {prefix + key: (file, key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
 
     def __getitem__(self, key: str) -> Tensor:
         """In float32."""
-        return self._file_of[key].get_tensor(key).to(torch.float32)
+        file, name = self._place_of[key]
+        found: Tensor = file.get_tensor(name).to(torch.float32)
+        return found
 
     def delta(self, key: str, base: Tensor) -> Tensor:
         return self[key] - base
@@ -140,14 +150,29 @@ def read_teacher(name: str, path: Path, family: type[ModelFamily], model: ModelF
         model: the base, which full checkpoints come with.
 
     Raises:
-        UserError: a LoRA that is incomplete or adapts more than the network, a checkpoint of another kind of network.
+        UserError: a LoRA that is incomplete or adapts more than the network, or more or fewer networks than the family
+            has, a checkpoint of another kind of network.
     """
     with about(f"source {name!r}"):
         if lora.is_adapter(path):
+            _check_networks(path, family)
             return Adapter(path, family.pipeline_class)
         assert model is not None
         model.check_compatible(path)
-        return SingleFile(path, model) if path.is_file() else Network(path)
+        return SingleFile(path, model) if path.is_file() else Network(path, model)
+
+
+def _check_networks(path: Path, family: type[ModelFamily]) -> None:
+    """Raise UserError for a LoRA of two networks where the family has one, and the other way round."""
+    of_two = bool(adapter_parts(path))
+    if of_two == (len(family.networks) > 1):
+        return
+    if of_two:
+        raise UserError("a LoRA of two networks, and --family has one; give --family wan_a14b")
+    folders = " or ".join(f"{part}/" for part in family.networks)
+    raise UserError(
+        f"a LoRA of one network, and --family has two; put it into a folder {folders} and name the folder around it"
+    )
 
 
 def refuse_strangers(
@@ -181,6 +206,27 @@ def refuse_strangers(
         missing = sorted(known.keys() - teacher.shapes.keys()) if isinstance(teacher, Network) else []
         if missing:
             raise UserError(f"source {name!r}: lacks {len(missing)} weights of the base, the first: {missing[0]!r}")
+
+
+def write_loras(folder: Path, factors: Factors, base: str | None, family: type[ModelFamily]) -> None:
+    """`write_lora`, in a folder of its own for each of a family's several networks that is adapted. These then have one
+    rank, as `lora.read_adapter` wants it of them: what is added to a B is zero.
+    """
+    if len(family.networks) == 1:
+        write_lora(folder, factors, base)
+        return
+    rank = max(len(a) for a, _ in factors.values())
+    for part in family.networks:
+        if own := of_part(factors, part):
+            write_lora(folder / part, {key: _of_rank(pair, rank) for key, pair in own.items()}, base)
+
+
+def _of_rank(pair: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    """Rows of A are repeated, so that a student can train them."""
+    a, b = pair
+    times = -(-rank // len(a))
+    more = torch.zeros(len(b), rank - len(a), *b.shape[2:])
+    return a.repeat(times, *[1] * (a.ndim - 1))[:rank], torch.cat([b, more], dim=1)
 
 
 def write_lora(folder: Path, factors: Factors, base: str | None) -> None:

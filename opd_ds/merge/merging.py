@@ -26,7 +26,7 @@ from opd_ds.merge.files import (
     find_teacher,
     read_teacher,
     refuse_strangers,
-    write_lora,
+    write_loras,
 )
 from opd_ds.models import ModelFamily, build_family, family_class
 from opd_ds.models.inspection import check_base
@@ -130,8 +130,6 @@ def merge(
     if full is None and base is not None:
         raise UserError(f"--base = {base!r}: LoRAs are merged to a LoRA, which needs no base; leave it out")
     chosen = family_class(family)
-    if len(chosen.networks) > 1:
-        raise UserError(f"--family = {family!r}: has two networks, which are not merged; allowed are families with one")
     start, model = (None, None) if base is None else _open_base(base, family)
     teachers = [read_teacher(name, path, chosen, model) for name, (path, _) in zip(names, found, strict=True)]
     adapters = [teacher for teacher in teachers if isinstance(teacher, Adapter)]
@@ -144,7 +142,7 @@ def merge(
         else:
             base = next((adapter.base for adapter in adapters if adapter.base), None)
             factors, error = _merge_lora(adapters, weights, method)
-            write_lora(out, factors, base)
+            write_loras(out, factors, base, chosen)
     rows = [] if start is None else [("base", str(base), weights_sha256(start.path))]
     for source, teacher in zip(sources, teachers, strict=True):
         rows.append((f"teacher, weight {source.weight:g}", source.name, weights_sha256(teacher.path)))
@@ -168,7 +166,7 @@ def _open_base(base: str, family: str) -> tuple[Network, ModelFamily]:
     with about(f"--base = {base!r}"):
         check_base(folder, family_class(family))
         model = build_family(family, folder, dtype=torch.float32, device=torch.device("cpu"))
-        return Network(folder), model
+        return Network(folder, model), model
 
 
 def _merge_full(

@@ -5,12 +5,14 @@ from opd_ds.rewards.base import (
     Needs,
     Reward,
     RewardUnavailableError,
+    Takes,
     batches,
     require,
     require_packages,
 )
 from opd_ds.rewards.clips import Clip, Drawn, OfClips, takes_clips
-from opd_ds.rewards.registry import build, check, rehearse, reward_class, reward_names
+from opd_ds.rewards.references import References, score_beside, takes_references
+from opd_ds.rewards.registry import build, check, rehearse, reward_class, reward_names, takes_of
 from opd_ds.rewards.weights import Weights, WeightsMissingError, WrongWeightsError, weights_root
 
 __all__ = [
@@ -19,8 +21,10 @@ __all__ = [
     "Metadata",
     "Needs",
     "OfClips",
+    "References",
     "Reward",
     "RewardUnavailableError",
+    "Takes",
     "Weights",
     "WeightsMissingError",
     "WrongWeightsError",
@@ -32,6 +36,9 @@ __all__ = [
     "require_packages",
     "reward_class",
     "reward_names",
+    "score_beside",
     "takes_clips",
+    "takes_of",
+    "takes_references",
     "weights_root",
 ]

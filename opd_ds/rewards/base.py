@@ -41,6 +41,21 @@ class Needs:
         return f"'opd-ds[{self.extra}]'" if self.extra else self.install or " ".join(self.packages)
 
 
+@dataclass(frozen=True)
+class Takes:
+    """What a reward has to be given, told without building it.
+
+    Attributes:
+        clips: in place of images.
+        references: reference pictures beside them.
+        columns: metadata of every prompt.
+    """
+
+    clips: bool = False
+    references: bool = False
+    columns: tuple[str, ...] = ()
+
+
 SERVER = Needs(packages=("fastapi", "uvicorn"), extra="serve")  # what `server.py` imports
 
 
@@ -49,6 +64,9 @@ class Reward(Protocol):
 
     One with an attribute `takes_clips` that is true scores videos as a whole: its `score` gets `Clip`s (`clips.py`) in
     place of images, and it cannot be asked about images. All others score a video's frames.
+
+    One with an attribute `takes_references` that is true gets the prompts' reference pictures as a fourth argument of
+    `score`: for each image a tuple of RGB images, empty where its prompt has none (`references.py`).
 
     A constructor takes `device` (where its network runs) and whatever else the reward offers as options; it loads the
     weights, strictly, so that what is missing or wrong is found at start-up.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from opd_ds.rewards.base import Metadata, Needs, Reward
+from opd_ds.rewards.references import References, score_with, takes_references
 
 if TYPE_CHECKING:  # as in base.py
     from PIL import Image
@@ -56,13 +57,20 @@ class OfClips:
 
     def __init__(self, reward: Reward, frames: int | None = None) -> None:
         self.name, self._reward, self._frames = reward.name, reward, frames
+        self.takes_references = takes_references(reward)
 
     def identity(self) -> dict[str, Any]:
         """That of the reward, and which frames it gets."""
         return {**self._reward.identity(), "frames": self._frames or "all"}
 
-    def score(self, clips: Sequence[Clip], prompts: list[str], metadata: Metadata | None = None) -> Tensor:
-        """[B] float32.
+    def score(
+        self,
+        clips: Sequence[Clip],
+        prompts: list[str],
+        metadata: Metadata | None = None,
+        references: References | None = None,
+    ) -> Tensor:
+        """[B] float32. Each frame is beside the references of its clip.
 
         Raises:
             ValueError: the reward gives anything but one score per frame.
@@ -71,11 +79,12 @@ class OfClips:
 
         chosen = [clip.spread(self._frames) for clip in clips]
         if takes_clips(self._reward):
-            return self._reward.score(chosen, prompts, metadata)
+            return score_with(self._reward, chosen, prompts, metadata, references)
         images = [frame for clip in chosen for frame in clip.frames]
         rows = [row for row, clip in enumerate(chosen) for _ in clip.frames]
         asked = None if metadata is None else [metadata[row] for row in rows]
-        scores = self._reward.score(images, [prompts[row] for row in rows], asked)
+        beside = None if references is None else [references[row] for row in rows]
+        scores = score_with(self._reward, images, [prompts[row] for row in rows], asked, beside)
         if scores.shape != (len(images),):
             raise ValueError(f"{len(images)} frames got scores of shape {tuple(scores.shape)}")
         return torch.stack([part.nanmean() for part in scores.split([len(clip.frames) for clip in chosen])])

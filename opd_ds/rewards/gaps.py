@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import isfinite
 from threading import Lock
 
 import torch
@@ -12,6 +13,19 @@ from torch import Tensor
 
 # What became of one image: its score, or in a few words why there is none.
 Result = float | str
+
+
+UNREADABLE = "unreadable or without a finite score"
+
+
+def scored_where(reasons: Sequence[str | None], score: Callable[[list[int]], Tensor]) -> list[Result]:
+    """The scores of the images that have no reason against one; `score` is asked for those at some places, [b]."""
+    asked = [place for place, reason in enumerate(reasons) if reason is None]
+    found: list[Result] = [reason or UNREADABLE for reason in reasons]
+    for place, value in zip(asked, score(asked).tolist() if asked else [], strict=True):
+        if isfinite(value):
+            found[place] = value
+    return found
 
 
 class Gaps:

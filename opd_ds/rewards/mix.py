@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from opd_ds.errors import UserError
-from opd_ds.rewards.base import Metadata, Needs, Reward
+from opd_ds.rewards.base import Metadata, Needs, Reward, Takes
 from opd_ds.rewards.clips import OfClips, takes_clips
-from opd_ds.rewards.registry import build, needs_of, rehearse
+from opd_ds.rewards.references import References, score_with, takes_references
+from opd_ds.rewards.registry import build, needs_of, rehearse, takes_of
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,17 @@ class Mix:
         )
 
     @classmethod
+    def takes_for(cls, options: Mapping[str, Any]) -> Takes:
+        """Everything that the parts take."""
+        parts = _parts(options.get("parts")).items()
+        takes = [takes_of(part.reward, f"parts.{label}", part.options) for label, part in parts]
+        return Takes(
+            clips=any(part.clips for part in takes),
+            references=any(part.references for part in takes),
+            columns=tuple(dict.fromkeys(column for part in takes for column in part.columns)),
+        )
+
+    @classmethod
     def rehearse(cls, options: Mapping[str, Any]) -> None:
         """Whether each of the parts can be built."""
         for label, part in _parts(options.get("parts")).items():
@@ -78,6 +90,7 @@ class Mix:
             for label, part in _parts(parts).items()
         ]
         self.takes_clips = any(takes_clips(reward) for _, _, reward in self._parts)
+        self.takes_references = any(takes_references(reward) for _, _, reward in self._parts)
         if self.takes_clips:
             self._parts = [(label, weight, OfClips(reward)) for label, weight, reward in self._parts]
 
@@ -87,7 +100,14 @@ class Mix:
             for label, weight, reward in self._parts
         }
 
-    def score(self, images: list[Any], prompts: list[str], metadata: Metadata | None = None) -> Tensor:
+    def score(
+        self,
+        images: list[Any],
+        prompts: list[str],
+        metadata: Metadata | None = None,
+        references: References | None = None,
+    ) -> Tensor:
         """[B] float32."""
-        scores = [weight * reward.score(images, prompts, metadata) for _, weight, reward in self._parts]
+        asked = images, prompts, metadata, references
+        scores = [weight * score_with(reward, *asked) for _, weight, reward in self._parts]
         return torch.stack(scores).sum(0)

@@ -17,11 +17,17 @@ from opd_ds.config.sections import OWN_REWARD
 from opd_ds.errors import UserError, nearest, shown
 from opd_ds.rewards.base import Metadata, Needs
 from opd_ds.rewards.clips import Clip, takes_clips
+from opd_ds.rewards.references import References, takes_references
 
 if TYPE_CHECKING:  # as in base.py
     from torch import Tensor
 
 _ASKED = ("images", "prompts", "metadata")
+
+
+def _asked(found: object) -> tuple[str, ...]:
+    """What a class's `score`, or a function, is called with."""
+    return (*_ASKED, "references") if takes_references(found) else _ASKED
 
 
 def is_own(name: str) -> bool:
@@ -67,7 +73,7 @@ class OwnCode:
         signature = inspect.signature(self.found)
         if inspect.isclass(self.found):
             return signature
-        return signature.replace(parameters=list(signature.parameters.values())[len(_ASKED) :])
+        return signature.replace(parameters=list(signature.parameters.values())[len(_asked(self.found)) :])
 
     @property
     def required(self) -> bool:
@@ -107,7 +113,7 @@ def load(name: str, key: str = "reward") -> OwnCode:
 
 class OwnReward:
     """The scores of a user's class or function, which may be a tensor, an array or a list; None is NaN, an image
-    without a score. It takes clips where the class or function has `takes_clips = True`.
+    without a score. It takes clips where the class or function has `takes_clips = True`, reference pictures likewise.
 
     Raises:
         UserError: at construction, when the class's own constructor raises or its scores are none.
@@ -117,6 +123,7 @@ class OwnReward:
 
     def __init__(self, code: OwnCode, options: Mapping[str, Any]) -> None:
         self.name, self.takes_clips = code.attribute, takes_clips(code.found)
+        self.takes_references = takes_references(code.found)
         self._code, self._options = code, dict(options)
         self._made: Any = None
         if inspect.isclass(code.found):
@@ -138,7 +145,7 @@ class OwnReward:
         blank, kind = Image.new("RGB", (64, 64)), "clip" if self.takes_clips else "image"
         drawn = [Clip((blank,) * 5, 16.0) if self.takes_clips else blank.copy() for _ in range(2)]
         try:
-            found = self._ask(drawn, [f"a blank {kind}"] * 2, [{}, {}])
+            found = self._ask(drawn, [f"a blank {kind}"] * 2, [{}, {}], [(blank.copy(),) for _ in drawn])
         except Exception as error:  # a user's code may raise anything
             return f"raises for two blank {kind}s without metadata: {_told(error, self._code.file)}"
         self._tensor(found, 2)
@@ -151,16 +158,24 @@ class OwnReward:
         options = {key: value for key, value in self._options.items() if key != "device"}
         return {"engine": "own file", **code, "options": options, **own}
 
-    def score(self, images: list[Any], prompts: list[str], metadata: Metadata | None = None) -> Tensor:
+    def score(
+        self,
+        images: list[Any],
+        prompts: list[str],
+        metadata: Metadata | None = None,
+        references: References | None = None,
+    ) -> Tensor:
         """[B] float32.
 
         Raises:
             UserError: not one number per image or clip.
         """
-        found = self._ask(images, prompts, [{} for _ in images] if metadata is None else list(metadata))
+        known = [{} for _ in images] if metadata is None else list(metadata)
+        found = self._ask(images, prompts, known, [()] * len(images) if references is None else list(references))
         return self._tensor(found, len(images))
 
-    def _ask(self, *asked: Any) -> Any:
+    def _ask(self, *known: Any) -> Any:
+        asked = known[: len(_asked(self._code.found))]
         return self._code.found(*asked, **self._options) if self._made is None else self._made.score(*asked)
 
     def _tensor(self, found: Any, count: int) -> Tensor:
@@ -206,7 +221,7 @@ def _is_of(module: ModuleType, value: Any) -> bool:
 
 def _check(found: Any, problem: str) -> None:
     """Raise UserError unless it is a class with `score`, or a function, and takes images, prompts and metadata."""
-    called = ", ".join(_ASKED)
+    called = ", ".join(_asked(found))
     is_class = inspect.isclass(found)
     if is_class and not callable(getattr(found, "score", None)):
         raise UserError(f"{problem} is a class without a method score(self, {called})")
@@ -215,7 +230,7 @@ def _check(found: Any, problem: str) -> None:
             f"{problem} has the type {type(found).__name__}; a reward is a class with score, or a function of {called}"
         )
     asked = found.score if is_class else found
-    expected = [*(["self"] if is_class else []), *_ASKED]
+    expected = [*(["self"] if is_class else []), *_asked(found)]
     signature = inspect.signature(asked)
     try:  # by position, as it is called; a function's further parameters are its options
         (signature.bind if is_class else signature.bind_partial)(*expected)

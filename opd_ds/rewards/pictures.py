@@ -1,4 +1,4 @@
-"""From an image to what CLIP and BLIP see, on Pillow and torch: the same on every machine, torchvision or not."""
+"""From an image to what CLIP, BLIP and DINO see, on Pillow and torch: the same on every machine, torchvision or not."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from opd_ds.rewards.gaps import Gaps
+from opd_ds.rewards.gaps import UNREADABLE, Gaps
 
-# Of OpenAI's training images; all networks here keep them.
+# Of OpenAI's training images, which CLIP and BLIP keep, and of ImageNet.
 _MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073))[:, None, None]
 _STD = torch.tensor((0.26862954, 0.26130258, 0.27577711))[:, None, None]
+_IMAGENET_MEAN = torch.tensor((0.485, 0.456, 0.406))[:, None, None]
+_IMAGENET_STD = torch.tensor((0.229, 0.224, 0.225))[:, None, None]
 
 Preprocess = Callable[[Image.Image, int], Tensor]
 
@@ -26,20 +28,28 @@ def centre_crop(image: Image.Image, size: int) -> Tensor:
 
     Equal to transformers' CLIP image processor on Pillow; of an odd margin the smaller half is left and above.
     """
-    return _cropped(image, size, lambda margin: margin // 2)
+    return _normalised(_unit(_cropped(image, size, size, lambda margin: margin // 2)))
+
+
+def centre_crop_imagenet(image: Image.Image, size: int) -> Tensor:
+    """The short side to 8 / 7 of `size` (224: 256), bicubic on 8 bits, then the middle square: [3, size, size] float32,
+    normalised. Equal to transformers' image processor of DINOv2 on Pillow.
+    """
+    unit = _unit(_cropped(image, round(size * 8 / 7), size, lambda margin: margin // 2))
+    return (unit - _IMAGENET_MEAN) / _IMAGENET_STD
 
 
 def centre_crop_torchvision(image: Image.Image, size: int) -> Tensor:
     """`centre_crop` as torchvision does it: half a margin is rounded to the even number of pixels, not down."""
-    return _cropped(image, size, lambda margin: round(margin / 2))
+    return _normalised(_unit(_cropped(image, size, size, lambda margin: round(margin / 2))))
 
 
-def _cropped(image: Image.Image, size: int, half: Callable[[int], int]) -> Tensor:
+def _cropped(image: Image.Image, short: int, size: int, half: Callable[[int], int]) -> Image.Image:
     rgb = image.convert("RGB")
-    width, height = _short_side_to(rgb.size, size)
+    width, height = _short_side_to(rgb.size, short)
     left, top = half(width - size), half(height - size)
     resized = rgb.resize((width, height), Image.Resampling.BICUBIC)
-    return _normalised(_unit(resized.crop((left, top, left + size, top + size))))
+    return resized.crop((left, top, left + size, top + size))
 
 
 def centre_crop_bilinear(image: Image.Image, size: int) -> Tensor:
@@ -89,8 +99,7 @@ def stacked(images: Sequence[Image.Image], preprocess: Preprocess, size: int) ->
 
 def close_scores(gaps: Gaps, scores: Tensor) -> Tensor:
     """[B] float32, what is not finite counted in `gaps` and NaN."""
-    failed = "unreadable or without a finite score"
-    return gaps.close([score if isfinite(score) else failed for score in scores.tolist()])
+    return gaps.close([score if isfinite(score) else UNREADABLE for score in scores.tolist()])
 
 
 def _unit(rgb: Image.Image) -> Tensor:

@@ -12,7 +12,9 @@ from typing import Any
 
 from opd_ds.errors import UserError, nearest
 from opd_ds.rewards import own_file
-from opd_ds.rewards.base import Needs, Reward, require
+from opd_ds.rewards.base import Needs, Reward, Takes, require
+from opd_ds.rewards.clips import takes_clips
+from opd_ds.rewards.references import takes_references
 
 ENTRY_POINTS = "opd_ds.rewards"
 
@@ -22,6 +24,9 @@ _BUILT_IN = {
     "ocr": "opd_ds.rewards.ocr:OCR",
     "pickscore": "opd_ds.rewards.pickscore:PickScore",
     "clipscore": "opd_ds.rewards.clipscore:ClipScore",
+    "clip_direction": "opd_ds.rewards.clip_direction:ClipDirection",
+    "dino": "opd_ds.rewards.dino:Dino",
+    "lpips": "opd_ds.rewards.lpips:Lpips",
     "hpsv2": "opd_ds.rewards.hpsv2:HPSv2",
     "aesthetic": "opd_ds.rewards.aesthetic:Aesthetic",
     "imagereward": "opd_ds.rewards.imagereward:ImageReward",
@@ -75,6 +80,16 @@ def needs_of(name: str, key: str = "reward", options: Mapping[str, Any] | None =
     found = reward_class(name, key)
     needs_for = getattr(found, "needs_for", None)
     return needs_for(options or {}) if needs_for else found.needs
+
+
+def takes_of(name: str, key: str = "reward", options: Mapping[str, Any] | None = None) -> Takes:
+    """What the reward `name` has to be given with these options.
+
+    A reward that decides it by its options offers a `takes_for(options)` class method.
+    """
+    found = own_file.load(name, key).found if own_file.is_own(name) else reward_class(name, key)
+    takes_for = getattr(found, "takes_for", None)
+    return takes_for(options or {}) if takes_for else Takes(takes_clips(found), takes_references(found))
 
 
 def check(name: str, key: str = "reward", options: Mapping[str, Any] | None = None) -> None:

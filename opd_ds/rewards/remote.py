@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -12,11 +12,12 @@ import urllib3
 from torch import Tensor
 
 from opd_ds.errors import UserError
-from opd_ds.rewards.base import Metadata, Needs, Served, batches
+from opd_ds.rewards.base import Metadata, Needs, Served, Takes, batches
 from opd_ds.rewards.clips import Drawn
 from opd_ds.rewards.deadline import in_time, mount
 from opd_ds.rewards.gaps import CountsGaps, Gaps, Result
 from opd_ds.rewards.proxies import on_this_machine, proxy_hint
+from opd_ds.rewards.references import References
 from opd_ds.rewards.wire import Info, decode_scores, encode_request, one_line
 
 _BACK_OFF_SECONDS = 0.5
@@ -31,7 +32,7 @@ class _RequestError(Exception):
 
 class RemoteReward(Served, CountsGaps):
     """The scores of a reward server; range and unit are those of the reward it serves, whose name this one takes. It
-    takes clips where that does.
+    takes clips and reference pictures where that does.
 
     Failures are NaN for the images they concern, counted by kind in `failures`, one line in the log per call, never
     an exception: server gone, time-out, any HTTP error, garbage, a wrong number of scores. Once the server stays
@@ -59,9 +60,16 @@ class RemoteReward(Served, CountsGaps):
         self._timeout, self._retries, self._batch_size = timeout, retries, batch_size
         self._served = self._ask_who()
         self.name, self.takes_clips = self._served.name, self._served.takes_clips
+        self.takes_references = self._served.takes_references
         if self.takes_clips:
             self._batch_size = 1
         self._gaps = Gaps(f"{self.name} at {self._url}")
+
+    @classmethod
+    def takes_for(cls, options: Mapping[str, Any]) -> Takes:
+        """As the server says."""
+        served = cls(**options)
+        return Takes(served.takes_clips, served.takes_references)
 
     def _ask_who(self) -> Info:
         try:
@@ -78,17 +86,25 @@ class RemoteReward(Served, CountsGaps):
         """That of the served reward, as it was at construction."""
         return {"served_at": self._url, **self._served.identity}
 
-    def score(self, images: list[Any], prompts: list[str], metadata: Metadata | None = None) -> Tensor:
+    def score(
+        self,
+        images: list[Any],
+        prompts: list[str],
+        metadata: Metadata | None = None,
+        references: References | None = None,
+    ) -> Tensor:
         """[B] float32."""
         results: list[Result] = []
         lost: str | None = None
         with self._session() as session:  # of this call: several threads may be here
             for rows in batches(range(len(images)), self._batch_size):
                 part = metadata and [metadata[i] for i in rows]
+                beside = references and [references[i] for i in rows]
                 try:
                     if lost:
                         raise _RequestError(lost)
-                    scores = self._score(session, [images[i] for i in rows], [prompts[i] for i in rows], part)
+                    asked = [images[i] for i in rows], [prompts[i] for i in rows]
+                    scores = self._score(session, *asked, part, beside)
                     results += [_NULL if score is None else score for score in scores]
                 except _RequestError as failure:
                     kind = str(failure)
@@ -102,10 +118,15 @@ class RemoteReward(Served, CountsGaps):
         return session
 
     def _score(
-        self, session: requests.Session, images: Sequence[Drawn], prompts: Sequence[str], part: Metadata | None
+        self,
+        session: requests.Session,
+        images: Sequence[Drawn],
+        prompts: Sequence[str],
+        part: Metadata | None,
+        beside: References | None,
     ) -> list[float | None]:
         try:
-            body = encode_request(images, prompts, part)
+            body = encode_request(images, prompts, part, beside)
         except Exception as error:  # Pillow and the JSON encoder raise anything for what they cannot write
             raise _RequestError(_UNSENDABLE) from error
         for attempt in range(self._retries + 1):

@@ -16,7 +16,8 @@ from starlette.requests import ClientDisconnect
 from opd_ds.rewards.base import Reward
 from opd_ds.rewards.clips import takes_clips
 from opd_ds.rewards.protocol import HeadInTime
-from opd_ds.rewards.wire import CLIP_LIMITS, Info, Limits, RefusedError, ScoreResponse, decode_request, one_line
+from opd_ds.rewards.references import score_with, takes_references
+from opd_ds.rewards.wire import CLIP_LIMITS, Asked, Info, Limits, RefusedError, ScoreResponse, decode_request, one_line
 
 # One request is scored while the next arrives; further ones wait with all but the beginning of their bodies unread.
 _REQUESTS_IN_MEMORY = 2
@@ -29,11 +30,12 @@ def make_app(reward: Reward, limits: Limits | None = None) -> FastAPI:
     A request that is malformed or over `limits` gets 4xx, one whose scoring raises gets 500, both with a reason in one
     line, `{"error": ...}`; the server keeps running.
     """
-    limits = limits or (CLIP_LIMITS if takes_clips(reward) else Limits())
+    kinds = {"takes_clips": takes_clips(reward), "takes_references": takes_references(reward)}
+    limits = limits or (CLIP_LIMITS if any(kinds.values()) else Limits())
     app = FastAPI(title=f"opd-ds reward {reward.name}", openapi_url=None)
     slots = asyncio.Semaphore(_REQUESTS_IN_MEMORY)
     # Once: it may hash gigabytes of weights.
-    who = Info(name=reward.name, identity=reward.identity(), takes_clips=takes_clips(reward))
+    who = Info(name=reward.name, identity=reward.identity(), **kinds)
     turn = threading.Lock()  # a reward is not asked to be safe for several threads
 
     @app.exception_handler(RefusedError)
@@ -102,16 +104,22 @@ class _Body:
 
 def _score(reward: Reward, turn: threading.Lock, body: bytearray, limits: Limits) -> ScoreResponse:
     of_clips = takes_clips(reward)
-    drawn, prompts, metadata = decode_request(body, limits, clips=of_clips)
+    asked = decode_request(body, limits, clips=of_clips)
+    drawn = asked.drawn
     try:
         with turn:
-            scores = reward.score(drawn, prompts, metadata).tolist() if drawn else []
+            scores = _scored(reward, asked) if drawn else []
         if len(scores) != len(drawn):
             raise ValueError(f"{len(scores)} scores for {len(drawn)} {'clips' if of_clips else 'images'}")
     except Exception as error:  # the reward's own: the request fails, the server stays
         logging.getLogger("opd_ds").exception("reward %s failed", reward.name)
         raise RefusedError(500, f"the reward failed: {type(error).__name__}: {one_line(error)}") from error
     return ScoreResponse(scores=[score if math.isfinite(score) else None for score in scores])
+
+
+def _scored(reward: Reward, asked: Asked) -> list[float]:
+    found: list[float] = score_with(reward, asked.drawn, asked.prompts, asked.metadata, asked.references).tolist()
+    return found
 
 
 def serve(reward: Reward, host: str, port: int) -> None:

@@ -86,7 +86,7 @@ class UnifiedReward(Served, CountsGaps):
     def score(self, images: list[Image.Image], prompts: list[str], metadata: Metadata | None = None) -> Tensor:
         """[B] float32."""
         questions = [_PROMPT.format(prompt=prompt) for prompt in prompts]
-        return self._gaps.close(self._server.results(images, questions, _read))
+        return self._gaps.close(self._server.results([[image] for image in images], questions, _read))
 
 
 def _read(answer: Choice) -> Result:

@@ -97,16 +97,14 @@ class VisionServer:
         if model not in served:
             raise UserError(f"reward {reward!r}: model = {model!r} is not served at {url}; served: {', '.join(served)}")
 
-    def ask(self, image: Image.Image, question: str, **further: Any) -> Choice:
-        """One answer.
+    def ask(self, images: Sequence[Image.Image], question: str, **further: Any) -> Choice:
+        """One answer about all of `images`, in their order.
 
         Raises:
             openai.OpenAIError: there is none, after all attempts.
         """
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, format="PNG")
-        url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+        shown = [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in images]
+        content = [*shown, {"type": "text", "text": question}]
         messages: Any = [{"role": "user", "content": content}]
         answer = self._client.chat.completions.create(
             model=self._connection.model, messages=messages, temperature=0, **{**self._sampling, **further}
@@ -114,20 +112,25 @@ class VisionServer:
         return answer.choices[0]
 
     def results(
-        self, images: Sequence[Image.Image], questions: Sequence[str], read: Callable[[Choice], Result], **further: Any
+        self,
+        images: Sequence[Sequence[Image.Image]],
+        questions: Sequence[str],
+        read: Callable[[Choice], Result],
+        **further: Any,
     ) -> list[Result]:
-        """What `read` makes of each answer, in order, or why there is none. Once the server stays unreachable or silent
+        """What `read` makes of each answer, in order, or why there is none; a question is about one or several images.
+        Once the server stays unreachable or silent
         after all retries, the rest is not tried.
         """
         import openai
 
         lost = Event()
 
-        def one(image: Image.Image, question: str) -> Result:
+        def one(shown: Sequence[Image.Image], question: str) -> Result:
             if lost.is_set():
                 return _NOT_TRIED
             try:
-                return read(self.ask(image, question, **further))
+                return read(self.ask(shown, question, **further))
             except openai.APIConnectionError as error:  # a time-out is one of these
                 lost.set()
                 return _TIMEOUT if isinstance(error, openai.APITimeoutError) else _UNREACHABLE
@@ -138,3 +141,9 @@ class VisionServer:
 
         with ThreadPoolExecutor(self._connection.concurrency) as pool:
             return list(pool.map(one, images, questions))
+
+
+def _data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

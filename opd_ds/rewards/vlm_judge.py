@@ -13,13 +13,19 @@ from PIL import Image
 from torch import Tensor
 
 from opd_ds.errors import UserError
-from opd_ds.rewards.base import Metadata, Needs, Served
+from opd_ds.rewards.base import Metadata, Needs, Served, Takes
 from opd_ds.rewards.gaps import CountsGaps, Gaps, Result
+from opd_ds.rewards.references import WITHOUT, Own, References
 from opd_ds.rewards.vision_server import API_KEY_VARIABLE, Connection, VisionServer
 
 if TYPE_CHECKING:
     from openai.types.chat.chat_completion import Choice
 
+_SHOWS = "Does this image show {prompt}? Answer with yes or no."
+_EDITED = (
+    "The second image was made from the first as this instruction says: {prompt}. Does it follow the instruction, and "
+    "leave all else as it was? Answer with yes or no."
+)
 YES_OR_NO = {"yes": 1.0, "no": 0.0}
 _LOG_PROBABILITIES = {"logprobs": True, "top_logprobs": 20}  # the most that the protocol allows
 _UNPARSABLE, _WITHOUT = "answer without one of the words", "answer without log-probabilities of the words"
@@ -35,7 +41,10 @@ class VlmJudge(Served, CountsGaps):
     Args:
         base_url: of the server's OpenAI-compatible interface, ending in /v1.
         model: the name that the server serves it by.
-        questions: one or several; `{prompt}` stands for the image's prompt, `{column}` for its metadata.
+        questions: one or several; `{prompt}` stands for the image's prompt, `{column}` for its metadata. By default
+            whether the image shows its prompt or, with `references`, whether the edit is what the prompt asks for.
+        references: show the reference pictures first, in their order, and the image last; an image without one has no
+            score.
         answers: the words that answer, each with its value; `{1: 1, 2: 2, 3: 3, 4: 4, 5: 5}` is a rating.
         after: the answer stands behind the last of these marks, `Final Score:` say; empty: at the beginning.
         log_probabilities: True insists on them, False takes the words alone; None: where the server gives them.
@@ -57,9 +66,10 @@ class VlmJudge(Served, CountsGaps):
         self,
         base_url: str,
         model: str,
-        questions: str | Sequence[str] = "Does this image show {prompt}? Answer with yes or no.",
+        questions: str | Sequence[str] | None = None,
         answers: Mapping[Any, float] = YES_OR_NO,
         after: str = "",
+        references: bool = False,
         log_probabilities: bool | None = None,
         max_tokens: int = 64,
         timeout: float = 60.0,
@@ -67,6 +77,9 @@ class VlmJudge(Served, CountsGaps):
         concurrency: int = 8,
         api_key_variable: str = API_KEY_VARIABLE,
     ) -> None:
+        self.takes_references = references
+        if questions is None:
+            questions = _EDITED if references else _SHOWS
         self._questions = [questions] if isinstance(questions, str) else list(questions)
         self._columns = [_columns(question) for question in self._questions]
         self._values, self._after = _values(answers), after
@@ -88,30 +101,45 @@ class VlmJudge(Served, CountsGaps):
             "after": self._after,
             "max_tokens": self._max_tokens,
             "log_probabilities": self._weighted,
+            **({"references": True} if self.takes_references else {}),
         }
 
-    def score(self, images: list[Image.Image], prompts: list[str], metadata: Metadata | None = None) -> Tensor:
+    @classmethod
+    def takes_for(cls, options: Mapping[str, Any]) -> Takes:
+        return Takes(references=bool(options.get("references")))
+
+    def score(
+        self,
+        images: list[Image.Image],
+        prompts: list[str],
+        metadata: Metadata | None = None,
+        references: References | None = None,
+    ) -> Tensor:
         """[B] float32."""
+        beside = references or [()] * len(images)
         rows = [
             {**given, "prompt": prompt} for given, prompt in zip(metadata or [{}] * len(images), prompts, strict=True)
         ]
-        absent = [self._absent(row) for row in rows]
-        asked = [place for place, column in enumerate(absent) if column is None]
+        reasons = [self._lacks(row, own) for row, own in zip(rows, beside, strict=True)]
+        asked = [place for place, reason in enumerate(reasons) if reason is None]
         count = len(self._questions)
         results = self._server.results(
-            [images[place] for place in asked for _ in range(count)],
+            [(*beside[place], images[place]) for place in asked for _ in range(count)],
             [question.format(**rows[place]) for place in asked for question in self._questions],
             self._read,
             **(_LOG_PROBABILITIES if self._weighted else {}),
         )
-        found: list[Result] = [f"prompt without {column!r}" for column in absent]
+        found: list[Result] = [reason or "" for reason in reasons]
         for number, place in enumerate(asked):
             found[place] = _mean(results[number * count : (number + 1) * count])
         return self._gaps.close(found)
 
-    def _absent(self, row: Mapping[str, Any]) -> str | None:
-        """The first column that a question asks for and the image's row lacks."""
-        return next((column for columns in self._columns for column in columns if column not in row), None)
+    def _lacks(self, row: Mapping[str, Any], references: Own) -> str | None:
+        """A column that a question asks for and the image's row has not, or the reference picture."""
+        column = next((column for columns in self._columns for column in columns if column not in row), None)
+        if column is not None:
+            return f"prompt without {column!r}"
+        return WITHOUT if self.takes_references and not references else None
 
     def _read(self, answer: Choice) -> Result:
         text = answer.message.content or ""
@@ -170,10 +198,11 @@ class VlmJudge(Served, CountsGaps):
 
         fields = {column: "a grey square" for columns in self._columns for column in columns}
         question, image = self._questions[0].format(**fields), Image.new("RGB", (64, 64), "grey")
+        images = [image] * (2 if self.takes_references else 1)
         if not plain:
             with suppress(openai.BadRequestError, openai.UnprocessableEntityError):
-                return self._server.ask(image, question, **_LOG_PROBABILITIES)
-        return self._server.ask(image, question)
+                return self._server.ask(images, question, **_LOG_PROBABILITIES)
+        return self._server.ask(images, question)
 
 
 def _mean(results: Sequence[Result]) -> Result:

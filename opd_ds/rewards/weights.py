@@ -35,6 +35,7 @@ class Weights:
         file: the file's name; None for a transformers folder (config.json, tokenizer, safetensors).
         size: for people, such as "3.9 GB".
         sha256: the expected hash or a prefix of it; None where none is published.
+        contents: of a folder, for people.
     """
 
     folder: str
@@ -42,6 +43,7 @@ class Weights:
     file: str | None
     size: str
     sha256: str | None = None
+    contents: str = "config.json, tokenizer and model.safetensors"
 
     @property
     def place(self) -> Path:
@@ -88,7 +90,7 @@ class Weights:
     def missing(self) -> str:
         """One line: file, source, size, hash, and where it is looked for."""
         digest = f"sha256 {self.sha256[:16]}" if self.sha256 else "hash not published"
-        what = self.file or "config.json, tokenizer and model.safetensors"
+        what = self.file or self.contents
         folder = self.place.parent if self.file else self.place
         if self.on_hub:
             place = f"`hf download {self.source}{f' {self.file}' if self.file else ''} --local-dir {folder}`"

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from opd_ds.rewards.base import Metadata
 from opd_ds.rewards.clips import Clip, Drawn
+from opd_ds.rewards.references import References
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Limits:
     pause: float = 5.0
 
 
-# A clip of 81 frames of 480 x 832 is some 60 MB of PNG.
+# A clip of 81 frames of 480 x 832 is some 60 MB of PNG; an edited image may have ten references of a million pixels.
 CLIP_LIMITS = Limits(body_bytes=256 * 2**20, images=1024, pixels=256 * 2**20, seconds=240.0)
 
 
@@ -60,12 +61,16 @@ class ClipText(_Strict):
 
 
 class ScoreRequest(_Strict):
-    """Images, or clips for a reward that takes them."""
+    """Images, or clips for a reward that takes them. `references` has for each of them the places of its reference
+    pictures in `pictures`, which holds each once. It is sent where a reward takes them only, see `Info`.
+    """
 
     images: list[str] | None = None
     clips: list[ClipText] | None = None
     prompts: list[str]
     metadata: list[dict[str, Any]] | None = None
+    pictures: list[str] = []
+    references: list[list[Annotated[int, Field(ge=0)]]] | None = None
 
 
 class ScoreResponse(_Strict):
@@ -75,18 +80,31 @@ class ScoreResponse(_Strict):
 
 
 class Info(_Strict):
-    """What is served. `takes_clips` is sent where it is true only: clients from before clips do not know it."""
+    """What is served. What it takes is sent where it is true only: clients from before do not know it."""
 
     name: str
     identity: dict[str, Any]
     takes_clips: bool = False
+    takes_references: bool = False
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks about: images (RGB) or clips, and what belongs to each."""
+
+    drawn: list[Drawn]
+    prompts: list[str]
+    metadata: list[dict[str, Any]] | None
+    references: References | None
 
 
 def one_line(text: object, length: int = 300) -> str:
     return " ".join(str(text).split())[:length]
 
 
-def encode_request(drawn: Sequence[Drawn], prompts: Sequence[str], metadata: Metadata | None) -> bytes:
+def encode_request(
+    drawn: Sequence[Drawn], prompts: Sequence[str], metadata: Metadata | None, references: References | None = None
+) -> bytes:
     """The body of POST /score, for images or for clips.
 
     Raises:
@@ -98,6 +116,11 @@ def encode_request(drawn: Sequence[Drawn], prompts: Sequence[str], metadata: Met
     ]  # fmt: skip
     images = [_to_text(one) for one in drawn if not isinstance(one, Clip)]
     shown: dict[str, Any] = {"clips": clips} if clips else {"images": images}
+    if references is not None:
+        places: dict[int, int] = {}  # the images of a group share their pictures, the same objects
+        beside = [[places.setdefault(id(one), len(places)) for one in own] for own in references]
+        known = {id(one): one for own in references for one in own}
+        shown |= {"pictures": [_to_text(known[name]) for name in places], "references": beside}
     asked = None if metadata is None else list(metadata)
     request = ScoreRequest(**shown, prompts=list(prompts), metadata=asked)
     return request.model_dump_json(exclude_unset=True).encode()  # servers from before clips do not know them
@@ -109,10 +132,8 @@ def _to_text(image: Image.Image) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def decode_request(
-    body: bytes | bytearray, limits: Limits, *, clips: bool = False
-) -> tuple[list[Drawn], list[str], list[dict[str, Any]] | None]:
-    """Images (RGB) or clips, prompts and metadata of a body.
+def decode_request(body: bytes | bytearray, limits: Limits, *, clips: bool = False) -> Asked:
+    """What stands in a body.
 
     Args:
         clips: which of the two the reward takes.
@@ -129,17 +150,22 @@ def decode_request(
     if wanted is None or None not in (request.clips, request.images):
         raise RefusedError(400, f"this reward scores {kind}: the body has to have {kind}, and nothing in their place")
     texts = [text for one in wanted for text in (one.frames if isinstance(one, ClipText) else [one])]
+    texts += request.pictures
     if len(texts) > limits.images:
         raise RefusedError(413, f"{len(texts)} images; at most {limits.images}")
-    count = len(wanted)
-    if len(request.prompts) != count or (request.metadata is not None and len(request.metadata) != count):
-        raise RefusedError(400, f"{kind}, prompts and metadata differ in number")
-    images = _pictures(texts, limits.pixels)
-    if request.clips is None:
-        return list(images), request.prompts, request.metadata
-    frames = iter(images)
-    made: list[Drawn] = [Clip(tuple(islice(frames, len(clip.frames))), clip.fps) for clip in request.clips]
-    return made, request.prompts, request.metadata
+    count, references = len(wanted), request.references
+    if any(known is not None and len(known) != count for known in (request.prompts, request.metadata, references)):
+        raise RefusedError(400, f"{kind}, prompts, metadata and references differ in number")
+    if any(place >= len(request.pictures) for own in references or () for place in own):
+        raise RefusedError(400, f"references: there are {len(request.pictures)} pictures")
+    images = iter(_pictures(texts, limits.pixels))
+    drawn: list[Drawn] = [
+        Clip(tuple(islice(images, len(one.frames))), one.fps) if isinstance(one, ClipText) else next(images)
+        for one in wanted
+    ]
+    pictures = list(images)
+    beside = None if references is None else [tuple(pictures[place] for place in own) for own in references]
+    return Asked(drawn, request.prompts, request.metadata, beside)
 
 
 def _pictures(texts: list[str], pixels: int) -> list[Image.Image]:

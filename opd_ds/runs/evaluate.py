@@ -24,7 +24,7 @@ from opd_ds.rewards.own_file import same_own
 from opd_ds.runs.encodings import check_pictures, check_text_cache
 from opd_ds.runs.model_specs import Requests, contestants
 from opd_ds.runs.monitor import METRICS_FILE, read_metrics
-from opd_ds.runs.rewards import build_rewards
+from opd_ds.runs.rewards import build_rewards, check_rewards
 from opd_ds.runs.setup import EVALUATION_FOLDER
 from opd_ds.training.networks import find_base, load_family
 from opd_ds.utils.hashing import weights_sha256
@@ -78,6 +78,11 @@ def evaluate(
         drawn = {f"prompts of {name}": found.first(choice.limit) for name, found in prompts.items()}
         check_sizes(config.model, family, {key: found.metadata for key, found in drawn.items()})
         check_pictures(config, family, drawn, decode=group.world.is_main)
+        for name, evaluated in config.evaluated.items():
+            place = config.place(name)
+            asked = [section for section in evaluated.rewards if section.label in chosen]
+            own = {f"{place}.eval_prompts": prompts[name].first(choice.limit)} if name in prompts else {}
+            check_rewards(asked, f"{place}.rewards", family, own)
         if group.world.is_main:
             check_text_cache(config, family, drawn.values())
         models = contestants(config, family, choice.models, list(prompts), group.device)

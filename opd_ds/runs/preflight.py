@@ -25,6 +25,7 @@ from opd_ds.runs.encodings import check_pictures, check_text_cache
 from opd_ds.runs.files import RunFiles, find_files
 from opd_ds.runs.identity import run_identity
 from opd_ds.runs.resume import ResumePoint, Start, find_resume_point, refuse_other_changes, refuse_other_run
+from opd_ds.runs.rewards import check_rewards
 from opd_ds.runs.rollout_mode import with_decided_mode
 from opd_ds.runs.without_effect import files_without_effect
 from opd_ds.training.networks import check_guidances, load_family, trained_networks
@@ -75,6 +76,10 @@ def preflight(config: RunConfig, group: Group, world: World, start: Start | None
         for size in sizes:
             _check_sampling(config, family.at(*size))
         check_pictures(config, family, sets, decode=world.is_main)
+        for name, section in config.evaluated.items():
+            place = config.place(name)
+            own = {key: found for key, found in sets.items() if key in (f"{place}.prompts", f"{place}.eval_prompts")}
+            check_rewards(section.rewards, f"{place}.rewards", family, own)
         if world.is_main:
             check_text_cache(config, family, sets.values())
         with about(f"model.path = {config.model.path!r}"):

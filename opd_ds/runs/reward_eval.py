@@ -86,7 +86,7 @@ class AsyncRewardEval:
     def _of_rollouts(self, done: int, task: str, drawn: RolloutResult) -> _Pictures:
         """Decoded here, between two rounds, and one by one: in the thread it would take the training's memory."""
         count = min(self._settings.rollouts, len(drawn.prompts))
-        asked = [Item(i, 0, drawn.prompts[i], drawn.metadata[i], i) for i in range(count)]
+        asked = [Item(i, 0, drawn.prompts[i], drawn.metadata[i], i, drawn.pictures[i]) for i in range(count)]
         try:
             images = [self._pool.drawn(latents[None])[0] for latents in drawn.final[:count]]
         except Exception:  # a gap, not the end of the run

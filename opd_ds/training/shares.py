@@ -14,6 +14,7 @@ from opd_ds.data import Kind, Shard, Size
 from opd_ds.diffusion import Coefficients, kernel
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.models import Conditioning, ModelFamily
+from opd_ds.pictures import Picture
 from opd_ds.training.stages import stage_counts
 from opd_ds.utils.transfer import to_device
 
@@ -73,6 +74,7 @@ class TaskBatch:
 
     Attributes:
         parts: of each rank.
+        pictures: reference pictures of each prompt.
         trained: int64 [N, K] on the host, the trained steps of all the task's samples of the round, ascending.
         updates: optimizer steps that share the task's samples between them.
     """
@@ -81,6 +83,7 @@ class TaskBatch:
     parts: list[Shard]
     prompts: list[str]
     metadata: list[dict[str, Any]]
+    pictures: list[tuple[Picture, ...]]
     cond: Conditioning
     noise: SampleNoise
     trained: Tensor

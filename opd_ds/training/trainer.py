@@ -21,6 +21,7 @@ from opd_ds.engine import Group, ShardedEma, ShardReader, StudentEngine
 from opd_ds.errors import NonFiniteError
 from opd_ds.evaluation.reward_pool import RewardPool
 from opd_ds.models import Conditioning, GuidedVelocity, ModelFamily, guide
+from opd_ds.pictures import Picture
 from opd_ds.training.accumulator import Loss, LossTerm, RoundAccumulator, RoundLosses
 from opd_ds.training.auto_batch import AutoMicroBatch
 from opd_ds.training.buffer import Columns, NoisedStates, Pairs, PerPair, TrajectoryBuffer, noised_states
@@ -119,6 +120,7 @@ class RolloutResult:
 
     prompts: list[str]
     metadata: list[dict[str, Any]]
+    pictures: list[tuple[Picture, ...]]
     final: list[Tensor]
 
     @classmethod
@@ -131,6 +133,7 @@ class RolloutResult:
             found[task] = cls(
                 [batches[share].prompts[row] for share, row in rows],
                 [batches[share].metadata[row] for share, row in rows],
+                [batches[share].pictures[row] for share, row in rows],
                 [final[share][row] for share, row in rows],
             )
         return found
@@ -244,11 +247,12 @@ class Trainer(ABC):
                     rows[share] = [of_task[i] for i in shards[rank].indices]
         prompts = {share: [self._prompts[share.task].prompts[row] for row in own] for share, own in rows.items()}
         metadata = {share: [self._prompts[share.task].metadata[row] for row in own] for share, own in rows.items()}
+        pictures = {share: [self._prompts[share.task].pictures_of(row) for row in own] for share, own in rows.items()}
         asked = {
             share: Asked(
                 prompts[share],
                 [negative_prompt(one, negative) for one in metadata[share]],
-                [self._prompts[share.task].pictures_of(row) for row in rows[share]],
+                pictures[share],
                 shards[rank].indices,
             )
             for share, shards in parts.items()
@@ -260,6 +264,7 @@ class Trainer(ABC):
                 shards,
                 prompts[share],
                 metadata[share],
+                pictures[share],
                 conds[share],
                 SampleNoise(
                     [sample_seed(seed, index, share.task, i) for i in shards[rank].indices],

@@ -44,7 +44,7 @@ class Judge:
             self.busy += 1
             self.most_busy = max(self.most_busy, self.busy)
         try:
-            caption = request["messages"][0]["content"][1]["text"].rpartition("[")[2].partition("]")[0]
+            caption = request["messages"][0]["content"][-1]["text"].rpartition("[")[2].partition("]")[0]
             if request.get("logprobs") and self.log_probabilities is None:
                 return 400, b'{"error": {"message": "logprobs is not supported"}}'
             return self._answer(caption, request.get("logprobs") and self.log_probabilities)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 from collections.abc import Iterator
+from io import BytesIO
 from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from opd_ds.errors import UserError
 from opd_ds.rewards import build
@@ -137,3 +140,18 @@ def test_a_model_that_takes_no_images_is_found_at_the_start(judge: Judge) -> Non
     judge.status["a grey square"] = [400, 400]
     with pytest.raises(UserError, match=rf"{MODEL} at .* gave no answer about an image \(http 400\)"):
         asked(judge, retries=0)
+
+
+def test_the_reference_is_shown_before_the_edited_picture(judge: Judge) -> None:
+    reward = asked(judge, references=True)
+    assert reward.score([flat("red"), flat("red")], ["yes", "yes"], None, [(flat("blue"),), ()]).tolist()[:1] == [1.0]
+    assert reward.failures == {"prompt without a reference picture": 1}
+    *shown, question = judge.requests[-1]["messages"][0]["content"]
+    pixels = [Image.open(BytesIO(base64.b64decode(one["image_url"]["url"].partition(",")[2]))) for one in shown]
+    assert [image.getpixel((0, 0)) for image in pixels] == [(0, 0, 255), (255, 0, 0)]
+    assert question["text"] == "Is this [yes]?"
+    assert reward.identity()["references"] is True
+    assert (
+        "second image was made from the first"
+        in build("vlm_judge", base_url=judge.url, model=MODEL, references=True).identity()["questions"][0]
+    )

@@ -104,10 +104,36 @@ def _geneval(folder: Path, spoilt: bool) -> Options:
     return {"weights": str(weights), "clip_weights": str(_clip(folder / "clip"))}
 
 
+def _dino(folder: Path, spoilt: bool) -> Options:
+    from transformers import Dinov2Config, Dinov2Model
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
+    torch.manual_seed(7)
+    model = Dinov2Model(Dinov2Config(**sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():  # as initialised, all images would look alike
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    if spoilt:
+        state = load_file(folder / "model.safetensors")
+        del state["layernorm.weight"]
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return {"weights": str(folder)}
+
+
+def _lpips(folder: Path, spoilt: bool) -> Options:
+    from torchvision.models import alexnet
+
+    return {"weights": str(_saved(alexnet(weights=None).state_dict(), folder / "alexnet.pth", spoilt))}
+
+
 # Rewards with weights: options by folder, and whether a tensor is to be missing from the file.
 WITH_WEIGHTS: dict[str, Callable[[Path, bool], Options]] = {
     "pickscore": lambda folder, spoilt: {"weights": str(_clip(folder, spoilt))},
     "clipscore": lambda folder, spoilt: {"weights": str(_clip(folder, spoilt))},
+    "clip_direction": lambda folder, spoilt: {"weights": str(_clip(folder, spoilt))},
+    "dino": _dino,
+    "lpips": _lpips,
     "hpsv2": _hpsv2,
     "aesthetic": _aesthetic,
     "imagereward": _imagereward,

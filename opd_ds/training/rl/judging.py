@@ -18,7 +18,7 @@ from opd_ds.errors import UserError
 from opd_ds.evaluation.reward_pool import RewardPool
 from opd_ds.training.meter import RoundMeter
 from opd_ds.training.rl.advantages import equal_groups, group_advantages, weighted_sum
-from opd_ds.training.rl.reward_worker import RewardScorer
+from opd_ds.training.rl.reward_worker import Asked, RewardScorer
 from opd_ds.training.shares import TaskBatch
 
 _SAID_AGAIN = 50  # rounds
@@ -65,7 +65,8 @@ class GroupJudge:
 
     def submit(self, task: str, latents: Tensor, batch: TaskBatch, rows: slice) -> Future[Tensor]:
         """Have clean latents [b, C, ...] scored, those of the batch's `rows`; the scores are for `scored`."""
-        return self._scorer.submit(self._rewards[task], latents, batch.prompts[rows], batch.metadata[rows])
+        asked = Asked(batch.prompts[rows], batch.metadata[rows], batch.pictures[rows])
+        return self._scorer.submit(self._rewards[task], latents, asked)
 
     def scored(
         self, task: str, batches: list[TaskBatch], pending: list[list[Future[Tensor]]], meter: RoundMeter

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +14,26 @@ from torch import Tensor
 
 from opd_ds.config.sections import WeightedReward
 from opd_ds.evaluation.reward_pool import RewardPool
-from opd_ds.rewards import Drawn
+from opd_ds.pictures import Picture
+from opd_ds.rewards import Drawn, score_beside
 
 _WAIT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What belongs to each of some images: prompt, metadata and reference pictures."""
+
+    prompts: list[str]
+    metadata: list[dict[str, Any]]
+    pictures: list[tuple[Picture, ...]]
+
+    def select(self, rows: list[int]) -> Asked:
+        return Asked(
+            [self.prompts[row] for row in rows],
+            [self.metadata[row] for row in rows],
+            [self.pictures[row] for row in rows],
+        )
 
 
 class RewardScorer:
@@ -32,11 +50,9 @@ class RewardScorer:
     def __init__(self, pool: RewardPool, attempts: int, pause: float = 1.0) -> None:
         self._pool, self._attempts, self._pause = pool, attempts, pause
 
-    def submit(
-        self, asked: Sequence[WeightedReward], latents: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
-    ) -> Future[Tensor]:
+    def submit(self, rewards: Sequence[WeightedReward], latents: Tensor, asked: Asked) -> Future[Tensor]:
         """Scores float64 [B, rewards], as the rewards give them."""
-        return self._pool.submit(self._score_all, asked, latents, prompts, metadata)
+        return self._pool.submit(self._score_all, rewards, latents, asked)
 
     @staticmethod
     def collect(pending: list[Future[Tensor]], waiting: Callable[[], None]) -> Tensor:
@@ -48,13 +64,11 @@ class RewardScorer:
                 waiting()
         return torch.cat([part.result() for part in pending])
 
-    def _score_all(
-        self, asked: Sequence[WeightedReward], latents: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
-    ) -> Tensor:
+    def _score_all(self, rewards: Sequence[WeightedReward], latents: Tensor, asked: Asked) -> Tensor:
         images = self._pool.drawn(latents)
-        return torch.stack([self._score(reward.label, images, prompts, metadata) for reward in asked], dim=1)
+        return torch.stack([self._score(reward.label, images, asked) for reward in rewards], dim=1)
 
-    def _score(self, label: str, images: list[Drawn], prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    def _score(self, label: str, images: list[Drawn], asked: Asked) -> Tensor:
         """Only what has no score yet is asked again."""
         scores = torch.full((len(images),), torch.nan, dtype=torch.float64)
         for attempt in range(self._attempts):
@@ -64,9 +78,9 @@ class RewardScorer:
             if attempt:
                 time.sleep(self._pause * 2 ** (attempt - 1))
             try:
-                found = self._pool.rewards[label].score(
-                    [images[i] for i in left], [prompts[i] for i in left], [metadata[i] for i in left]
-                )
+                some, reward = asked.select(left), self._pool.rewards[label]
+                shown = [images[i] for i in left]
+                found = score_beside(reward, shown, some.prompts, some.metadata, some.pictures)
                 if found.shape != (len(left),):
                     raise ValueError(f"{len(left)} images got scores of shape {tuple(found.shape)}")
             except Exception:  # whatever a reward raises, a server that is away included: another attempt, then a gap
