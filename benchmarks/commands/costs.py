@@ -137,8 +137,9 @@ def quantization(
     output_dir: Annotated[Path, typer.Option(help="quantization.json and quantization.md go here")],
 ) -> None:
     """Frozen weights in 8 and 4 bits: bytes of the published networks, errors of small ones."""
-    from benchmarks.quantization import bench
     from opd_ds.utils.logging import quiet_libraries
 
-    quiet_libraries()
+    quiet_libraries()  # torchao speaks when it is imported
+    from benchmarks.quantization import bench
+
     bench(output_dir, typer.echo)
