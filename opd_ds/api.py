@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opd_ds.cluster.rendezvous import prepare_environment
+from opd_ds.cluster.roles import Roles
 from opd_ds.cluster.world import detect_world
 from opd_ds.config.schema import RunConfig
 from opd_ds.errors import UserError
@@ -66,7 +67,7 @@ def train(
     Raises:
         UserError: something the user can fix, before the first round.
     """
-    with _group(config) as group:
+    with _group(config, config.scoring.ranks) as group:
         from opd_ds.checkpoint.export_student import EXPORT_FOLDER
         from opd_ds.runs.train import train as run
 
@@ -227,9 +228,10 @@ def find(place: str) -> Path:
 
 
 @contextmanager
-def _group(config: RunConfig) -> Iterator[Group]:
+def _group(config: RunConfig, teacher_ranks: int = 0) -> Iterator[Group]:
     """This process's rank among those that a launcher started; by itself it is the only one."""
     world = detect_world()
+    Roles(world, teacher_ranks)  # refuses what is impossible before ranks look for each other
     prepare_environment(world)
     from opd_ds.engine import init_group
     from opd_ds.utils.logging import log_to_terminal, quiet_libraries
@@ -238,5 +240,6 @@ def _group(config: RunConfig) -> Iterator[Group]:
     log_to_terminal(world.rank)
     # The watch over hangs speaks first; a collective's own timeout is only there in case it cannot.
     timeout = timedelta(minutes=config.run.hang_minutes + 10)
-    with init_group(world, timeout, deterministic=config.run.deterministic) as group:
+    deterministic = config.run.deterministic
+    with init_group(world, timeout, deterministic=deterministic, teacher_ranks=teacher_ranks) as group:
         yield group

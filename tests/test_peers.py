@@ -57,7 +57,7 @@ class Ended:
 
 @dataclass
 class Job:
-    """Two ranks, each a process of its own."""
+    """Some ranks, each a process of its own."""
 
     folder: Path
     processes: list[Process]
@@ -76,17 +76,18 @@ class Job:
         wait_for_rounds(self.folder, count)
 
 
-def start(world: Path, folder: Path, fault: str = "pass", **changes: object) -> Job:
+def start(world: Path, folder: Path, fault: str = "pass", ranks: int = 2, **changes: object) -> Job:
     """With a fault, rank 1's third round is replaced by it."""
     settings = {"run__rounds": 100_000, "run__checkpoint_every": 100_000, **changes}
     config = write_config(folder / "run.yaml", run_settings(world, folder / "out", **settings))
     script = folder / "rank.py"
     script.write_text(SCRIPT.format(fault=fault, lost_seconds=LOST_SECONDS))
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port())}
+    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
+    shared = sizes | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port())}
     environment = os.environ | shared
     processes = [
         fork(str(script), str(config), environment=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
+        for rank in range(ranks)
     ]
     return Job(folder / "out", processes)
 
@@ -100,6 +101,17 @@ def test_a_killed_rank_is_missed(tiny_world: Path, tmp_path: Path) -> None:
     assert ended.codes == [76, -signal.SIGKILL]
     assert f"lost rank 1 on {socket.gethostname()}, which said nothing: killed" in ended.outputs[0]
     assert "Traceback" not in ended.outputs[0]
+
+
+def test_a_killed_teacher_rank_is_missed(tiny_world: Path, tmp_path: Path) -> None:
+    """The ranks that train miss its answers; the run ends everywhere, and one rank says so."""
+    job = start(tiny_world, tmp_path, ranks=3, scoring__ranks=1)
+    job.reach_round(2)
+    job.processes[2].send_signal(signal.SIGKILL)
+    ended = job.wait(60)
+    assert ended.codes == [76, 76, -signal.SIGKILL]
+    assert "".join(ended.outputs).count(f"lost rank 2 on {socket.gethostname()}, which said nothing: killed") == 1
+    assert "Traceback" not in "".join(ended.outputs)
 
 
 @pytest.mark.slow

@@ -143,3 +143,12 @@ def quantization(
     from benchmarks.quantization import bench
 
     bench(output_dir, typer.echo)
+
+
+def teacher_ranks(
+    output_dir: Annotated[Path, typer.Option(help="teacher_ranks.json, teacher_ranks.md and the runs go here")],
+) -> None:
+    """What do teachers on ranks of their own gain, measured and as a plan simulates it? They are slowed, on CPUs."""
+    from benchmarks.teacher_ranks import bench
+
+    bench(output_dir, typer.echo)

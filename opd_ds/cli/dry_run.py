@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import yaml
 
+from opd_ds.cluster.roles import Roles
 from opd_ds.cluster.world import World
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import TrainedSection
@@ -36,7 +37,8 @@ def describe(config: RunConfig, world: World, start: Start) -> str:
     """
     checked = preflight(config, Alone(), world, start)
     config, files, family, resumed = checked.config, checked.files, checked.family, checked.resumed
-    settings = config.rollout
+    roles = Roles(world, config.scoring.ranks)
+    world, settings = roles.training, config.rollout
     trained = config.trained_steps
     updates, rounds = config.train.updates_per_round, config.tasks_of(0)
     rows = {task: rows_on_a_rank(config.samples(task), world.size, updates) for task in config.tasks}
@@ -73,7 +75,8 @@ def describe(config: RunConfig, world: World, start: Start) -> str:
         ]
     frames = f", {family.frames} frames" if family.frames else ""
     lines = [
-        f"processes              {world.size}, {world.local_size} a node",
+        f"processes              {roles.world.size}, {roles.world.local_size} a node"
+        + (f"; the last {roles.teachers} hold teachers" if roles.teachers else ""),
         f"starts from            {f'{resumed.checkpoint}, {resumed.done} rounds done' if resumed else 'round 0'}",
         f"height x width         {_sizes(config) or f'{family.height} x {family.width}'}{frames}",
         f"tasks                  {len(config.tasks)}: {tasks}",

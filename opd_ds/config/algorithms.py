@@ -180,6 +180,33 @@ class DistilConfig(RunConfig):
         return self
 
     @model_validator(mode="after")
+    def _teachers_can_have_ranks(self) -> DistilConfig:
+        ranks = self.scoring.ranks
+        if ranks == 0:
+            return self
+        if self.algorithm.drawn_by == "teacher":
+            raise ValueError(
+                f"objective.method = {self.objective.method!r} trains on what teachers draw, so scoring.ranks = "
+                f"{ranks} would only make it wait; set it to 0, or use another method"
+            )
+        placements = {name: teacher.placement for name, teacher in self.all_teachers.items()}
+        for name, placement in placements.items():
+            if placement not in ("auto", "resident", "zero_inference"):
+                why = "lives in the student's network" if placement == "shared" else "travels for every question"
+                raise ValueError(
+                    f"scoring.ranks = {ranks}: {self.teacher_key(name)}.placement = {placement!r} {why}, but teacher "
+                    "ranks hold nothing else and answer all the time; set it to auto, resident or zero_inference"
+                )
+        if ranks > 1 and "zero_inference" in placements.values() and set(placements.values()) != {"zero_inference"}:
+            whole = next(name for name, placement in placements.items() if placement != "zero_inference")
+            raise ValueError(
+                f"scoring.ranks = {ranks}: some teachers are sharded over the teacher ranks (placement = "
+                f"'zero_inference') and {self.teacher_key(whole)}.placement = {placements[whole]!r} is not; set it for "
+                "all of them or for none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _two_branches(self) -> DistilConfig:
         if self.objective.guided == "together":
             return self
@@ -222,7 +249,8 @@ class DistilConfig(RunConfig):
                     "round",
                     f"set {key} to 'resident' or 'shared', or ",
                 )
-        counts = {"scoring.late": (self.scoring.late, 0), "rollout.negative_every": (self.rollout.negative_every, 1)}
+        counts = {f"scoring.{key}": (getattr(self.scoring, key), 0) for key in ("late", "ranks")}
+        counts |= {"rollout.negative_every": (self.rollout.negative_every, 1)}
         counts |= {f"train.{key}": (getattr(self.train, key), 1) for key in ("inner_epochs", "updates_per_round")}
         for key, (value, least) in counts.items():
             if value > least:
@@ -302,6 +330,10 @@ class TeachConfig(RunConfig):
             raise ValueError(
                 f"rollout.negative_every = {rollout.negative_every} draws with nearly the student's velocities, and "
                 "rewards are learned from what was drawn; set it to 1"
+            )
+        if self.scoring.ranks:
+            raise ValueError(
+                f"scoring.ranks = {self.scoring.ranks} is for teachers; learning from rewards has none, set it to 0"
             )
         if teach.needs_noise:
             self.check_noise(f"teach.algorithm = {teach.algorithm!r}")

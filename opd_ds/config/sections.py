@@ -324,6 +324,11 @@ class ScoringSection(Section):
         description="1: the next round is rolled out and scored before a round trains, so that what a round trains on "
         "was drawn by weights one round older; needs memory for a second buffer",
     )
+    ranks: NonNegativeInt = Field(
+        0,
+        description="the last so many ranks hold the teachers and nothing else, and answer while the others roll out "
+        "and train; 0: every rank has its teachers beside the student. See docs/speed.md",
+    )
 
 
 class RewardSection(Section):

@@ -66,18 +66,21 @@ class TeacherSection(Section):
         _check_placement(self)
         return self
 
-    def placed(self, key: str, student: str, *, is_lora: bool, is_base: bool = False) -> TeacherSection:
+    def placed(
+        self, key: str, student: str, *, is_lora: bool, is_base: bool = False, apart: bool = False
+    ) -> TeacherSection:
         """The section with its placement decided, where that is `auto`.
 
         Args:
             key: of the section in the run config.
             student: `student.kind`. All LoRAs of a run stand on its base, in its precision.
             is_base: it is `model.path` itself, which a LoRA student's network is with its adapters switched off.
+            apart: teachers have ranks of their own, where the student's network is not.
 
         Raises:
             UserError: `shared` where it is not possible.
         """
-        possible = student == "lora" and (is_lora or is_base) and self.quantize is None
+        possible = student == "lora" and (is_lora or is_base) and self.quantize is None and not apart
         if self.placement == "shared" and not possible:
             found = f"student.kind = {student!r}" if student != "lora" else "the teacher is another full checkpoint"
             raise UserError(

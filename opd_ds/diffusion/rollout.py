@@ -27,6 +27,8 @@ class Rows:
 
 # (latents [b, C, ...], sigma [b] float32, whose they are, step) -> velocity [b, C, ...]
 Predictor = Callable[[Tensor, Tensor, Rows, int], Tensor]
+# (step, places int64 [p] on the host, states [p, C, ...]), see `Keep`
+Told = Callable[[int, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -82,22 +84,34 @@ class KeptLatents:
     Args:
         chosen: int64 [B, K] on the host, no step twice in a row.
         shape: of one latent.
+        told: as in `Keep`.
     """
 
-    def __init__(self, chosen: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self._chosen = chosen
+    def __init__(
+        self,
+        chosen: Tensor,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        told: Told | None = None,
+    ) -> None:
+        self._chosen, self._told = chosen, told
         self.values = torch.empty(*chosen.shape, *shape, dtype=dtype, device=device)
 
     def put(self, step: int, rows: list[int], values: Tensor) -> None:
         """`values` [b, C, ...] of the samples `rows` at `step`; kept of those that chose it."""
         chosen = self._chosen[rows]
         own, slot = (chosen == step).nonzero(as_tuple=True)
-        if len(own) == 0:
+        if len(own) == 0 and self._told is None:
             return
-        places = to_device(torch.tensor(rows)[own] * chosen.shape[1] + slot, values.device)
+        places = torch.tensor(rows)[own] * chosen.shape[1] + slot
         if len(own) < len(rows):
             values = values[to_device(own, values.device)]
-        self.values.flatten(0, 1).index_copy_(0, places, values.to(self.values.dtype))
+        values = values.to(self.values.dtype)
+        if len(own) > 0:
+            self.values.flatten(0, 1).index_copy_(0, to_device(places, values.device), values)
+        if self._told is not None:
+            self._told(step, places, values)
 
 
 @dataclass(frozen=True)
@@ -105,14 +119,20 @@ class Keep:
     """What a rollout keeps: the states at `chosen` int64 [B, K], on the host, in the dtype that the network sees
     anyway; with `transitions` also what the network said there and the noise that was drawn, which together say how
     likely each transition was without a difference of large numbers.
+
+    `told` hears of the states as they are visited, once a step and micro-batch, whether any was chosen or not: their
+    step, their places int64 [p] among all B * K, on the host, and the states [p, C, ...]. As many calls on every rank.
     """
 
     chosen: Tensor
     dtype: torch.dtype
     transitions: bool = False
+    told: Told | None = None
 
-    def column(self, shape: tuple[int, ...], device: torch.device) -> KeptLatents:
-        return KeptLatents(self.chosen, shape, self.dtype, device)
+    def columns(self, shape: tuple[int, ...], device: torch.device) -> list[KeptLatents]:
+        """Of the states, and of velocities and noise where they are kept."""
+        told = (self.told, None, None) if self.transitions else (self.told,)
+        return [KeptLatents(self.chosen, shape, self.dtype, device, one) for one in told]
 
 
 @dataclass(frozen=True)
@@ -174,8 +194,7 @@ def rollout(
     if parts is None:
         parts = [MicroBatch(list(range(count)), [steps] * count)]
     final = torch.empty(count, *noise.shape, device=device)
-    columns = 0 if keep is None else 3 if keep.transitions else 1
-    kept = [keep.column(noise.shape, device) for _ in range(columns)] if keep is not None else []
+    kept = keep.columns(noise.shape, device) if keep is not None else []
     for part in parts:
         _micro_batch(predict, noise, coefficients, sigmas.tolist(), part, final, kept)
     return Trajectory(final, *(column.values for column in kept))

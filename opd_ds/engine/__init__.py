@@ -8,6 +8,7 @@ import torch
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from opd_ds.engine.channel import Channel, Inbox, Outbox
 from opd_ds.engine.comm import Alone, Group, counted_collectives, init_group
 from opd_ds.engine.consolidate import consolidated_weights
 from opd_ds.engine.ds_config import (
@@ -34,10 +35,13 @@ __all__ = [
     "START",
     "WAITING",
     "Alone",
+    "Channel",
     "FrozenEngine",
     "Group",
+    "Inbox",
     "NetworkSizes",
     "NodeMemory",
+    "Outbox",
     "Schedule",
     "ShardReader",
     "ShardedEma",

@@ -15,13 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from opd_ds.cluster.rendezvous import set_local_rank
+from opd_ds.cluster.roles import Roles
 from opd_ds.cluster.store import wait_for_ranks
 from opd_ds.cluster.watchdog import Watchdog, start_watchdog
 from opd_ds.cluster.world import World
 from opd_ds.engine import privates
 from opd_ds.engine.build_lock import guard_builds
+from opd_ds.engine.channel import Channel
 from opd_ds.engine.memory import return_freed_memory
 from opd_ds.errors import Interrupted, UserError
 from opd_ds.utils.determinism import make_deterministic
@@ -31,16 +34,28 @@ HANG_FOLDER = "hang"
 
 
 class Group:
-    """All ranks of the run.
+    """All ranks of the run, or those of one role (`scoring.ranks`): for DeepSpeed they are the world.
 
     Attributes:
         exchanges: whether collectives carry what other ranks have; not in a `fake_group`.
+        roles: which ranks of the launch train and which hold teachers.
+        channel: between the ranks of both roles; None where all train.
+        everybody: the ranks of both roles, for what they agree on; itself where all train.
     """
 
     exchanges = True
 
-    def __init__(self, world: World, device: torch.device, watchdog: Watchdog | None = None) -> None:
+    def __init__(
+        self,
+        world: World,
+        device: torch.device,
+        watchdog: Watchdog | None = None,
+        roles: Roles | None = None,
+        channel: Channel | None = None,
+    ) -> None:
         self.world, self.device, self._watchdog = world, device, watchdog
+        self.roles, self.channel = roles or Roles(world), channel
+        self.everybody = self if channel is None else Everybody(self.roles.world, device, channel)
 
     def __enter__(self) -> Group:
         return self
@@ -49,7 +64,7 @@ class Group:
         """All ranks end together, with the work or with an interruption: nobody takes the others' end for a loss."""
         if self._watchdog is not None and (error is None or isinstance(error, Interrupted)):
             with contextlib.suppress(RuntimeError):  # all is done or saved; who is through the barrier may be gone
-                self.barrier()
+                self.everybody.barrier()
             self._watchdog.close()
 
     def progress(self, doing: str) -> None:
@@ -138,6 +153,23 @@ class Alone(Group):
         return value
 
 
+class Everybody(Group):
+    """All ranks of a launch, whatever they do; they exchange no tensors."""
+
+    def __init__(self, world: World, device: torch.device, channel: Channel) -> None:
+        super().__init__(world, device)
+        self._all = channel
+
+    def gather(self, value: Any) -> list[Any]:
+        return self._all.gather(value)
+
+    def broadcast(self, value: Any) -> Any:
+        return self.gather(value if self.world.is_main else None)[0]
+
+    def barrier(self) -> None:
+        self.gather(None)
+
+
 @contextmanager
 def counted_collectives() -> Iterator[dict[str, dict[int, int]]]:
     """What DeepSpeed sends meanwhile: collective -> bytes of a message -> how often. Filled in at the end."""
@@ -153,18 +185,22 @@ def counted_collectives() -> Iterator[dict[str, dict[int, int]]]:
         counts[operation] = {size: entry[0] for size, entry in by_size.items()}
 
 
-def init_group(world: World, timeout: timedelta = timedelta(minutes=30), *, deterministic: bool = False) -> Group:
+def init_group(
+    world: World, timeout: timedelta = timedelta(minutes=30), *, deterministic: bool = False, teacher_ranks: int = 0
+) -> Group:
     """Start DeepSpeed's process group (nccl on CUDA, gloo on CPU), and the watch over its ranks.
 
     Args:
         timeout: for a single collective.
         deterministic: see `make_deterministic`.
+        teacher_ranks: how many ranks hold teachers only. These and the others have a process group each.
 
     Raises:
         UserError: a rank that did not arrive; more processes on this node than devices, or two on one; MASTER_PORT is
             taken.
         Interrupted: this process was asked to stop while it waited for other ranks.
     """
+    roles = Roles(world, teacher_ranks)
     if deterministic:
         make_deterministic()
     return_freed_memory()
@@ -193,9 +229,28 @@ def init_group(world: World, timeout: timedelta = timedelta(minutes=30), *, dete
     guard_builds()
     privates.leave_out_shm_op()
     store = wait_for_ranks(world, name)  # torch would wait in silence, and for as long as for a collective
-    deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, timeout=timeout)
+    backend, channel = accelerator.communication_backend_name(), None
+    if teacher_ranks:
+        store.set_timeout(timeout)
+        own = PrefixStore(f"opd_ds/roles/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        channel = Channel(own, world)
+        _start_own_world(backend, own, roles, device, timeout)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)  # takes the group that is there
     del store
-    return Group(world, device, start_watchdog(world) if world.size > 1 else None)
+    return Group(roles.own, device, start_watchdog(world) if world.size > 1 else None, roles, channel)
+
+
+def _start_own_world(backend: str, store: PrefixStore, roles: Roles, device: torch.device, timeout: timedelta) -> None:
+    """The process group of a role, which is torch's default one: what DeepSpeed does with the world it does with it."""
+    os.environ["WORLD_SIZE"] = str(roles.own.size)  # zero.Init (0.19) refuses a world of another size
+    torch.distributed.init_process_group(
+        backend,
+        store=PrefixStore("teachers" if roles.is_teacher else "students", store),
+        rank=roles.own.rank,
+        world_size=roles.own.size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" and roles.own.size > 1 else None,  # as DeepSpeed (0.19) does
+    )
 
 
 def _device_index(world: World, devices: int) -> int:

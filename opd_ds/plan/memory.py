@@ -120,7 +120,9 @@ def layout(config: RunConfig, costs: Costs, devices: Devices) -> Layout:
     completed = student_ds_config(template, config, devices.world, source)
     zero = Zero.of(fill_sizes(completed, costs.student_sizes), devices.count)
     notes: list[str] = []
-    teachers = _find_teachers(config, costs, devices, zero, notes)
+    teachers = find_teachers(config, costs, devices, zero, notes)
+    if config.scoring.ranks:  # they are elsewhere
+        teachers = []
     return Layout(zero, teachers, _gathered(config, costs, devices, zero, teachers), notes)
 
 
@@ -184,6 +186,16 @@ def run_memory(
     return Memory(_without_empty(device), _without_empty(host), _without_empty(teachers.node), placed_as.notes)
 
 
+def teacher_rank_memory(config: RunConfig, costs: Costs, devices: Devices, teachers: Iterable[Teacher]) -> Memory:
+    """Of a rank that holds teachers and nothing else (`scoring.ranks`)."""
+    element, on_cpu = bytes_of(config.precision), devices.kind.is_cpu
+    placed = _teachers(config, teachers, costs, element, on_cpu=on_cpu)
+    batch = batches(config, devices)["score"]
+    asked = Part("activations", costs.forward(batch).peak + 2 * costs.inputs(batch), frozenset({Phase.SCORE}))
+    prompts = Part("encoded prompts", sum(map(config.samples, config.tasks)) * costs.prompt / devices.count)
+    return Memory(_without_empty([*placed.device, asked, prompts]), [Part("process", PROCESS), *placed.host])
+
+
 def _without_empty(parts: list[Part]) -> list[Part]:
     return [part for part in parts if part.nbytes > 0]
 
@@ -191,7 +203,7 @@ def _without_empty(parts: list[Part]) -> list[Part]:
 # ---- teachers ----
 
 
-def _find_teachers(config: RunConfig, costs: Costs, devices: Devices, student: Zero, notes: list[str]) -> list[Teacher]:
+def find_teachers(config: RunConfig, costs: Costs, devices: Devices, student: Zero, notes: list[str]) -> list[Teacher]:
     """As `TeacherPool` loads them. A teacher that is not on disk is a LoRA when its name says so, else a full
     checkpoint; what is assumed is added to `notes`.
     """
@@ -203,7 +215,10 @@ def _find_teachers(config: RunConfig, costs: Costs, devices: Devices, student: Z
             kind = f"a LoRA of rank {config.student.lora.rank}" if named else "a full checkpoint"
             notes.append(f"teacher of {task}: {teacher.path} is not on disk; taken for {kind}")
         is_lora = not is_base and costs.adapter(teacher.path) is not None
-        placed = teacher.placed(config.teacher_key(task), config.student.kind, is_lora=is_lora, is_base=is_base)
+        apart = config.scoring.ranks > 0
+        placed = teacher.placed(
+            config.teacher_key(task), config.student.kind, is_lora=is_lora, is_base=is_base, apart=apart
+        )
         kind = "lora" if is_lora or placed.placement == "shared" else teacher.path
         key = (kind, placed.placement, str(teacher.deepspeed), str(teacher.quantize))
         shared.setdefault(key, {})[task] = placed
@@ -376,7 +391,7 @@ def _activations(
         Part(name, train + taken(sizes["train"]), frozenset({Phase.TRAIN})),
         Part(name, when_reduced * train + taken(sizes["train"]), frozenset({Phase.REDUCE})),
     ]
-    if config.frozen_velocities:
+    if config.frozen_velocities and not config.scoring.ranks:
         parts.append(Part(name, costs.forward(sizes["score"]).peak + taken(sizes["score"]), frozenset({Phase.SCORE})))
     if evaluating:
         batch = sizes["evaluate"]

@@ -5,16 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from math import ceil
 from typing import Any
 
+from opd_ds.cluster.roles import Answering, Roles
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import BASE
 from opd_ds.config.teachers import BaseSection
 from opd_ds.errors import UserError
 from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import GIB, Devices
-from opd_ds.plan.memory import Memory, allowance, decoding, largest_rows, layout, rows_of_a_round, run_memory
+from opd_ds.plan.memory import (
+    Memory,
+    allowance,
+    decoding,
+    find_teachers,
+    largest_rows,
+    layout,
+    rows_of_a_round,
+    run_memory,
+    teacher_rank_memory,
+)
 from opd_ds.plan.network import find_model
+from opd_ds.plan.pipeline import overlapped
 from opd_ds.plan.rollout_mode import choose_mode
 from opd_ds.plan.timing import Seconds, round_seconds
 from opd_ds.plan.zero import Phase
@@ -23,23 +36,31 @@ AS_FAST = 1.03  # the estimate is no finer than that
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 # Shipped ds_configs, from the least sharded on.
 _STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_cpu")
+_WHOLE = {"placement": "resident", "deepspeed": None}  # of teachers that have ranks of their own
 # What needs no travel first: `auto` is shared where that is possible, else resident.
 _PLACEMENTS = ("auto", "offload", "stream", "zero_inference")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs on `devices`."""
+    """What a run needs on `devices`.
+
+    Attributes:
+        memory: of a rank that trains.
+        teachers: of a rank that holds teachers only, where there are any (`scoring.ranks`).
+    """
 
     config: RunConfig
     devices: Devices
     memory: Memory
     seconds: Seconds
+    teachers: Memory | None = None
 
     @property
     def needed(self) -> float:
-        """Bytes on a device with the allowance."""
-        return self.memory.peak + allowance(self.memory, self.devices)
+        """Bytes on a device with the allowance, on the one that needs most."""
+        ranks = [self.memory, *([self.teachers] if self.teachers else [])]
+        return max(memory.peak + allowance(memory, self.devices) for memory in ranks)
 
     @property
     def host_needed(self) -> float:
@@ -125,12 +146,63 @@ class Setting:
 
 
 def make_plan(config: RunConfig, costs: Costs, devices: Devices) -> Plan:
-    """The run as it is configured, with its rollout mode decided."""
+    """The run as it is configured, with its rollout mode decided.
+
+    Raises:
+        UserError: as a start would, for what the ds_configs say and for `scoring.ranks`.
+    """
     if config.rollout.mode == "auto":
         config = config.with_mode(choose_mode(config, costs, devices)[0])
+    if config.scoring.ranks:
+        return _with_teacher_ranks(config, costs, devices)
     placed = layout(config, costs, devices)
     memory, seconds = run_memory(config, costs, devices, placed), round_seconds(config, costs, devices, placed)
     return Plan(config, devices, memory, seconds)
+
+
+def _with_teacher_ranks(config: RunConfig, costs: Costs, devices: Devices) -> Plan:
+    """Teachers have ranks of their own, and the round is simulated as its phases overlap."""
+    roles = Roles(devices.world, config.scoring.ranks)
+    training, teaching = replace(devices, count=roles.students), replace(devices, count=roles.teachers)
+    placed = layout(config, costs, training)
+    teachers = find_teachers(config, costs, teaching, placed.zero, [])
+    sharded = any(teacher.placement == "zero_inference" for teacher in teachers)
+    answering = Answering(len(teachers), roles.teachers, roles.students, sharded)
+    answering.check()
+    held = [[teachers[number] for number in answering.held(rank)] for rank in range(roles.teachers)]
+    memories = [teacher_rank_memory(config, costs, teaching, own) for own in held]
+    phases = dict(round_seconds(config, costs, training, placed).phases)
+    scored = round_seconds(config, costs, teaching, replace(placed, teachers=teachers)).phases["score"]
+    # Evenly divided that is; a rank that holds more networks, or shares one with fewer ranks, has more to do.
+    loads = [sum(1 / len(answering.holders(number)) for number in answering.held(rank)) for rank in range(len(held))]
+    phases["score"] = scored * max(loads) * len(loads) / len(teachers)
+    rows = rows_of_a_round(config, training)
+    visits = config.trained_steps * ceil(rows / config.rollout.micro_batch)
+    micro_batches = ceil(rows * config.trained_steps / config.train.micro_batch)
+    seconds = Seconds(phases, overlapped(phases, visits, micro_batches, late=bool(config.scoring.late)))
+    memory = run_memory(config, costs, training, placed)
+    return Plan(config, devices, memory, seconds, max(memories, key=lambda one: one.peak))
+
+
+def best_split(plan: Plan, costs: Costs) -> Plan | None:
+    """The run of `plan`, which has none, with as many teacher ranks as make a round shortest; None where no number of
+    them makes it shorter than `plan` has it, or teachers cannot have ranks of their own.
+    """
+    config, found = plan.config, plan
+    possible = config.teachers and config.algorithm.drawn_by == "student"
+    for ranks in range(1, plan.devices.count // 2 + 1) if possible and not config.scoring.ranks else ():
+        tried = (
+            config.with_mode("buffered")
+            .with_teachers({name: one.model_copy(update=_WHOLE) for name, one in config.all_teachers.items()})
+            .model_copy(update={"scoring": config.scoring.model_copy(update={"ranks": ranks})})
+        )
+        try:
+            split = make_plan(tried, costs, plan.devices)
+        except UserError:  # a number of ranks that the ds_config does not go with
+            continue
+        if split.fits and split.seconds.total < found.seconds.total:
+            found = split
+    return None if found is plan else found
 
 
 @dataclass(frozen=True)
@@ -138,6 +210,8 @@ class Comparison:
     """A run as it is configured beside the fastest setting that fits.
 
     Attributes:
+        split: the recommended run, or else the configured one, with teachers on ranks of their own, where that is
+            faster.
         configured: None where the configured ds_config does not go with the devices.
         problem: why there is no recommendation, or why the configured run has no plan; empty where both are there.
     """
@@ -148,6 +222,7 @@ class Comparison:
     setting: Setting | None
     recommended: Plan | None
     problem: str
+    split: Plan | None = None
 
 
 def compare(config: RunConfig, devices: Devices) -> Comparison:
@@ -169,7 +244,9 @@ def compare(config: RunConfig, devices: Devices) -> Comparison:
         problems.append(error)
     if configured is None and recommended is None:
         raise problems[0]
-    return Comparison(costs, devices, configured, setting, recommended, " ".join(map(str, problems)))
+    plain = recommended or configured
+    split = best_split(plain, costs) if plain is not None else None
+    return Comparison(costs, devices, configured, setting, recommended, " ".join(map(str, problems)), split)
 
 
 def settings(config: RunConfig, devices: Devices) -> Iterator[Setting]:
@@ -183,7 +260,10 @@ def settings(config: RunConfig, devices: Devices) -> Iterator[Setting]:
     trains = (config.train.micro_batch,) if fused else _up_to(pairs)
     # Quantized weights are neither moved nor sharded.
     stays = fused or any(teacher.quantize for teacher in config.all_teachers.values())
-    placements: tuple[str | None, ...] = (_PLACEMENTS[:1] if stays else _PLACEMENTS) if config.teachers else (None,)
+    placements: tuple[str | None, ...] = (None,)
+    if config.teachers:
+        apart = [placement for placement in _PLACEMENTS if placement in ("auto", "zero_inference")]
+        placements = _PLACEMENTS[:1] if stays else tuple(apart) if config.scoring.ranks else _PLACEMENTS
     for deepspeed in _STAGES[0 if config.precision == "fp32" else 1 : 3 if config.student.quantize else None]:
         for checkpointing in (False, True):
             for placement in placements:

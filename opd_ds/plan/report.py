@@ -15,6 +15,7 @@ from opd_ds.plan.devices import GIB
 from opd_ds.plan.memory import allowance, batches
 from opd_ds.plan.network import Model
 from opd_ds.plan.passes import Passes, round_passes
+from opd_ds.plan.pipeline import overlapped
 from opd_ds.plan.planner import Comparison, Plan
 from opd_ds.plan.zero import Part, Phase
 
@@ -66,6 +67,7 @@ def as_json(found: Comparison, detailed: Plan | None) -> dict[str, Any]:
             "run_hours": _hours(plan),
         },
         "compared": {"configured": _in_short(found.configured), "recommended": _in_short(found.recommended)},
+        "split": _split(found),
         "fit": None if found.setting is None else found.setting.overrides(plan.config),
         "problem": found.problem,
         "notes": memory.notes,
@@ -83,6 +85,21 @@ def _distilled(model: Model, config: RunConfig) -> str | None:
         f"distilled, made to be drawn in {model.distilled} steps with guidance 1; this run: {config.rollout.steps} "
         f"steps, {config.evaluation.steps} in evaluation, guidance {given}"
     )
+
+
+def _split(found: Comparison) -> dict[str, Any] | None:
+    """Teachers on ranks of their own, simulated from the phases' seconds; None where that is not faster."""
+    plain, split = found.recommended or found.configured, found.split
+    if plain is None or split is None:
+        return None
+    return {
+        "ranks": split.config.scoring.ranks,
+        "phases": split.seconds.phases,
+        "seconds": split.seconds.total,
+        "seconds_late": overlapped(split.seconds.phases, 1, 1, late=True),
+        "seconds_without": plain.seconds.total,
+        "device_bytes": split.needed,
+    }
 
 
 def _hours(plan: Plan) -> float:
@@ -155,7 +172,20 @@ def as_text(found: dict[str, Any]) -> str:
     lines += [*_side_by_side(**found["compared"]), *([found["problem"]] if found["problem"] else [])]
     if found["fit"]:
         lines += ["", " \\\n".join(f"  --set {line}" for line in found["fit"])]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_split_lines(found["split"], found["devices"]["count"])])
+
+
+def _split_lines(split: dict[str, Any] | None, ranks: int) -> list[str]:
+    if split is None:
+        return []
+    without = split["seconds_without"]
+    return [
+        "",
+        f"# teachers on ranks of their own (docs/speed.md), as the plan simulates a round: {split['ranks']} of {ranks}",
+        f"  --set scoring.ranks={split['ranks']}, and resident teachers: {split['seconds']:.2f} s a round instead of "
+        f"{without:.2f}, {without / split['seconds']:.2f}x; with scoring.late=1 {split['seconds_late']:.2f} s, "
+        f"{without / split['seconds_late']:.2f}x; {split['device_bytes'] / GIB:.1f} GiB a device",
+    ]
 
 
 def as_config(config: RunConfig, devices: str) -> str:

@@ -27,13 +27,18 @@ ADAM_BYTES = 28  # read and written an element by an optimizer step on the host
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of one round on the slowest rank, by phase."""
+    """Of one round on the slowest rank, by phase.
+
+    Attributes:
+        overlapped: all of it, where phases run side by side (`scoring.ranks`).
+    """
 
     phases: dict[str, float]
+    overlapped: float | None = None
 
     @property
     def total(self) -> float:
-        return sum(self.phases.values())
+        return sum(self.phases.values()) if self.overlapped is None else self.overlapped
 
 
 def round_seconds(config: RunConfig, costs: Costs, devices: Devices, placed_as: Layout | None = None) -> Seconds:
@@ -143,6 +148,8 @@ def _teacher_gather(config: RunConfig, costs: Costs, placed_as: Layout, devices:
         if placed_as.gathered:  # with the rollout
             return 0.0
         return _gather_seconds(costs.base(placed_as.zero.threshold), element, placed_as.zero, devices)
+    if not placed_as.teachers:  # on other ranks
+        return 0.0
     sharded = [t for t in placed_as.teachers if t.zero and not (t.placement == "shared" and placed_as.gathered)]
     each = [_gather_seconds(costs.base(), element, one.zero, devices) for one in sharded if one.zero]
     if not devices.kind.is_cpu:

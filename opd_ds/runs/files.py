@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opd_ds.cluster.roles import Roles
 from opd_ds.cluster.world import World
 from opd_ds.config.paths import resolve_ds_config, resolve_path
 from opd_ds.config.schema import RunConfig
@@ -27,6 +28,7 @@ from opd_ds.models.inspection import inspect
 from opd_ds.rewards import rehearse
 from opd_ds.runs.trackers import check_trackers
 from opd_ds.training.networks import find_base
+from opd_ds.training.remote_teachers import answering
 from opd_ds.training.teachers import TeacherSpec
 
 
@@ -51,11 +53,13 @@ def find_files(config: RunConfig, world: World) -> RunFiles:
     """Resolve and check every file the config names; loads no network.
 
     Args:
-        world: the ranks that the run is planned for.
+        world: the ranks that the run is planned for, those that hold teachers too.
 
     Raises:
         UserError: the first thing that is missing or contradictory.
     """
+    roles = Roles(world, config.scoring.ranks)
+    world = roles.training
     ds_path = resolve_ds_config(config.deepspeed, "deepspeed")
     ds_config = swapped_apart(student_ds_config(read_ds_config(ds_path), config, world, str(ds_path)), "student")
     schedule = Schedule.of(config, ds_config)
@@ -76,10 +80,12 @@ def find_files(config: RunConfig, world: World) -> RunFiles:
     model = find_base(config)
     start = resolve_path(config.student.start, "student.start") if config.student.start else None
     teachers = {
-        name: _find_teacher(config, config.teacher_key(name), teacher, world, model)
+        name: _find_teacher(config, config.teacher_key(name), teacher, roles, model)
         for name, teacher in config.all_teachers.items()
     }
-    if world.size > 1:
+    if roles.teachers:
+        answering(teachers, roles).check()
+    elif world.size > 1:
         _refuse_uneven_forwards(config, teachers, ds_config)
     return RunFiles(model, start, teachers, prompts, eval_prompts, ds_config, schedule)
 
@@ -124,16 +130,18 @@ def _say_oddities(config: RunConfig, prompts: dict[str, PromptSet], eval_prompts
             )  # fmt: skip
 
 
-def _find_teacher(config: RunConfig, key: str, teacher: TeacherSection, world: World, model: Path) -> TeacherSpec:
+def _find_teacher(config: RunConfig, key: str, teacher: TeacherSection, roles: Roles, model: Path) -> TeacherSpec:
     ds_config = None
     place = resolve_path(teacher.path, f"{key}.path")
     with about(f"{key}.path = {teacher.path!r}"):
         found = inspect(place)
         found.refuse_problem()
-    teacher = teacher.placed(key, config.student.kind, is_lora=found.is_adapter, is_base=place == model)
+    apart = roles.teachers > 0
+    teacher = teacher.placed(key, config.student.kind, is_lora=found.is_adapter, is_base=place == model, apart=apart)
     if teacher.placement == "zero_inference":
         path = resolve_ds_config(teacher.deepspeed or "zero_inference_gpu", f"{key}.deepspeed")
-        completed = frozen_ds_config(read_ds_config(path), config.precision, world.size, str(path))
+        ranks = roles.teachers or roles.world.size
+        completed = frozen_ds_config(read_ds_config(path), config.precision, ranks, str(path))
         ds_config = swapped_apart(completed, key)
     return TeacherSpec(teacher, place, ds_config)
 

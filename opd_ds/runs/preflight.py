@@ -56,7 +56,7 @@ def preflight(config: RunConfig, group: Group, world: World, start: Start | None
     `start.occupy`. Collective.
 
     Args:
-        group: who checks: the ranks of the run, or `Alone`.
+        group: who checks: all ranks of the run, those that hold teachers too, or `Alone`.
         world: the ranks that the run is planned for.
         start: how the run would be started; None: checkpoints are not looked at.
 

@@ -16,8 +16,11 @@ from opd_ds.runs.identity import run_identity, with_rewards
 from opd_ds.runs.preflight import preflight, trainer_class
 from opd_ds.runs.resume import ResumePoint, Start, refuse_other_rewards
 from opd_ds.runs.rewards import build_rewards
+from opd_ds.training.auto_batch import AutoMicroBatch
 from opd_ds.training.networks import student_module
-from opd_ds.training.teachers import TeacherPool, load_shared
+from opd_ds.training.remote_teachers import RemoteTeachers, answering
+from opd_ds.training.serving import TeacherServer
+from opd_ds.training.teachers import TeacherPool, load_shared, networks_of
 from opd_ds.training.trainer import Components, Trainer
 
 EVALUATION_FOLDER = "eval"
@@ -37,7 +40,7 @@ class Parts:
     family: ModelFamily
     student: StudentEngine
     ema: ShardedEma | None
-    teachers: TeacherPool
+    teachers: TeacherPool | RemoteTeachers
     trainer: Trainer
     evaluator: Evaluator
     benchmark: Benchmark
@@ -55,8 +58,9 @@ def prepare(config: RunConfig, group: Group, start: Start | None = None) -> Part
     Raises:
         UserError: on every rank, with the message of the first rank that failed, before the networks load.
     """
-    checked = preflight(config, group, group.world, start)
+    checked = preflight(config, group.everybody, group.roles.world, start)
     config, files, family = checked.config, checked.files, checked.family
+    assert group.roles.teachers == config.scoring.ranks, "the group was started with another number of teacher ranks"
     memory = family.host_memory = NodeMemory(group)
     identity: dict[str, Any] | None = None
     with group.raise_on_any_rank():
@@ -74,9 +78,13 @@ def prepare(config: RunConfig, group: Group, start: Start | None = None) -> Part
             compile_blocks(module)
     student = StudentEngine(module, files.student_ds_config, group, config.rollout.gather, files.schedule)
     ema = ShardedEma(student, config.student.ema) if config.student.ema.decay > 0 else None
-    teachers = TeacherPool(
-        family, files.teachers, group.device, student=student, memory=memory, compiled=config.model.compile_blocks
-    )
+    teachers: TeacherPool | RemoteTeachers
+    if group.roles.teachers:
+        teachers = RemoteTeachers(group, files.teachers)
+    else:
+        teachers = TeacherPool(
+            family, files.teachers, group.device, student=student, memory=memory, compiled=config.model.compile_blocks
+        )
     pool = RewardPool(rewards, family.decode, group.device, family.fps)
     trainer = trainer_class(config)(Components(config, group, family, student, ema, files.prompts, teachers, pool))
     painter = Painter(config, family, group)
@@ -90,3 +98,21 @@ def prepare(config: RunConfig, group: Group, start: Start | None = None) -> Part
     folder = config.run.output_dir / EVALUATION_FOLDER
     benchmark = Benchmark(folder, group, painter, identity["base"]["sha256"], sets, rewards)
     return Parts(config, family, student, ema, teachers, trainer, evaluator, benchmark, pool, identity, checked.resumed)
+
+
+def prepare_server(config: RunConfig, group: Group, start: Start | None = None) -> TeacherServer:
+    """The teachers of this rank, which holds nothing else; the ranks that train call `prepare`. Collective with these
+    in its checks.
+
+    Raises:
+        UserError: as `prepare`.
+    """
+    checked = preflight(config, group.everybody, group.roles.world, start)
+    config, specs, family = checked.config, checked.files.teachers, checked.family
+    family.host_memory = NodeMemory(group)
+    plan = answering(specs, group.roles)
+    names = [name for number in plan.held(group.world.rank) for name in networks_of(specs)[number]]
+    compiled = config.model.compile_blocks
+    teachers = TeacherPool(family, {name: specs[name] for name in names}, group.device, compiled=compiled)
+    scoring = AutoMicroBatch.scoring(config, group.device)
+    return TeacherServer(group, family, teachers, plan, scoring)

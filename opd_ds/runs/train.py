@@ -34,7 +34,7 @@ from opd_ds.runs.profiling import maybe_profiled
 from opd_ds.runs.resume import ResumePoint, Start
 from opd_ds.runs.reward_eval import AsyncRewardEval
 from opd_ds.runs.rollout_mode import ENTRY as MODE_ENTRY
-from opd_ds.runs.setup import Parts, prepare
+from opd_ds.runs.setup import Parts, prepare, prepare_server
 from opd_ds.runs.trackers import places
 from opd_ds.training.trainer import RoundReport
 from opd_ds.utils.hashing import weights_sha256
@@ -61,6 +61,9 @@ def train(
     """
     stop = listen()
     settings = config.run
+    if group.roles.is_teacher:
+        _serve(config, group, Start(resume, tuple(allowed)))
+        return
     store = CheckpointStore(
         settings.output_dir / CHECKPOINTS_FOLDER,
         settings.keep_checkpoints,
@@ -71,7 +74,22 @@ def train(
     group.progress("loading models")
     with OutputLock(0.0 if resume == "never" else PATIENCE) as lock:
         parts = prepare(config, group, Start(resume, tuple(allowed), lock.take))
-        _run(parts, store, stop, group, callbacks)
+        try:
+            _run(parts, store, stop, group, callbacks)
+        except Interrupted as interruption:
+            parts.teachers.end(interruption.code)
+            raise
+        parts.teachers.end()
+
+
+def _serve(config: RunConfig, group: Group, start: Start) -> None:
+    """A rank that holds teachers, until the others are through."""
+    group.watch_hangs(config.run.hang_minutes, config.run.output_dir)
+    group.progress("loading teachers")
+    code = prepare_server(config, group, start).serve()
+    if code is not None:
+        ignore_signals()
+        raise Interrupted(code)
 
 
 def _run(

@@ -35,13 +35,15 @@ def main(arguments: list[str]) -> None:
     world = detect_world()
     prepare_environment(world)
     quiet_libraries()
-    with init_group(world) as group:
+    settings = {argument: load_config(None, Path(argument.partition(":")[0]), []) for argument in arguments}
+    (teacher_ranks,) = {config.scoring.ranks for config in settings.values()}
+    with init_group(world, teacher_ranks=teacher_ranks) as group:
         for argument in arguments:
             name, _, resume = argument.partition(":")
             config = Path(name)
             result, started = config.with_suffix(".json"), time.monotonic()
             try:
-                train(load_config(None, config, []), group, resume or "never")
+                train(settings[argument], group, resume or "never")
             except Exception as error:
                 # The rank that is first has the cause; on the others it may be a lost connection.
                 with contextlib.suppress(FileExistsError), result.open("x", encoding="utf-8") as file:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from opd_ds.config.schema import RunConfig
 from opd_ds.engine import empty_cache
 
 
@@ -22,6 +23,12 @@ class AutoMicroBatch:
 
     def __init__(self, what: str, size: int | None, *, shrinks: bool) -> None:
         self._what, self.size, self._shrinks = what, size, shrinks
+
+    @classmethod
+    def scoring(cls, config: RunConfig, device: torch.device) -> AutoMicroBatch:
+        """Of the frozen networks of a run."""
+        found = config.scoring.micro_batch == "auto" and device.type != "cpu"
+        return cls("scoring.micro_batch = auto", None if found else config.scoring_micro_batch, shrinks=found)
 
     def run(self, total: int, compute: Callable[[slice], Tensor]) -> list[Tensor]:
         """`compute` over all of `total` rows, in order.

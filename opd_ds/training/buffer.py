@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class Pairs:
     """(state, step) pairs of one task's buffer: rows `sample` and `step`, both int64 [b], on its device; `rows` says
     which of all the buffer's pairs they are, `host_sample` is `sample` on the host, `stage` which of the model's
     networks is asked at them. `counts` float32 [b], on the device: 0 where a pair only pads; None: all count.
+    `host_index` int64 [b] is `rows` on the host, where it is no slice.
     """
 
     sample: Tensor
@@ -32,6 +33,15 @@ class Pairs:
     host_sample: list[int]
     stage: int = 0
     counts: Tensor | None = None
+    host_index: Tensor | None = None
+
+    @property
+    def host_rows(self) -> slice | Tensor:
+        """`rows` on the host."""
+        if isinstance(self.rows, slice):
+            return self.rows
+        assert self.host_index is not None
+        return self.host_index
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -94,7 +104,16 @@ class PerSample:
         return cls(rows)
 
 
-Column = PerState | PerPair | PerSample
+class Column(Protocol):
+    """What is known of pairs: one of the above, or what is to become one."""
+
+    def at(self, pairs: Pairs) -> Tensor:
+        """Of some pairs: [b, ...]."""
+        ...
+
+    def by_sample(self, count: int) -> Tensor:
+        """[B, ...] of `count` samples."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -131,6 +150,8 @@ class TrajectoryBuffer:
         sigmas: float32 [T+1], on the device of `states`, what the network hears of each step.
         stages: of a model with two networks, which is asked at each step.
         stage_counts: then, how many pairs each network has.
+        order: int64 [B * K] on the host, the pairs in the order in which they are to be trained on; None: sample by
+            sample.
     """
 
     states: Tensor
@@ -140,6 +161,7 @@ class TrajectoryBuffer:
     sigmas: Tensor
     stages: tuple[int, ...] = ()
     stage_counts: tuple[int, ...] = ()
+    order: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", to_device(self.weights, self.states.device))
@@ -164,7 +186,16 @@ class TrajectoryBuffer:
         """The chosen pairs in micro-batches of `size`."""
         if self.stage_counts:
             return [self.pairs_of(part, rows) for part in self.by_stage() for rows in chunks(len(part), size)]
-        return [self.pairs(rows) for rows in chunks(self.pair_count, size)]
+        one = self.pairs if self.order is None else self._in_order
+        return [one(rows) for rows in chunks(self.pair_count, size)]
+
+    def _in_order(self, rows: slice) -> Pairs:
+        """Some of the pairs in `order`."""
+        assert self.order is not None
+        index, device = self.order[rows], self.states.device
+        sample, step = index // self.chosen.shape[1], self.chosen.flatten()[index]
+        places = to_device(index, device)
+        return Pairs(to_device(sample, device), to_device(step, device), places, sample.tolist(), host_index=index)
 
     def by_stage(self) -> list[StagePairs]:
         """The pairs, network by network."""
@@ -181,6 +212,7 @@ class TrajectoryBuffer:
             sample.tolist(),
             part.stage,
             to_device(part.counts[rows].float(), device),
+            index,
         )
 
     def weights_of(self, pairs: Pairs) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain, zip_longest
 from typing import Any
 
@@ -19,11 +19,14 @@ from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.diffusion.rollout import Keep, MicroBatch, Rows, Trajectory, in_step
 from opd_ds.errors import UserError
 from opd_ds.models import Conditioning, GuidedVelocity, ModelFamily
+from opd_ds.training.asking import Said, VisitedStates
 from opd_ds.training.buffer import Columns, PerPair, PerState, TrajectoryBuffer, named
 from opd_ds.training.late import WaitingRound
 from opd_ds.training.meter import RoundMeter
 from opd_ds.training.objectives import ClosedFormLoss, TeacherVelocities
+from opd_ds.training.remote_teachers import RemoteTeachers
 from opd_ds.training.shares import Share, TaskBatch
+from opd_ds.training.teachers import TeacherPool
 from opd_ds.training.trainer import BufferedTrainer, Components, Experience, Saved, TrainingData
 
 
@@ -85,12 +88,17 @@ class Distillation(BufferedTrainer):
     losses: dict[Size, ClosedFormLoss]
     loss_class: type[ClosedFormLoss] = ClosedFormLoss
     known_class: type[TeacherVelocities] = TeacherVelocities
+    _teachers: TeacherPool  # unless they have ranks of their own
     keeps_transitions = False
 
     def __init__(self, parts: Components) -> None:
         super().__init__(parts)
         self._config: DistilConfig = parts.config
-        self._teachers = parts.teachers
+        self._remote: RemoteTeachers | None = None
+        if isinstance(parts.teachers, RemoteTeachers):
+            self._remote = parts.teachers
+        else:
+            self._teachers = parts.teachers
         self.losses = {
             size: self.loss_class(self._config, sampler.coefficients, sampler.sigmas, parts.group.device)
             for size, sampler in self._samplers.items()
@@ -116,17 +124,32 @@ class Distillation(BufferedTrainer):
     def _collect(self, index: int, batches: dict[Share, TaskBatch], meter: RoundMeter) -> Experience[TeacherVelocities]:
         with ExitStack() as stack:
             with meter.phase("rollout"):
-                stack.enter_context(self._teachers.gathered())  # for both
-                trajectories = self._roll_out_tasks(index, batches, meter)
-            return self._score(index, trajectories, batches, meter)
+                visited = None
+                if self._remote is not None:
+                    visited = VisitedStates(self._remote, self._config, self._family, batches, self._uncond, meter)
+                else:
+                    stack.enter_context(self._teachers.gathered())  # for both
+                trajectories = self._roll_out_tasks(index, batches, meter, visited)
+            return self._score(index, trajectories, batches, meter, visited)
 
     def _score(
-        self, index: int, trajectories: dict[Share, Trajectory], batches: dict[Share, TaskBatch], meter: RoundMeter
+        self,
+        index: int,
+        trajectories: dict[Share, Trajectory],
+        batches: dict[Share, TaskBatch],
+        meter: RoundMeter,
+        visited: VisitedStates | None,
     ) -> Experience[TeacherVelocities]:
-        """What the frozen networks say at the states that were visited in round `index`."""
+        """What the frozen networks say at the states that were visited in round `index`; teachers that have ranks of
+        their own were asked during the rollout.
+        """
         buffers = {share: self._buffer(share, trajectories[share].states, batches[share]) for share in batches}
         with meter.phase("score"):
-            said = self._query(buffers, meter)
+            if visited is None:
+                said = self._query(buffers, meter)
+            else:
+                buffers = {share: replace(buffer, order=visited.order(share)) for share, buffer in buffers.items()}
+                said = {share: visited.said(share) for share in buffers}
         data = {
             share: TrainingData(buffers[share], self._known(share.task, trajectories[share], said[share]), batch.pairs)
             for share, batch in batches.items()
@@ -135,14 +158,15 @@ class Distillation(BufferedTrainer):
         return Experience(batches, data, {share: trajectory.final for share, trajectory in shown.items()})
 
     def _roll_out_tasks(
-        self, index: int, batches: dict[Share, TaskBatch], meter: RoundMeter
+        self, index: int, batches: dict[Share, TaskBatch], meter: RoundMeter, visited: VisitedStates | None
     ) -> dict[Share, Trajectory]:
-        """The student's own trajectories in round `index`."""
+        """The student's own trajectories in round `index`; `visited` hears of their states."""
         found: dict[Share, Trajectory] = {}
         with self._student.gathered() as student:
             for group in rollout_groups(self._config, index, batches, self._group.world):
                 chosen, sampler = torch.cat([batches[share].chosen for share in group.rows]), self._samplers[group.size]
-                keep = Keep(chosen, self._family.dtype, self.keeps_transitions)
+                told = None if visited is None else visited.told(group.rows, sampler)
+                keep = Keep(chosen, self._family.dtype, self.keeps_transitions, told)
                 rolled = self._roll_out(
                     student, group.cond, group.noise, sampler, group.guidance, meter, parts=group.parts, keep=keep
                 )
@@ -204,16 +228,6 @@ class Distillation(BufferedTrainer):
         guided = {role: said[name].guided for role, name in roles.items()}
         branches = {f"{role}_branches": said[name].branches for role, name in roles.items()}
         return Columns(self.known_class, named(velocity=velocity, noise=noise, **guided, **branches))
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a frozen network said of a share's pairs: `guided` velocities, and what guidance made them of, where that
-    is kept.
-    """
-
-    guided: PerPair
-    branches: PerPair | None = None
 
 
 def check_branches(config: DistilConfig, family: ModelFamily) -> None:

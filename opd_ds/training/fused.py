@@ -14,6 +14,7 @@ from opd_ds.training.distillation import RolloutGroup, check_branches, rollout_g
 from opd_ds.training.meter import RoundMeter
 from opd_ds.training.objectives import ClosedFormLoss, TeacherVelocities
 from opd_ds.training.shares import Share, TaskBatch
+from opd_ds.training.teachers import TeacherPool
 from opd_ds.training.trainer import Components, Learned, Trainer
 from opd_ds.utils.transfer import to_device
 
@@ -26,6 +27,7 @@ class FusedDistillation(Trainer):
     def __init__(self, parts: Components) -> None:
         super().__init__(parts)
         self._config: DistilConfig = parts.config
+        assert isinstance(parts.teachers, TeacherPool)  # the config is refused otherwise
         self._teachers = parts.teachers
         self.losses = {
             size: ClosedFormLoss(self._config, sampler.coefficients, sampler.sigmas, parts.group.device)

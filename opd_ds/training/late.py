@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opd_ds.engine import WAITING, ShardReader
 from opd_ds.training.buffer import Column, Columns, PerPair, PerSample, PerState, TrajectoryBuffer
+from opd_ds.training.remote_teachers import ArrivingPairs
 from opd_ds.training.shares import Share, TaskBatch
 from opd_ds.training.trainer import Experience, TrainingData
 from opd_ds.utils.transfer import to_device
@@ -94,7 +95,7 @@ class WaitingRound(Generic[Known]):
         batches = self._draw(scalars["round"])
         data, final = {}, {}
         for share, batch in batches.items():
-            columns = {
+            columns: dict[str, PerState | PerPair | PerSample] = {
                 name: self._read(shards, f"{_place(share)}/{name}", batch, *form)
                 for name, form in scalars["columns"][share.task].items()
             }
@@ -109,7 +110,11 @@ class WaitingRound(Generic[Known]):
         if self._seen is None:
             return
         for share, one in self._seen.data.items():
-            kept: dict[str, Column] = {"states": PerState(one.buffer.states), **one.known.columns}
+            known = {
+                name: column.arrived() if isinstance(column, ArrivingPairs) else column
+                for name, column in one.known.columns.items()
+            }
+            kept: dict[str, Column] = {"states": PerState(one.buffer.states), **known}
             if share in self._seen.final:
                 kept["final"] = PerSample(self._seen.final[share])
             for name, column in kept.items():
@@ -121,7 +126,7 @@ class WaitingRound(Generic[Known]):
 
     def _read(
         self, shards: ShardReader, name: str, batch: TaskBatch, kind: str, dtype: str, ends: bool, *lengths: int
-    ) -> Column:
+    ) -> PerState | PerPair | PerSample:
         shape = (*lengths, *batch.noise.shape) if ends else lengths
         size = math.prod(shape)
         rows = [shards.read(WAITING, name, index * size, size).reshape(shape) for index in batch.part.indices]

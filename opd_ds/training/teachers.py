@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,6 +36,18 @@ class TeacherSpec:
         return lora.is_adapter(self.path)
 
 
+def networks_of(specs: Mapping[str, TeacherSpec]) -> list[list[str]]:
+    """Tasks whose teachers can live in one network: the student's, adapters of one placement, or the same
+    checkpoint.
+    """
+    together: dict[tuple[str, ...], list[str]] = {}
+    for task, spec in specs.items():
+        where = (spec.settings.placement, str(spec.settings.deepspeed), str(spec.settings.quantize))
+        alike = "lora" if spec.is_lora or spec.settings.placement == "shared" else str(spec.path)
+        together.setdefault((alike, *where), []).append(task)
+    return list(together.values())
+
+
 class TeacherPool:
     """Routes tasks to teachers. All ranks call it in the same order with equally many rows (collective forwards).
 
@@ -57,20 +69,9 @@ class TeacherPool:
         self._family, self._specs, self._device, self._student = family, specs, device, student
         self._memory = memory
         self._networks: dict[str, FrozenNetwork] = {}
-        for tasks in self._by_network():
+        for tasks in networks_of(specs):
             network = self._build(tasks, compiled=compiled)
             self._networks |= dict.fromkeys(tasks, network)
-
-    def _by_network(self) -> list[list[str]]:
-        """Tasks whose teachers can live in one network: the student's, adapters of one placement, or the same
-        checkpoint.
-        """
-        together: dict[tuple[str, ...], list[str]] = {}
-        for task, spec in self._specs.items():
-            where = (spec.settings.placement, str(spec.settings.deepspeed), str(spec.settings.quantize))
-            alike = "lora" if spec.is_lora or spec.settings.placement == "shared" else str(spec.path)
-            together.setdefault((alike, *where), []).append(task)
-        return list(together.values())
 
     def _build(self, tasks: list[str], *, compiled: bool) -> FrozenNetwork:
         spec = self._specs[tasks[0]]
@@ -129,6 +130,9 @@ class TeacherPool:
 
     def guidance(self, task: str) -> float:
         return self._specs[task].settings.guidance
+
+    def end(self, code: int | None = None) -> None:
+        """They are asked no more; `code`: with which all ranks leave, where they were asked to stop."""
 
 
 def _parameter_builder(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import zip_longest
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -28,6 +29,7 @@ from opd_ds.training.buffer import Columns, NoisedStates, Pairs, PerPair, Trajec
 from opd_ds.training.encoding import Asked, encode_batches
 from opd_ds.training.kept_directions import KeptDirections
 from opd_ds.training.meter import PassCounter, RoundMeter
+from opd_ds.training.remote_teachers import RemoteTeachers
 from opd_ds.training.shares import Sampler, Share, TaskBatch, by_task
 from opd_ds.training.stages import StagePairs
 from opd_ds.training.steps import choose_steps
@@ -69,7 +71,7 @@ class Components:
     student: StudentEngine
     ema: ShardedEma | None
     prompts: dict[str, PromptSet]
-    teachers: TeacherPool
+    teachers: TeacherPool | RemoteTeachers
     rewards: RewardPool
 
 
@@ -184,9 +186,7 @@ class Trainer(ABC):
         self._samplers = {size: Sampler.of(config, parts.family.at(*size), parts.group.device) for size in sizes}
         self._own_negatives = any(prompts.own_negatives for prompts in parts.prompts.values())
         self._uncond = parts.family.encode([parts.family.negative_prompt])
-        found = config.scoring.micro_batch == "auto" and parts.group.device.type != "cpu"
-        size = None if found else config.scoring_micro_batch
-        self._scoring = AutoMicroBatch("scoring.micro_batch = auto", size, shrinks=found)
+        self._scoring = AutoMicroBatch.scoring(config, parts.group.device)
 
     @classmethod
     def check(cls, config: Any, family: ModelFamily) -> None:
@@ -357,15 +357,14 @@ class Trainer(ABC):
         with meter.phase("train"):
             batches = {share: one.buffer.micro_batches(size) for share, one in data.items() if share.update == update}
             accumulator = self._accumulator(batches, sum(map(len, batches.values())))
-            for share, parts in batches.items():
+            for share, pairs in _in_turn(batches, data):
                 one, guidance = data[share], self._settings.student_guidance(share.task)
-                for pairs in parts:
-                    states, sigma, cond = one.buffer.inputs(pairs)
-                    counter = meter.part("train")
-                    predicted = self._predict(self._student, states, sigma, cond, guidance, counter, pairs.stage)
-                    losses, measured = self._losses(share.size, predicted, pairs.step, one.known.at(pairs))
-                    weights = one.buffer.weights_of(pairs)
-                    accumulator.add(LossTerm(share.task, losses, measured, pairs.step, weights, one.pairs))
+                states, sigma, cond = one.buffer.inputs(pairs)
+                counter = meter.part("train")
+                predicted = self._predict(self._student, states, sigma, cond, guidance, counter, pairs.stage)
+                losses, measured = self._losses(share.size, predicted, pairs.step, one.known.at(pairs))
+                weights = one.buffer.weights_of(pairs)
+                accumulator.add(LossTerm(share.task, losses, measured, pairs.step, weights, one.pairs))
             return accumulator.measure()
 
     def _losses(
@@ -432,6 +431,19 @@ class Trainer(ABC):
         negatives = len(x) * (self._family.passes(guidance) - 1) if direction is None else 0
         counter.count(len(x), negatives, backward=predicted.velocity.requires_grad)
         return predicted
+
+
+def _in_turn(
+    batches: Mapping[Share, Sequence[Pairs]], data: Mapping[Share, TrainingData[Any]]
+) -> Iterator[tuple[Share, Pairs]]:
+    """Share after share; where they are trained in the order in which their states were visited, those that were
+    visited together by turns. The same on every rank.
+    """
+    if any(data[share].buffer.order is None for share in batches):
+        yield from ((share, pairs) for share, parts in batches.items() for pairs in parts)
+        return
+    for together in zip_longest(*([(share, pairs) for pairs in parts] for share, parts in batches.items())):
+        yield from (one for one in together if one is not None)
 
 
 class BufferedTrainer(Trainer):

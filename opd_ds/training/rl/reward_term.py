@@ -19,6 +19,7 @@ from opd_ds.diffusion import Coefficients, kernel
 from opd_ds.diffusion.rollout import Trajectory, chunks
 from opd_ds.errors import UserError
 from opd_ds.models import ModelFamily
+from opd_ds.training.asking import VisitedStates
 from opd_ds.training.buffer import Columns, PerSample
 from opd_ds.training.distillation import Distillation
 from opd_ds.training.meter import RoundMeter
@@ -95,7 +96,12 @@ class RewardedDistillation(Distillation):
         self._judge = GroupJudge(parts.group, parts.rewards, rewards, self._term)
 
     def _score(
-        self, index: int, trajectories: dict[Share, Trajectory], batches: dict[Share, TaskBatch], meter: RoundMeter
+        self,
+        index: int,
+        trajectories: dict[Share, Trajectory],
+        batches: dict[Share, TaskBatch],
+        meter: RoundMeter,
+        visited: VisitedStates | None,
     ) -> Experience[TeacherVelocities]:
         pending = {
             share: [
@@ -104,7 +110,7 @@ class RewardedDistillation(Distillation):
             ]
             for share, trajectory in trajectories.items()
         }
-        seen = super()._score(index, trajectories, batches, meter)
+        seen = super()._score(index, trajectories, batches, meter, visited)
         with meter.phase("rewards"):
             scored = {
                 task: self._judge.scored(
