@@ -13,6 +13,7 @@ app = typer.Typer(no_args_is_help=True, help="Claims, of the paper and of ours, 
 app.command("paper-miniature")(claims.paper_miniature)
 app.command("miniature-table")(claims.miniature_table)
 app.command("passes")(claims.passes)
+app.command("edit-world")(claims.edit_world)
 app.command("families")(claims.families)
 app.command("plan")(costs.plan_memory)
 app.command("fake-world")(costs.fake_world)

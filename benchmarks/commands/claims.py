@@ -65,6 +65,17 @@ def passes(
     bench(output_dir, seed, share, parallel, typer.echo)
 
 
+def edit_world(
+    output_dir: Annotated[Path, typer.Option(help="base, runs, README.md and grid.png go here")],
+    parallel: Annotated[int, typer.Option(min=1, help="jobs at a time, each on one core")] = 2,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="of every run, as in `opd-ds train`")] = None,
+) -> None:
+    """Does one student learn to edit beside drawing? In the miniature that edits; the same command continues it."""
+    from benchmarks.edit_world import bench
+
+    bench(output_dir, parallel, settings or [], typer.echo)
+
+
 def families(
     output_dir: Annotated[
         Path, typer.Option(help="families.json, families.md and tiny_runs/ go here; tiny_runs/ is replaced")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +17,7 @@ from opd_ds.cli.export import export
 from opd_ds.cli.inspect import inspect
 from opd_ds.cli.launch import launch
 from opd_ds.cli.merge import merge
+from opd_ds.cli.miniature import app as miniature_app
 from opd_ds.cli.models import models
 from opd_ds.cli.plan import plan
 from opd_ds.cli.recipes import app as recipes_app
@@ -43,8 +43,7 @@ class _Commands(TyperGroup):
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-miniature = typer.Typer(no_args_is_help=True, help="The embedded world: a tiny SD3 on handwritten digits.")
-app.add_typer(miniature, name="miniature")
+app.add_typer(miniature_app, name="miniature")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
@@ -79,24 +78,6 @@ def common(
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     # The deepspeed launcher puts --local_rank before the sub-command; LOCAL_RANK says the same and is what we read.
-
-
-@miniature.command("build")
-def build_miniature(
-    output_dir: Annotated[Path, typer.Option(help="where base, teachers and prompts are written")],
-    seed: int = 0,
-) -> None:
-    """Make the miniature world from scratch (about 25 minutes on 2 cores; needs scikit-learn)."""
-    from opd_ds.cluster.rendezvous import prepare_environment
-    from opd_ds.cluster.world import World
-    from opd_ds.engine import init_group
-    from opd_ds.miniature.build import build
-    from opd_ds.utils.logging import quiet_libraries
-
-    prepare_environment(World())
-    quiet_libraries()
-    with init_group(World()) as group:
-        build(output_dir, group, seed=seed)
 
 
 def main() -> None:

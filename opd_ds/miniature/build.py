@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opd_ds.checkpoint.export_student import EXPORT_FOLDER
 from opd_ds.config.loading import load_config
 from opd_ds.engine import Group
 from opd_ds.miniature import reader, verify, world, write_hashes
-from opd_ds.miniature.build_base import BaseSettings, train_base, train_vae
+from opd_ds.miniature.build_base import BaseSettings, round_to_half, train_base, train_vae
 from opd_ds.miniature.networks import Sizes, make_pipeline
 from opd_ds.runs.train import train
 
@@ -101,12 +100,8 @@ def _build_base(
     pipeline.save_pretrained(draft)
     # Half the size; diffusers loads them as float32. The text encoders stay, transformers would load them as float16.
     for part in ("transformer", "vae"):
-        _round_to_half(draft / part / "diffusion_pytorch_model.safetensors")
+        round_to_half(draft / part / "diffusion_pytorch_model.safetensors")
     draft.rename(folder)
-
-
-def _round_to_half(file: Path) -> None:
-    save_file({key: value.half() for key, value in load_file(file).items()}, file, {"format": "pt"})
 
 
 def _teach(output_dir: Path, task: str, seed: int, settings: BuildSettings, group: Group) -> None:
@@ -132,7 +127,7 @@ def _teach(output_dir: Path, task: str, seed: int, settings: BuildSettings, grou
     export, draft = work / EXPORT_FOLDER, output_dir / "teachers" / f".{task}"
     for part in ("transformer", "scheduler"):
         shutil.copytree(export / part, draft / part)
-    _round_to_half(draft / "transformer" / "diffusion_pytorch_model.safetensors")
+    round_to_half(draft / "transformer" / "diffusion_pytorch_model.safetensors")
     models = json.loads((work / "summary.json").read_text())["models"]
     (draft / SCORES_FILE).write_text(json.dumps(models, indent=1) + "\n")
     draft.rename(output_dir / "teachers" / task)

@@ -6,12 +6,14 @@ and many of its images are soiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from opd_ds.miniature import world
@@ -72,17 +74,18 @@ def encode_pictures(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     return (torch.cat(parts) - vae.config.shift_factor) * vae.config.scaling_factor
 
 
+def told(truth: Tensor, share: float, kinds: int, generator: torch.Generator) -> list[int]:
+    """What captions say of `truth` [N]: a random one of `kinds` where it is not among the `share` that are right."""
+    lie = torch.rand(len(truth), generator=generator) > share
+    return torch.where(lie, torch.randint(kinds, (len(truth),), generator=generator), truth).tolist()
+
+
 def noisy_captions(batch: world.Batch, settings: BaseSettings, phase: Phase, generator: torch.Generator) -> list[str]:
     """A caption for every image, in a random task's phrasing, often wrong and sometimes empty."""
     count, names = len(batch.digit), list(world.COLOURS)
-
-    def told(truth: Tensor, share: float, kinds: int) -> list[int]:
-        lie = torch.rand(count, generator=generator) > share
-        return torch.where(lie, torch.randint(kinds, (count,), generator=generator), truth).tolist()
-
-    digits = told(batch.digit, phase.digit_truth, 10)
-    inks = told(batch.ink, phase.colour_truth, len(names))
-    grounds = told(batch.ground, phase.colour_truth, len(names))
+    digits = told(batch.digit, phase.digit_truth, 10, generator)
+    inks = told(batch.ink, phase.colour_truth, len(names), generator)
+    grounds = told(batch.ground, phase.colour_truth, len(names), generator)
     tasks = torch.randint(len(world.TASKS), (count,), generator=generator).tolist()
     empty = (torch.rand(count, generator=generator) < settings.caption_dropout).tolist()
     rows = zip(digits, inks, grounds, tasks, empty, strict=True)
@@ -97,41 +100,27 @@ def encode_prompts(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> tu
     return embeds, pooled
 
 
-def flow_loss(
-    transformer: nn.Module, latents: Tensor, embeds: Tensor, pooled: Tensor, generator: torch.Generator
-) -> Tensor:
-    """Flow-matching loss at sigmas spread as an inference grid with shift 3 spreads them."""
+def flow_loss(velocity: Callable[[Tensor, Tensor], Tensor], latents: Tensor, generator: torch.Generator) -> Tensor:
+    """Flow-matching loss at sigmas spread as an inference grid with shift 3 spreads them.
+
+    Args:
+        velocity: of noisy latents [B, C, h, w] at sigma [B].
+    """
     uniform = torch.rand(len(latents), generator=generator)
-    sigma = (3 * uniform / (1 + 2 * uniform))[:, None, None, None]
+    sigma = 3 * uniform / (1 + 2 * uniform)
+    share = sigma[:, None, None, None]
     noise = torch.randn(latents.shape, generator=generator)
-    velocity = transformer(
-        hidden_states=(1 - sigma) * latents + sigma * noise,
-        timestep=sigma.flatten() * 1000,
-        encoder_hidden_states=embeds,
-        pooled_projections=pooled,
-        return_dict=False,
-    )[0]
-    return F.mse_loss(velocity, noise - latents)
+    return F.mse_loss(velocity((1 - share) * latents + share * noise, sigma), noise - latents)
 
 
-def train_base(
-    pipeline: StableDiffusion3Pipeline, strokes: tuple[Tensor, Tensor], settings: BaseSettings, seed: int, log: Log
-) -> None:
-    """Train transformer and text encoders together; ends with their averaged weights."""
-    generator = torch.Generator().manual_seed(seed)
-    pool = world.random_pictures(*strokes, settings.pool, generator, soiled=settings.soiled)
-    latents = encode_pictures(pipeline.vae, pool.pictures)
-    modules = [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
-    parameters: list[Tensor] = [parameter for module in modules for parameter in module.parameters()]
+def fit(parameters: list[Tensor], phases: Sequence[Phase], loss_of: Callable[[Phase], Tensor], log: Log) -> None:
+    """Minimise the loss of a random batch over all phases; ends with averaged weights."""
     averaged = [parameter.detach().clone() for parameter in parameters]
-    for number, phase in enumerate(settings.phases):
+    for number, phase in enumerate(phases):
         optimizer = torch.optim.AdamW(parameters, lr=phase.lr, weight_decay=1e-2, betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, phase.lr, total_steps=phase.steps, pct_start=0.05)
         for step in range(phase.steps):
-            rows = torch.randint(len(latents), (settings.batch,), generator=generator)
-            part = world.Batch(pool.pictures[rows], pool.digit[rows], pool.ink[rows], pool.ground[rows])
-            embeds, pooled = encode_prompts(pipeline, noisy_captions(part, settings, phase, generator))
-            loss = flow_loss(pipeline.transformer, latents[rows], embeds, pooled, generator)
+            loss = loss_of(phase)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -143,3 +132,35 @@ def train_base(
                 log(f"  base phase {number}, step {step}: loss {loss.item():.4f}")
         with torch.no_grad():
             torch._foreach_copy_(parameters, averaged)
+
+
+def train_base(
+    pipeline: StableDiffusion3Pipeline, strokes: tuple[Tensor, Tensor], settings: BaseSettings, seed: int, log: Log
+) -> None:
+    """Train transformer and text encoders together; ends with their averaged weights."""
+    generator = torch.Generator().manual_seed(seed)
+    pool = world.random_pictures(*strokes, settings.pool, generator, soiled=settings.soiled)
+    latents = encode_pictures(pipeline.vae, pool.pictures)
+    modules = [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
+
+    def loss_of(phase: Phase) -> Tensor:
+        rows = torch.randint(len(latents), (settings.batch,), generator=generator)
+        embeds, pooled = encode_prompts(pipeline, noisy_captions(pool.rows(rows), settings, phase, generator))
+
+        def velocity(noisy: Tensor, sigma: Tensor) -> Tensor:
+            return pipeline.transformer(
+                hidden_states=noisy,
+                timestep=sigma * 1000,
+                encoder_hidden_states=embeds,
+                pooled_projections=pooled,
+                return_dict=False,
+            )[0]
+
+        return flow_loss(velocity, latents[rows], generator)
+
+    fit([parameter for module in modules for parameter in module.parameters()], settings.phases, loss_of, log)
+
+
+def round_to_half(file: Path) -> None:
+    """Half the size; diffusers loads the weights as float32."""
+    save_file({key: value.half() for key, value in load_file(file).items()}, file, {"format": "pt"})

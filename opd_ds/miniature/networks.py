@@ -1,13 +1,27 @@
-"""Fresh networks of the miniature: a whole StableDiffusion3Pipeline, small enough for a laptop."""
+"""Fresh networks of the miniature, small enough for a laptop: a whole SD3, and a whole FLUX.1 Kontext for edits."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 _PAD, _END, _UNKNOWN, _START = "<pad>", "<end>", "<unk>", "<start>"
 
@@ -45,24 +59,8 @@ def make_tokenizer(prompts: list[str], length: int) -> PreTrainedTokenizerFast:
 def make_pipeline(prompts: list[str], sizes: Sizes, seed: int) -> StableDiffusion3Pipeline:
     """Random weights, tokenizers trained on `prompts`."""
     torch.manual_seed(seed)
-    width = sizes.text_width
     tokenizer = make_tokenizer(prompts, sizes.text_length)
-    clip = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width // 2,
-        intermediate_size=width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=sizes.text_length,
-        projection_dim=width // 2,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=3,
-    )
-    t5 = T5Config(
-        vocab_size=len(tokenizer), d_model=width, d_ff=2 * width, d_kv=width // 2, num_layers=2, num_heads=2,
-        pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+    clip, t5 = _text_configs(len(tokenizer), sizes)
     hidden = sizes.heads * sizes.head_dim
     transformer = SD3Transformer2DModel(
         sample_size=8,
@@ -72,9 +70,9 @@ def make_pipeline(prompts: list[str], sizes: Sizes, seed: int) -> StableDiffusio
         num_layers=sizes.layers,
         attention_head_dim=sizes.head_dim,
         num_attention_heads=sizes.heads,
-        joint_attention_dim=width,
+        joint_attention_dim=sizes.text_width,
         caption_projection_dim=hidden,
-        pooled_projection_dim=width,
+        pooled_projection_dim=sizes.text_width,
         pos_embed_max_size=8,
         qk_norm="rms_norm",
         dual_attention_layers=sizes.dual_attention_layers,
@@ -103,3 +101,74 @@ def make_pipeline(prompts: list[str], sizes: Sizes, seed: int) -> StableDiffusio
         tokenizer_2=make_tokenizer(prompts, sizes.text_length),
         tokenizer_3=make_tokenizer(prompts, sizes.text_length),
     )
+
+
+def make_editing_pipeline(prompts: list[str], sizes: Sizes, vae: AutoencoderKL, seed: int) -> FluxKontextPipeline:
+    """FLUX.1 Kontext around a trained VAE: random weights, tokenizers trained on `prompts`, no guidance as an input.
+
+    Half as many joint as single blocks, `sizes.layers` of these.
+    """
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer(prompts, sizes.text_length)
+    clip, t5 = _text_configs(len(tokenizer), sizes)
+    # Of a head two channels each turn with row and column, the rest with the picture: where there are more, these turn
+    # too slowly to tell the places of a grid of 4 x 4 apart.
+    place = 2
+    transformer = FluxTransformer2DModel(
+        in_channels=4 * vae.config.latent_channels,  # patches of 2 x 2
+        num_layers=sizes.layers // 2,
+        num_single_layers=sizes.layers,
+        attention_head_dim=sizes.head_dim,
+        num_attention_heads=sizes.heads,
+        joint_attention_dim=sizes.text_width,
+        pooled_projection_dim=clip.hidden_size,
+        guidance_embeds=False,
+        axes_dims_rope=(sizes.head_dim - 2 * place, place, place),
+    )
+    _look_at_own_place(transformer, sizes)
+    return FluxKontextPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=CLIPTextModel(clip),
+        text_encoder_2=T5EncoderModel(t5),
+        tokenizer=tokenizer,
+        tokenizer_2=make_tokenizer(prompts, sizes.text_length),
+    )
+
+
+@torch.no_grad()
+def _look_at_own_place(transformer: FluxTransformer2DModel, sizes: Sizes) -> None:
+    """Half of the heads begin with the attention that edits need, of every place to itself in image and picture.
+
+    Their queries and keys are nearly constant, so rotation alone tells keys apart. Nothing else in FLUX says where a
+    token is, and so small a network finds this out late.
+    """
+    half = sizes.heads // 2 * sizes.head_dim
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        for layer in (block.attn.to_q, block.attn.to_k):
+            layer.bias[:half] = 1
+        for norm in (block.attn.norm_q, block.attn.norm_k):
+            norm.weight.fill_(2)
+
+
+def _text_configs(words: int, sizes: Sizes) -> tuple[CLIPTextConfig, T5Config]:
+    """For a vocabulary of `words`; CLIP has half the width."""
+    width = sizes.text_width
+    clip = CLIPTextConfig(
+        vocab_size=words,
+        hidden_size=width // 2,
+        intermediate_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=sizes.text_length,
+        projection_dim=width // 2,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=3,
+    )
+    t5 = T5Config(
+        vocab_size=words, d_model=width, d_ff=2 * width, d_kv=width // 2, num_layers=2, num_heads=2,
+        pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return clip, t5

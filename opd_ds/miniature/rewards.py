@@ -1,7 +1,8 @@
-"""The three tasks' rewards, computed on the image. All in [0, 1], without unit; NaN for a prompt they do not know."""
+"""The tasks' rewards, computed on the image. All in [0, 1], without unit; NaN for a prompt they do not know."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from opd_ds.miniature import assets, world
+from opd_ds.miniature import assets, editing, world
 from opd_ds.miniature.reader import FILE as READER_FILE
 from opd_ds.miniature.reader import load_reader
 from opd_ds.rewards.base import Metadata, Needs
@@ -41,6 +42,20 @@ def _ground_and_ink(pictures: Tensor) -> tuple[Tensor, Tensor]:
     farthest = distance.topk(_INK_PIXELS, dim=1).indices
     ink = pixels.gather(2, farthest[:, None].expand(-1, 3, -1)).mean(2)
     return ground, ink
+
+
+def _colours_kept(pictures: Tensor, asked: list[tuple[str, str] | None]) -> Tensor:
+    """[B]: 1 where ink and ground are exactly those that are asked for, see `CompositionReward`; NaN where none are."""
+    ground, ink = _ground_and_ink(pictures)
+    names = list(world.COLOURS)
+    score = torch.ones(len(pictures))
+    for place, found in enumerate((ink, ground)):
+        wanted = torch.tensor([names.index(colours[place]) if colours else 0 for colours in asked])
+        distances = torch.cdist(found, world.palette())
+        distance = distances.gather(1, wanted[:, None])[:, 0]
+        nearest = distances.argmin(1) == wanted
+        score = score * torch.where(nearest, torch.exp(-((distance / 0.4) ** 2)), torch.zeros(()))
+    return torch.where(torch.tensor([colours is not None for colours in asked]), score, torch.tensor(torch.nan))
 
 
 class TextReward:
@@ -83,17 +98,8 @@ class CompositionReward:
 
     def score(self, images: list[Image.Image], prompts: list[str], metadata: Metadata | None = None) -> Tensor:
         """[B] float32."""
-        ground, ink = _ground_and_ink(_pictures(images))
         asked = [world.parse(prompt) for prompt in prompts]
-        names = list(world.COLOURS)
-        score = torch.ones(len(images))
-        for found, part in ((ink, "ink"), (ground, "ground")):
-            wanted = torch.tensor([names.index(getattr(scene, part)) if scene else 0 for scene in asked])
-            distances = torch.cdist(found, world.palette())
-            distance = distances.gather(1, wanted[:, None])[:, 0]
-            nearest = distances.argmin(1) == wanted
-            score = score * torch.where(nearest, torch.exp(-((distance / 0.4) ** 2)), torch.zeros(()))
-        return torch.where(torch.tensor([scene is not None for scene in asked]), score, torch.tensor(torch.nan))
+        return _colours_kept(_pictures(images), [(scene.ink, scene.ground) if scene else None for scene in asked])
 
 
 class LookReward:
@@ -156,6 +162,48 @@ class AllTasksReward:
     def score(self, images: list[Image.Image], prompts: list[str], metadata: Metadata | None = None) -> Tensor:
         """[B] float32."""
         return torch.stack([part.score(images, prompts, metadata) for part in self._parts]).prod(0)
+
+
+class EditReward:
+    """Whether the reference picture's drawing has the ink that the instruction asks for, and is what it was otherwise.
+
+    The product of three: the composition reward for that ink on the picture's own ground, the probability that the
+    reader gives to the digit that it reads in the picture, and the overlap of the drawings: of the ink's coverage of
+    both images, the sum of the lesser over the sum of the greater. Range [0, 1].
+    """
+
+    name = "miniature_edit"
+    needs: ClassVar[Needs] = Needs()
+    takes_references: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self._file = assets() / READER_FILE
+        self._reader = load_reader(self._file.parent)
+
+    def identity(self) -> dict[str, Any]:
+        return {"engine": "miniature edit, closed form and reader", "sha256": file_sha256(self._file)}
+
+    @torch.no_grad()
+    def score(
+        self,
+        images: list[Image.Image],
+        prompts: list[str],
+        metadata: Metadata | None = None,
+        references: Sequence[tuple[Image.Image, ...]] | None = None,
+    ) -> Tensor:
+        """[B] float32; NaN for a prompt that is no instruction or has no picture."""
+        given = references or [()] * len(images)
+        asked = [editing.parse(prompt) if own else None for prompt, own in zip(prompts, given, strict=True)]
+        before = _pictures([own[0] if own else image for image, own in zip(images, given, strict=True)])
+        after = _pictures(images)
+        names = list(world.COLOURS)
+        grounds = torch.cdist(_side_median(before), world.palette()).argmin(1).tolist()
+        wanted = [(ink, names[ground]) if ink else None for ink, ground in zip(asked, grounds, strict=True)]
+        digit = self._reader(before).argmax(1)
+        read = self._reader(after).softmax(1).gather(1, digit[:, None])[:, 0]
+        drawn, kept = (_coverage(pictures)[0].flatten(1) for pictures in (before, after))
+        overlap = torch.minimum(drawn, kept).sum(1) / torch.maximum(drawn, kept).sum(1).clamp_min(1e-6)
+        return _colours_kept(after, wanted) * read * overlap
 
 
 def _coverage(pictures: Tensor) -> tuple[Tensor, Tensor]:

@@ -124,6 +124,11 @@ def soil(pictures: Tensor, strength: Tensor, generator: torch.Generator) -> Tens
     return (pictures + strength[:, None, None, None] * (0.7 * blotches + 0.7 * speckle)).clamp(0, 1)
 
 
+def strengths(dirty: Tensor, generator: torch.Generator) -> Tensor:
+    """Random ones for `soil`, 0 where `dirty` [B] is false."""
+    return torch.where(dirty, 0.08 + 0.14 * torch.rand(len(dirty), generator=generator), torch.zeros(len(dirty)))
+
+
 @dataclass(frozen=True)
 class Batch:
     """Random images [B, 3, 16, 16] with what they really show: digit [B], ink [B] and ground [B] (palette rows)."""
@@ -133,6 +138,10 @@ class Batch:
     ink: Tensor
     ground: Tensor
 
+    def rows(self, index: Tensor) -> Batch:
+        """Those at `index` int64 [b]."""
+        return Batch(self.pictures[index], self.digit[index], self.ink[index], self.ground[index])
+
 
 def random_pictures(masks: Tensor, labels: Tensor, count: int, generator: torch.Generator, *, soiled: float) -> Batch:
     """`count` images of random digits and colours, a share `soiled` of them with blotches."""
@@ -141,5 +150,4 @@ def random_pictures(masks: Tensor, labels: Tensor, count: int, generator: torch.
     ground = (ink + torch.randint(1, len(COLOURS), (count,), generator=generator)) % len(COLOURS)
     clean = paint(masks[chosen], palette()[ink], palette()[ground])
     dirty = torch.rand(count, generator=generator) < soiled
-    strength = torch.where(dirty, 0.08 + 0.14 * torch.rand(count, generator=generator), torch.zeros(count))
-    return Batch(soil(clean, strength, generator), labels[chosen], ink, ground)
+    return Batch(soil(clean, strengths(dirty, generator), generator), labels[chosen], ink, ground)

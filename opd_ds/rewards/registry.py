@@ -40,6 +40,7 @@ _BUILT_IN = {
     "miniature_composition": "opd_ds.miniature.rewards:CompositionReward",
     "miniature_look": "opd_ds.miniature.rewards:LookReward",
     "miniature_all": "opd_ds.miniature.rewards:AllTasksReward",
+    "miniature_edit": "opd_ds.miniature.rewards:EditReward",
 }
 
 

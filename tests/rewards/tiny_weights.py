@@ -62,6 +62,7 @@ WITHOUT_WEIGHTS: dict[str, Callable[[Path], Options]] = {
     "miniature_composition": _nothing,
     "miniature_look": _nothing,
     "miniature_all": _nothing,
+    "miniature_edit": _nothing,
 }
 
 
