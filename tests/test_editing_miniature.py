@@ -106,14 +106,18 @@ def options(job: edit_world.Job) -> tuple[str, list[str]]:
 
 
 def test_the_bench_runs_the_recipes(small_world: Path, group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A round of each: teachers, then a student that edits and draws, with the bench's own settings."""
+    """A round of a teacher that edits, then of a student that edits and draws, with the bench's own settings."""
     monkeypatch.chdir(small_world.parent)
-    small = ["run.rounds=1", "rollout.samples=8", "rollout.steps=3", "evaluation.steps=2", "evaluation.baselines=false"]
-    planned = {job.name: job for job in edit_world.jobs([*small, "evaluation.samples_per_prompt=1"])}
-    for name, recipe in (("teacher-edit", RECIPES[1]), ("teacher-composition", RECIPES[2]), ("student", RECIPES[0])):
+    few = [f"evaluation.{key}" for key in ("steps=2", "samples_per_prompt=1", "grid_prompts=1")]
+    small = ["run.rounds=1", "rollout.samples=8", "rollout.steps=3", "tasks.edit.eval_prompts.limit=4", *few]
+    planned = {job.name: job for job in edit_world.jobs(small)}
+    for name, recipe, teachers in (
+        ("teacher-edit", "miniature_editing_nft_edit", []),
+        ("student", "miniature_editing", ["tasks.composition.teacher.path=./teacher-edit/export"]),
+    ):
         said, settings = options(planned[name])
         assert said == recipe
-        config = load_config(recipe, None, settings)
+        config = load_config(recipe, None, [*settings, *teachers])
         train(config, group)
         scores = json.loads((config.run.output_dir / "summary.json").read_text())["models"]["student"]
         assert scores.keys() == {"edit", "composition"}
