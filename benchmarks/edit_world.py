@@ -17,6 +17,7 @@ from benchmarks.paper.jobs import DONE_FILE, Job, run_jobs
 from opd_ds.checkpoint.export_student import EXPORT_FOLDER
 from opd_ds.evaluation.results import RESULTS_FILE
 from opd_ds.evaluation.tables import comparison_grid
+from opd_ds.rewards import Drawn
 from opd_ds.utils.markdown import markdown_table
 
 TASKS = ("edit", "composition")
@@ -119,9 +120,11 @@ def grid_of(results: dict[str, Any], images: Path, prompts: Path) -> Image.Image
 
     edits = [json.loads(line) for line in (prompts / "edit" / "test.jsonl").read_text().splitlines()[:SHOWN]]
     references = {"edit": opened([prompts / "edit" / row["picture"] for row in edits]), "composition": []}
-    drawn = {
+    drawn: dict[str, dict[str, list[Drawn]]] = {
         model: {
-            task: opened([images / results["models"][model]["folder"] / task / f"{k:05d}-0.png" for k in range(SHOWN)])
+            task: [
+                *opened([images / results["models"][model]["folder"] / task / f"{k:05d}-0.png" for k in range(SHOWN)])
+            ]
             for task in TASKS
         }
         for model in MODELS
