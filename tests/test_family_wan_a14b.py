@@ -135,6 +135,20 @@ def test_each_network_learns_where_it_is_asked(world: Path, tmp_path: Path, grou
     assert moving == {"transformer", "transformer_2"}
 
 
+def test_fused_and_buffered_rounds_are_the_same(world: Path, tmp_path: Path, group: Group) -> None:
+    buffered, fused = (moved(world, tmp_path / mode, group, rollout__mode=mode) for mode in ("buffered", "fused"))
+    for name, gradient in buffered.items():
+        torch.testing.assert_close(fused[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_several_updates_of_a_round_do_not_depend_on_how_it_is_cut(world: Path, tmp_path: Path, group: Group) -> None:
+    changes: dict[str, Any] = {"train__updates_per_round": 2, "rollout__samples": 4, "optimizer__lr": 0.1}
+    whole, cut = (moved(world, tmp_path / str(size), group, train__micro_batch=size, **changes) for size in (4, 1))
+    for name, change in whole.items():
+        torch.testing.assert_close(cut[name], change, rtol=1e-4, atol=1e-6)
+    assert max(change.abs().max() for change in whole.values()) > 0
+
+
 def write_lora(ours: WanA14B, folder: Path, networks: Any, seed: int = 1) -> dict[str, torch.Tensor]:
     network = ours.load_transformer()
     student = StudentSection(kind="lora", networks=networks)

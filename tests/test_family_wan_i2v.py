@@ -47,7 +47,7 @@ def test_the_picture_is_encoded_for_network_and_attention(family: ModelFamily) -
     assert given.shape == (2, 8, 3, 4, 6)
     assert given[:, :4, 0].min() == 1
     assert given[:, :4, 1:].max() == 0
-    assert cond.tensors["picture"].shape == (2, 5, 16)
+    assert cond.tensors["picture"].shape == (2, 257, 16)
     for part in (given, cond.tensors["picture"]):
         assert (part[0] - part[1]).abs().max() > 1e-2
     assert build(family.path, frames=5).picture_name(pictures[0][0]) != family.picture_name(pictures[0][0])

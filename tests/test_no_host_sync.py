@@ -41,7 +41,9 @@ from opd_ds.utils.transfer import to_device
 from tests.tiny import run_settings
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-FAMILIES = ("sd3", "flux", "flux_kontext", "flux2", "qwen_image", "z_image", "wan", "ltx")
+FAMILIES = (
+    "sd3", "flux", "flux_kontext", "flux2", "flux2_dev", "qwen_image", "qwen_image_edit", "z_image", "wan", "ltx",
+)  # fmt: skip
 # Of two lengths where a family's prompts have one: with the mask that this takes.
 PROMPTS = ["the number 5", "a red 3 on blue", "a neat 8 beside a black square on a white square"]
 READS = {
@@ -208,19 +210,30 @@ def families(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
     def encode(prompts: list[str]) -> Conditioning:
         rows = [known.index(prompt) for prompt in prompts]
-        cond = encoded.select(torch.tensor(rows), rows)
-        return Conditioning(
-            {key: torch.empty_like(value, device=META) for key, value in cond.tensors.items()}, cond.lengths
-        )
+        return on_meta(encoded.select(torch.tensor(rows), rows))
 
     pictures = {picture: host.encode_picture(picture) for own in references(host, len(PROMPTS)) for picture in own}
 
     def encode_picture(picture: Picture) -> Tensor:
         return torch.empty_like(pictures[picture], device=META)
 
+    if host.sees_pictures:
+        beside = [(prompt, own) for prompt in known for own in references(host, len(PROMPTS))]
+        seen = host.encode_texts([prompt for prompt, _ in beside], [own for _, own in beside])
+
+        def encode_texts(prompts: list[str], pictures: list[tuple[Picture, ...]]) -> Conditioning:
+            rows = [beside.index(text) for text in zip(prompts, pictures, strict=True)]
+            return on_meta(seen.select(torch.tensor(rows), rows))
+
+        family.encode_texts = encode_texts  # type: ignore[method-assign,assignment]
     family.encode = encode  # type: ignore[method-assign,assignment]
     family.encode_picture = encode_picture  # type: ignore[method-assign]
     return name, family
+
+
+def on_meta(cond: Conditioning) -> Conditioning:
+    tensors = {key: torch.empty_like(value, device=META) for key, value in cond.tensors.items()}
+    return Conditioning(tensors, cond.lengths)
 
 
 def distillation(name: str, family: ModelFamily, folder: Path, **changes: Any) -> tuple[Trainer, Student]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from opd_ds.config.algorithms import DistilConfig, TeachConfig
+from opd_ds.config.loading import parse_config
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import ModelSection, PromptsSection
 from opd_ds.data import Size, Sizes, rows_on_a_rank, shards_by
@@ -180,6 +181,32 @@ def test_the_gradient_of_three_sizes_does_not_depend_on_how_the_round_is_cut(
         found = gradients(**changes)
         worst = max(float((found[key] - expected[key]).abs().max()) for key in expected)
         assert worst < 1e-5 * scale + 1e-7, f"{name}: gradients differ by {worst} at scale {scale}"
+
+
+OTHER_ROUNDS: dict[str, dict[str, Any]] = {
+    "several updates": {"train__updates_per_round": 2, "rollout__samples": 8},
+    "seen one step earlier": {"scoring__late": 1},
+    "guard": {"teach": {"algorithm": "guard", "group": 2, "kl": 0.1, "clip": 0.1}, "rollout__samples": 8},
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_ROUNDS)
+def test_other_rounds_of_three_sizes_do_not_depend_on_how_they_are_cut(
+    world: Path, tmp_path: Path, group: Group, kind: str
+) -> None:
+    def gradients(**changes: Any) -> dict[str, torch.Tensor]:
+        sgd = {"optimizer": {"lr": 0.1, "max_grad_norm": 0.0}, "deepspeed": write_sgd(tmp_path, 0)}
+        data = run_settings(world, tmp_path / "out", **(HARD | sgd | OTHER_ROUNDS[kind] | changes))
+        if "teach" in data:
+            task = {"prompts": str(world / "sized.jsonl"), "rewards": ["jpeg_compressibility"]}
+            data["tasks"] = {"one": task, "two": task}
+        return gradients_of(parse_config(data), group)
+
+    whole, cut = gradients(), gradients(**CUTS["small micro-batches"])
+    scale = max(float(value.abs().max()) for value in whole.values())
+    worst = max(float((cut[key] - whole[key]).abs().max()) for key in whole)
+    assert scale > 0
+    assert worst < 1e-5 * scale + 1e-7, f"gradients differ by {worst} at scale {scale}"
 
 
 def test_every_size_is_what_a_run_of_that_size_is(

@@ -15,6 +15,7 @@ from opd_ds.testing.tiny.parts import references, run, save
 from opd_ds.testing.tiny.wan import LATENT_CHANNELS, make
 
 _PICTURE_WIDTH = 16
+_SIDE = 224  # with patches of 14 pixels 257 states, as of the released encoder
 
 
 def write(folder: Path, seed: int = 0) -> Path:
@@ -23,14 +24,14 @@ def write(folder: Path, seed: int = 0) -> Path:
         seed, in_channels=2 * LATENT_CHANNELS + 4, image_dim=_PICTURE_WIDTH, added_kv_proj_dim=24
     ).components  # fmt: skip
     clip = CLIPVisionConfig(
-        hidden_size=_PICTURE_WIDTH, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28,
+        hidden_size=_PICTURE_WIDTH, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=_SIDE,
         patch_size=14,
     )  # fmt: skip
     parts = {name: plain[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")}
     pipeline = WanImageToVideoPipeline(
         **parts,
         image_encoder=CLIPVisionModel(clip),
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": _SIDE}, crop_size={"height": _SIDE, "width": _SIDE}),
     )
     return save(pipeline, folder)
 
