@@ -13,8 +13,8 @@ from opd_ds.training.accumulator import LossTerm, RoundAccumulator
 from opd_ds.training.distillation import RolloutGroup, check_branches, rollout_groups
 from opd_ds.training.meter import RoundMeter
 from opd_ds.training.objectives import ClosedFormLoss, TeacherVelocities
+from opd_ds.training.remote_teachers import RemoteTeachers
 from opd_ds.training.shares import Share, TaskBatch
-from opd_ds.training.teachers import TeacherPool
 from opd_ds.training.trainer import Components, Learned, Trainer
 from opd_ds.utils.transfer import to_device
 
@@ -27,7 +27,7 @@ class FusedDistillation(Trainer):
     def __init__(self, parts: Components) -> None:
         super().__init__(parts)
         self._config: DistilConfig = parts.config
-        assert isinstance(parts.teachers, TeacherPool)  # the config is refused otherwise
+        assert not isinstance(parts.teachers, RemoteTeachers)  # the config is refused otherwise
         self._teachers = parts.teachers
         self.losses = {
             size: ClosedFormLoss(self._config, sampler.coefficients, sampler.sigmas, parts.group.device)
