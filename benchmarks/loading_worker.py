@@ -92,8 +92,13 @@ def _characters_read() -> int:
     return int(Path("/proc/self/io").read_text(encoding="ascii").split("rchar:")[1].split()[0])
 
 
+def anonymous_memory() -> int:
+    """Bytes of this process that belong to no file."""
+    return _status("RssAnon")
+
+
 def _resident() -> tuple[int, int]:
-    return _status("RssAnon"), _status("RssFile")
+    return anonymous_memory(), _status("RssFile")
 
 
 def _status(field: str) -> int:

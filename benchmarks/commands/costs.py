@@ -58,6 +58,22 @@ def fake_world(
     bench(ranks, output_dir, typer.echo)
 
 
+def growth(
+    output_dir: Annotated[Path, typer.Option(help="growth.json, growth.md, growth.png and CSVs go here")],
+    prompts: Annotated[int, typer.Option(min=10, help="of the largest prompt set")] = 1_000_000,
+) -> None:
+    """What grows with prompts, tasks, ranks and resolution, and how fast?"""
+    from opd_ds.cluster.rendezvous import prepare_environment
+    from opd_ds.cluster.world import World
+
+    prepare_environment(World())
+    from benchmarks.growth import bench
+    from opd_ds.utils.logging import quiet_libraries
+
+    quiet_libraries()
+    bench(output_dir, prompts, typer.echo)
+
+
 def loading(
     output_dir: Annotated[Path, typer.Option(help="loading.json, loading.md and one folder per case go here")],
     model: Annotated[

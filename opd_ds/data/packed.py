@@ -16,6 +16,7 @@ Value = TypeVar("Value")
 _IN_MEMORY = (
     64 * 2**20
 )  # bytes; above that they go to a file without a name, of which the page cache keeps what is read
+_WRITTEN_AT_ONCE = 2**20  # bytes
 
 
 class Packed(Sequence[Value]):
@@ -61,15 +62,23 @@ class Packer(Generic[Value]):
     def __init__(self, pack: Callable[[Value], bytes], unpack: Callable[[bytes], Value]) -> None:
         self._pack, self._unpack = pack, unpack
         self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115  # what is made of it keeps it
+        self._unwritten = bytearray()
         self._ends = array("Q", [0])
 
     def append(self, value: Value) -> None:
         packed = self._pack(value)
-        self._file.write(packed)
         self._ends.append(self._ends[-1] + len(packed))
+        self._unwritten += packed
+        if len(self._unwritten) > _WRITTEN_AT_ONCE:
+            self._write()
+
+    def _write(self) -> None:
+        self._file.write(self._unwritten)
+        self._unwritten.clear()
 
     def done(self) -> Packed[Value]:
         """All of them; nothing may be appended any more."""
+        self._write()
         size = self._ends[-1]
         if size > _IN_MEMORY:
             self._file.flush()

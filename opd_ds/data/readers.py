@@ -51,6 +51,8 @@ class Row:
     @property
     def asked(self) -> tuple[str, ...]:
         """What makes two rows repeats of one: the prompt, and what its pictures hold."""
+        if not self.pictures:
+            return (self.prompt,)
         return self.prompt, *(picture.sha256 for picture in self.pictures)
 
 
@@ -140,6 +142,8 @@ def _without_flaw(row: Row | Problem) -> Row | Problem:
 
 
 def _is_blank(text: str) -> bool:
+    if text[:1].isalnum():  # nearly all
+        return False
     return all(unicodedata.category(character) in _INVISIBLE for character in text)
 
 
@@ -213,11 +217,14 @@ def _source(value: Any, name: str, folder: Path) -> tuple[Path | bytes, str]:
 
 def _where(records: Iterable[_Record | Problem], chosen: PromptsSection) -> Iterator[_Record | Problem]:
     """The records whose columns hold what is asked for; a table without any is a problem that names what it has."""
+    if not chosen.where:
+        yield from records
+        return
     asked = {name: set(map(str, values)) if isinstance(values, tuple) else {str(values)}
              for name, values in chosen.where.items()}  # fmt: skip
     held: dict[str, set[str]] = {name: set() for name in asked}
     columns: set[str] = set()
-    kept = not asked
+    kept = False
     for record in records:
         if isinstance(record, Problem):
             yield record
@@ -281,9 +288,7 @@ def _objects(path: Path) -> Iterator[_Record | Problem]:
             yield line
             continue
         try:
-            value = json.loads(
-                line.columns["line"], object_pairs_hook=_named_once, parse_constant=_finite, parse_float=_finite
-            )
+            value = _STRICT.decode(line.columns["line"])
         except json.JSONDecodeError as error:
             yield Problem(f"not JSON ({error.msg})", line.place)
             continue
@@ -306,6 +311,9 @@ def _finite(number: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{number} is no number; write null")
     return value
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_named_once, parse_constant=_finite, parse_float=_finite)
 
 
 def _refuse_repeats(names: Sequence[str], what: str) -> None:

@@ -1,0 +1,181 @@
+"""`python -m benchmarks growth`: what grows with prompts, tasks, ranks and resolution, and how fast.
+
+Prompts are measured, in processes of their own; ranks are played in a fake process group (`fake_world.py`); what tasks
+and resolution take is counted by the plan of the miniature, in which nothing hides behind a large network.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.loading_worker import anonymous_memory
+from benchmarks.plots import panels, require_plots, write_csv, write_png
+from opd_ds.config.loading import load_config
+from opd_ds.config.schema import RunConfig
+from opd_ds.data import PromptSet, draw_prompts
+from opd_ds.errors import UserError
+from opd_ds.plan.costs import Costs
+from opd_ds.plan.devices import parse_devices
+from opd_ds.plan.network import find_model
+from opd_ds.plan.passes import Passes, round_passes
+from opd_ds.plan.planner import make_plan
+from opd_ds.utils.markdown import markdown_table
+
+PROMPTS = (10, 1_000, 100_000, 1_000_000)
+TASKS, RANKS, SIDES = (1, 2, 5, 10, 20), (2, 8, 64, 512), (8, 16, 24, 32)
+_MIB = 2**20
+_WORDS = (
+    "a photograph of",
+    "red and blue",
+    "cats",
+    "under the old bridge",
+    "in morning light",
+    "with snow",
+    "and a sign",
+)
+
+Row = dict[str, Any]
+
+
+def bench(folder: Path, most: int, say: Callable[[str], None]) -> None:
+    """Write growth.json, growth.md and growth.png.
+
+    Args:
+        most: prompts of the largest set.
+    """
+    require_plots()
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = sorted({*(count for count in PROMPTS if count < most), most})
+    found: dict[str, list[Row]] = {}
+    parts = {"prompts": lambda: _prompts(counts, folder), "tasks": _tasks, "ranks": _ranks, "resolution": _resolution}
+    for name, rows in parts.items():
+        found[name] = list(rows())
+        say(as_markdown({name: found[name]}))
+    (folder / "growth.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (folder / "growth.md").write_text(as_markdown(found), encoding="utf-8")
+    _draw(found, folder)
+
+
+def as_markdown(found: Mapping[str, Sequence[Row]]) -> str:
+    """One table a part."""
+    return "\n".join(markdown_table(list(rows[0]), (list(row.values()) for row in rows), 0) for rows in found.values())
+
+
+def write_prompts(file: Path, count: int) -> None:
+    """`count` different prompts, in a .txt file or, with metadata as GenEval's, in a .jsonl file."""
+    with file.open("w", encoding="utf-8") as stream:
+        for number in range(count):
+            prompt = f"{' '.join(_WORDS[(number + place) % len(_WORDS)] for place in range(5))} {number}"
+            row = {"prompt": prompt, "tag": "counting", "include": [{"class": "cat", "count": number % 4}]}
+            stream.write((prompt if file.suffix == ".txt" else json.dumps(row)) + "\n")
+
+
+def read_and_draw(file: Path) -> Row:
+    """What a start does with a prompt set, and a round: seconds, and bytes of anonymous memory that are kept."""
+    before, started = anonymous_memory(), time.perf_counter()
+    prompts = PromptSet.read(file)
+    _ = prompts.repeats, prompts.own_negatives
+    read = time.perf_counter() - started
+    draw_prompts(len(prompts), 24, 0, 0, "")
+    started = time.perf_counter()
+    draw_prompts(len(prompts), 24, 0, 1, "")
+    drawn = time.perf_counter() - started
+    return {"seconds": read, "of a round": drawn, "kept": anonymous_memory() - before}
+
+
+def _prompts(counts: Sequence[int], folder: Path) -> Iterator[Row]:
+    for ending in ("txt", "jsonl"):
+        for count in counts:
+            file = folder / f"prompts.{ending}"
+            write_prompts(file, count)
+            done = subprocess.run([sys.executable, "-m", __name__, str(file)], capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"reading {count} prompts ended with exit code {done.returncode}: {done.stderr[-800:]}")
+            found, size = json.loads(done.stdout.splitlines()[-1]), file.stat().st_size
+            file.unlink()
+            yield {
+                "file": f".{ending}",
+                "prompts": count,
+                "file, MiB": round(size / _MIB, 1),
+                "seconds to read": round(found["seconds"], 2),
+                "milliseconds of a round": round(1e3 * found["of a round"], 2),
+                "kept in memory, MiB": round(found["kept"] / _MIB, 1),
+            }
+
+
+def _tasks() -> Iterator[Row]:
+    """Each with a teacher of its own, on the device, and the recipe's trajectories."""
+    config = load_config("miniature", None, ["train.schedule=together"])
+    costs, devices = Costs(find_model(config), config), parse_devices("1xcpu", "--gpus")
+    task = config.tasks["text"]
+    for count in TASKS:
+        tasks = {}
+        for number in range(count):
+            teacher = task.teacher.model_copy(update={"path": f"teacher-{number}"})  # type: ignore[attr-defined]
+            tasks[f"task{number}"] = task.model_copy(update={"teacher": teacher})
+        several = config.model_copy(update={"tasks": tasks})
+        plan = make_plan(several, costs, devices)
+        units = sum((one for name in tasks for one in round_passes(several, name).values()), Passes()).units
+        yield {
+            "tasks": count,
+            "pass units a round": units,
+            "memory, MiB": round(plan.memory.peak / _MIB, 1),
+            "seconds a round, planned": round(plan.seconds.total, 3),
+        }
+
+
+def _ranks() -> Iterator[Row]:
+    for ranks in RANKS:
+        command = [sys.executable, "-m", "benchmarks.fake_world", "zero3", str(ranks)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{ranks} fake ranks ended with exit code {done.returncode}: {done.stderr[-800:]}")
+        found = json.loads(done.stdout.splitlines()[-1])
+        received = found["collectives"].values()
+        yield {
+            "ranks": ranks,
+            "state of a rank, MiB": round(found["state"] / _MIB, 2),
+            "received in a round, MiB": round(sum(one["received"] for one in received) / _MIB, 2),
+            "messages": sum(one["messages"] for one in received),
+        }
+
+
+def _resolution() -> Iterator[Row]:
+    config = load_config("miniature", None, [])
+    for side in SIDES:
+        size = {"height": side, "width": side}
+        larger: RunConfig = config.model_copy(update={"model": config.model.model_copy(update=size)})
+        costs = Costs(find_model(larger), larger)
+        forward, train = costs.forward(1), costs.train(1, checkpointing=False)
+        yield {
+            "side, pixels": side,
+            "forward, MFLOP": round(forward.flops / 1e6, 1),
+            "forward, MiB": round(forward.peak / _MIB, 2),
+            "training, MiB": round(train.peak / _MIB, 2),
+        }
+
+
+def _draw(found: Mapping[str, Sequence[Row]], folder: Path) -> None:
+    """One panel a part, each column over the first number, all in parts of their first value."""
+    figure, axes = panels(len(found))
+    for one, (name, rows) in zip(axes, found.items(), strict=True):
+        write_csv(folder / f"growth_{name}.csv", rows)
+        rows = [row for row in rows if row.get("file", ".jsonl") == ".jsonl"]
+        (first, *others) = [key for key in rows[0] if key != "file"]
+        one.set(title=name, xlabel=first, xscale="log", yscale="log", ylabel="of the first")
+        at = [row[first] for row in rows]
+        one.plot(at, [value / at[0] for value in at], "--", color="#999999", label="linear")
+        for key in others:
+            values = [max(row[key], 1e-3) for row in rows]
+            one.plot(at, [value / values[0] for value in values], ".-", label=key)
+    write_png(figure, folder / "growth.png")
+
+
+if __name__ == "__main__":
+    print(json.dumps(read_and_draw(Path(sys.argv[1]))))
