@@ -134,3 +134,18 @@ def test_the_shipped_recipes_name_what_the_build_writes_by_default() -> None:
     assert not student.probes
     assert edit.probes.keys() == {"composition"}
     assert composition.probes.keys() == {"edit"}
+
+
+def test_the_benchs_page_has_each_models_scores() -> None:
+    sets = {task: {"prompts": ["a", "b"], "samples": 2} for task in edit_world.TASKS}
+    scores = {
+        model: {
+            task: {f"miniature_{task}": {"mean": 0.1 * row + 0.01 * column, "ci95": [0.0, 0.04]}}
+            for column, task in enumerate(edit_world.TASKS)
+        }
+        for row, model in enumerate(edit_world.MODELS)
+    }
+    page = edit_world.as_markdown({"sets": sets, "scores": scores}, {"world": 90.0})
+    assert "| base | 0.000 ± 0.020 | 0.010 ± 0.020 |" in page
+    assert "| **student** | 0.400 ± 0.020 | 0.410 ± 0.020 |" in page
+    assert "| world | 1.5 |" in page
