@@ -7,6 +7,7 @@ import os
 import torch
 
 from opd_ds.cluster.world import World
+from opd_ds.engine import privates
 from opd_ds.engine.comm import Group
 
 
@@ -24,5 +25,6 @@ def fake_group(world: World) -> Group:
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend; torch 2.8 to 2.13
 
     torch.distributed.init_process_group("fake", rank=world.rank, world_size=world.size, store=FakeStore())
+    privates.leave_out_shm_op()
     deepspeed.init_distributed("fake", auto_mpi_discovery=False)
     return _FakeGroup(world, torch.device("cpu"))
