@@ -17,7 +17,10 @@ install_package() {
   local stamp="$VIRTUAL_ENV/.opd_ds_installed${1//[^a-z]/}"
   if [ ! -f "$stamp" ] || ! cmp -s setup.cfg "$stamp"; then
     echo "installing opd-ds$1 (a few minutes the first time)"
-    python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".$1"
+    # Python compiles what it imports, in less time than pip takes for everything, where it may keep the result.
+    local compile=--no-compile
+    [ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || compile=--compile
+    python -m pip install --quiet --disable-pip-version-check "$compile" --editable ".$1"
     cp setup.cfg "$stamp"
   fi
 }

@@ -167,7 +167,7 @@ def test_a_plan_counts_transitions_and_decoding(tiny_world: Path, tmp_path: Path
         ({"reward_term__weight": 0}, "reward_term.weight = 0: allowed: more than 0"),
         ({"reward_term__group": 3}, "rollout.samples = 4 is no multiple of reward_term.group = 3"),
         ({"rollout__noise_level": 0.0}, "reward_term weighs drawn transitions.* rollout.noise_level = 0 draws none"),
-        ({"rollout__mode": "fused"}, "rewards of reward_term come after a rollout; set it to 'buffered'"),
+        ({"rollout__mode": "fused"}, "rewards of reward_term come after a rollout; set rollout.mode to 'buffered'"),
         ({"objective": {"method": "sft"}}, "objective.method = 'closed_form' only, not 'sft'"),
         ({"tasks__t__rewards": []}, "tasks.t.rewards: reward_term learns from every task's rewards, and here is none"),
         ({"tasks__t__rewards": [{"name": "jpeg_compressibility", "weight": 0}]}, "here is none with a weight"),

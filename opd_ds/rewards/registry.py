@@ -65,9 +65,10 @@ def reward_class(name: str, key: str = "reward") -> type[Reward]:
     third_party = _third_party()
     if name in third_party:
         return third_party[name].load()
-    allowed = reward_names()
+    known = reward_names()
+    allowed = ", ".join(one for one in known if not one.startswith("miniature_"))
     raise UserError(
-        f"{key} = {name!r}: unknown reward; allowed: {', '.join(allowed)}, or FILE.py:NAME.{nearest(name, allowed)}"
+        f"{key} = {name!r}: unknown reward; allowed: {allowed}, the miniature's, or FILE.py:NAME.{nearest(name, known)}"
     )
 
 
