@@ -243,7 +243,7 @@ def test_a_run_outlives_its_tracker(
     assert told == [
         "tracker tensorboard failed (ConnectionError: the network is gone); the run goes on, all numbers are in "
         "metrics.jsonl",
-        "tracker tensorboard: 4 of 4 records are lost; all numbers are in metrics.jsonl",  # rounds, and the end's passes
+        "tracker tensorboard: 4 of 4 records are lost; all numbers are in metrics.jsonl",  # and the passes
     ]
 
 
