@@ -121,6 +121,12 @@ def _check_zero(ds: dict[str, Any], kind: str, made: Any, source: str) -> None:
             f"{source}: optimizer.type = {kind!r}: DeepSpeed has not tested it with ZeRO; write "
             '"zero_allow_untested_optimizer": true to use it all the same, or choose another'
         )
+    if kind == "Muon" and (stage == 2 or (stage == 1 and not ds["bf16"]["enabled"])):
+        raise UserError(
+            f"{source}: optimizer.type = 'Muon' with ZeRO stage {stage}: DeepSpeed keeps its momentum there in another "
+            "layout than the masters, which no checkpoint here carries; set the stage to 0 or 3, or to 1 with "
+            "precision bf16"
+        )
     if kind == "Muon" and stage == 3 and ds["zero_optimization"].setdefault("reduce_scatter", False):
         raise UserError(f"{source}: zero_optimization.reduce_scatter = true: Muon at stage 3 needs false")
 
