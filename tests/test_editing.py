@@ -16,7 +16,6 @@ from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.evaluation.tables import comparison_grid
 from opd_ds.models.prompt_encoding import PromptEncoding
-from opd_ds.pictures import Picture
 from opd_ds.plan.devices import parse_devices
 from opd_ds.plan.inputs import network_inputs
 from opd_ds.plan.memory import run_memory
@@ -29,6 +28,7 @@ from opd_ds.runs.train import train
 from opd_ds.testing.tiny import flux_kontext, qwen_image_edit
 from opd_ds.testing.tiny.parts import painting
 from opd_ds.training.networks import load_family
+from opd_ds.utils.pictures import Picture
 from tests.ranks import launch
 from tests.runs import assert_close, gradients_of, metrics, write_sgd
 from tests.tiny import ALL_SHARDED, PROMPTS, costs_of, run_settings, with_changes, write_config

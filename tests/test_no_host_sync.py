@@ -29,7 +29,6 @@ from opd_ds.diffusion import kernel
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.engine import Group
 from opd_ds.models import Conditioning, ModelFamily, build_family, lora
-from opd_ds.pictures import Picture
 from opd_ds.runs.preflight import trainer_class
 from opd_ds.testing.family_checks import model_settings
 from opd_ds.testing.tiny.parts import references
@@ -37,6 +36,7 @@ from opd_ds.training.buffer import PerPair, PerSample, PerState, TrajectoryBuffe
 from opd_ds.training.rl.grpo_guard import GrpoGuardKnown, GrpoGuardLoss
 from opd_ds.training.rl.nft import NftKnown, NftLoss
 from opd_ds.training.trainer import Components, Trainer
+from opd_ds.utils.pictures import Picture
 from opd_ds.utils.transfer import to_device
 from tests.tiny import run_settings
 

@@ -21,8 +21,8 @@ from opd_ds.cli.main import app
 from opd_ds.config.sections import PromptsSection
 from opd_ds.data import PromptSet
 from opd_ds.errors import UserError
-from opd_ds.pictures import Picture
 from opd_ds.testing.tiny.parts import painting
+from opd_ds.utils.pictures import Picture
 
 
 def stored(image: Image.Image, kind: str = "png", **options: Any) -> bytes:

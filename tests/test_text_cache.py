@@ -25,12 +25,12 @@ from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.models import Conditioning, ModelFamily
 from opd_ds.models.host_weights import HostWeights
-from opd_ds.pictures import Picture
 from opd_ds.runs.encode import encode_prompts
 from opd_ds.runs.evaluate import Choice, evaluate
 from opd_ds.runs.preflight import preflight
 from opd_ds.runs.setup import Parts, prepare
 from opd_ds.training.networks import load_family
+from opd_ds.utils.pictures import Picture
 from tests.tiny import PROMPTS, run_settings, with_changes, write_config
 
 Build = Callable[..., tuple[RunConfig, Parts]]

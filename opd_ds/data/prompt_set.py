@@ -16,7 +16,7 @@ from opd_ds.config.sections import PromptsSection
 from opd_ds.data.packed import mappings, texts
 from opd_ds.data.readers import NEGATIVE, Problem, locate, rows
 from opd_ds.errors import UserError
-from opd_ds.pictures import Picture
+from opd_ds.utils.pictures import Picture
 
 _HASHED = json.JSONEncoder(sort_keys=True, default=str)
 

@@ -23,7 +23,7 @@ from typing import Any, cast
 from opd_ds.config.paths import PACKAGE_PREFIX, find_local, looked_for, resolve_path
 from opd_ds.config.sections import PromptsSection
 from opd_ds.errors import UserError, nearest, shown
-from opd_ds.pictures import Picture
+from opd_ds.utils.pictures import Picture
 from opd_ds.utils.stand_ins import stand_in
 
 # A prompt's own negative prompt.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from opd_ds.config.sections import ModelSection
 from opd_ds.errors import UserError, shown
 from opd_ds.models import ModelFamily
-from opd_ds.pictures import Picture
+from opd_ds.utils.pictures import Picture
 
 
 class Size(NamedTuple):

@@ -19,8 +19,8 @@ from opd_ds.diffusion.noise import SampleNoise, sample_seed
 from opd_ds.diffusion.rollout import Rows, chunks, rollout
 from opd_ds.engine import Group
 from opd_ds.models import Conditioning, ModelFamily
-from opd_ds.pictures import Picture
 from opd_ds.rewards import Clip, Drawn
+from opd_ds.utils.pictures import Picture
 
 _ENCODED_AT_ONCE = 256  # prompts per trip of offloaded text encoders; SD3's embeddings are some 3 MB each
 

@@ -19,7 +19,7 @@ from opd_ds.models.base import JOINT_ATTENTION, ModelFamily
 from opd_ds.models.conditioning import Conditioning
 from opd_ds.models.flux import positions
 from opd_ds.models.libraries import load
-from opd_ds.pictures import Picture
+from opd_ds.utils.pictures import Picture
 
 _APART = 10  # times between pictures; the latents' own is 0
 _LEAST_SIDE, _MOST_RATIO = 64, 8  # of a reference picture

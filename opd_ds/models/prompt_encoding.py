@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from opd_ds.models.conditioning import Conditioning
 from opd_ds.models.host_weights import HostMemory, HostWeights
 from opd_ds.models.libraries import diffusers_class, load
-from opd_ds.pictures import Picture
+from opd_ds.utils.pictures import Picture
 
 ENCODED_AT_ONCE = 8  # prompts
 REFERENCE = "reference"  # what the latents of a picture are called where encodings are kept

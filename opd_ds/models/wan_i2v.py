@@ -14,7 +14,7 @@ from opd_ds.errors import UserError
 from opd_ds.models import privates
 from opd_ds.models.conditioning import Conditioning
 from opd_ds.models.wan import Wan, latent_statistics
-from opd_ds.pictures import Picture
+from opd_ds.utils.pictures import Picture
 
 # This pipeline's own fails where ftfy is not installed, the others' does without (diffusers 0.42.1).
 pipeline_wan_i2v.prompt_clean = privates.wan_prompt_clean()

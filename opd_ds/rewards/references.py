@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # as in base.py
     from PIL import Image
     from torch import Tensor
 
-    from opd_ds.pictures import Picture
+    from opd_ds.utils.pictures import Picture
 
 # Of one image or clip, in the order of the prompt's columns; none of a prompt without.
 Own: TypeAlias = "tuple[Image.Image, ...]"

@@ -11,7 +11,7 @@ from opd_ds.data import PromptSet, negative_prompt
 from opd_ds.data.text_cache import TextCache, encoders_identity
 from opd_ds.errors import UserError, about
 from opd_ds.models import ModelFamily
-from opd_ds.pictures import Picture
+from opd_ds.utils.pictures import Picture
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from opd_ds.engine import Group
 from opd_ds.models import ENCODED_AT_ONCE, Conditioning, ModelFamily
-from opd_ds.pictures import Picture
+from opd_ds.utils.pictures import Picture
 from opd_ds.utils.transfer import to_device
 
 Key = TypeVar("Key", bound=Hashable)

@@ -14,8 +14,8 @@ from opd_ds.data import Kind, Shard, Size
 from opd_ds.diffusion import Coefficients, kernel
 from opd_ds.diffusion.noise import SampleNoise
 from opd_ds.models import Conditioning, ModelFamily
-from opd_ds.pictures import Picture
 from opd_ds.training.stages import stage_counts
+from opd_ds.utils.pictures import Picture
 from opd_ds.utils.transfer import to_device
 
 

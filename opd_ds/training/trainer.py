@@ -22,7 +22,6 @@ from opd_ds.engine import Group, ShardedEma, ShardReader, StudentEngine
 from opd_ds.errors import NonFiniteError
 from opd_ds.evaluation.reward_pool import RewardPool
 from opd_ds.models import Conditioning, GuidedVelocity, ModelFamily, guide
-from opd_ds.pictures import Picture
 from opd_ds.training.accumulator import Loss, LossTerm, RoundAccumulator, RoundLosses
 from opd_ds.training.auto_batch import AutoMicroBatch
 from opd_ds.training.buffer import Columns, NoisedStates, Pairs, PerPair, TrajectoryBuffer, noised_states
@@ -34,6 +33,7 @@ from opd_ds.training.shares import Sampler, Share, TaskBatch, by_task
 from opd_ds.training.stages import StagePairs
 from opd_ds.training.steps import choose_steps
 from opd_ds.training.teachers import TeacherPool
+from opd_ds.utils.pictures import Picture
 from opd_ds.utils.transfer import to_device
 
 Known = TypeVar("Known")

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from opd_ds.errors import UserError
-from opd_ds.pictures import Picture
 from opd_ds.rewards import Clip, Needs, OfClips, build, score_beside
 from opd_ds.rewards.references import at_most
 from opd_ds.rewards.server import make_app
 from opd_ds.rewards.wire import encode_request
+from opd_ds.utils.pictures import Picture
 from tests.rewards.drawing import flat
 from tests.rewards.servers import running
 

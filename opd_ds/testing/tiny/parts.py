@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from opd_ds.models import ModelFamily
-from opd_ds.pictures import Picture
+from opd_ds.utils.pictures import Picture
 
 # What the tokenizers are trained on.
 TEXTS = ["a red 3 on blue", "a green 7 on white", "a blue 0 on red", "the number 5", "a neat 8 beside a black square"]

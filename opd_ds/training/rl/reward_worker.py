@@ -14,8 +14,8 @@ from torch import Tensor
 
 from opd_ds.config.sections import WeightedReward
 from opd_ds.evaluation.reward_pool import RewardPool
-from opd_ds.pictures import Picture
 from opd_ds.rewards import Drawn, score_beside
+from opd_ds.utils.pictures import Picture
 
 _WAIT_SECONDS = 10.0
 
