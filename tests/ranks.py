@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -268,6 +269,8 @@ def import_libraries() -> None:
         importlib.import_module(name)
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"imports have started {len(threads) - 1} threads"
+    gc.collect()
+    gc.freeze()  # no collection in a fork looks at them, or copies their pages
 
 
 if __name__ == "__main__":

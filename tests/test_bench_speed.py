@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
-import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from opd_ds.engine import Group, counted_collectives
 from opd_ds.errors import UserError
 from opd_ds.miniature.world import TASKS
 from opd_ds.runs.setup import prepare
+from tests.ranks import launch
 from tests.tiny import write_lora
 
 
@@ -49,7 +50,7 @@ def test_the_public_loop_does_our_work(tiny: Size, setting: Any, group: Group, t
     config = run_config(tiny, setting, 1, 2, tmp_path, optimizer={"lr": 1e-3})
     public, ours = PublicLoop(config, group), prepare(config, group).trainer
     losses = []
-    for index in range(4):
+    for index in range(2):
         report = ours.run_round(index)
         losses.append((public.run_round(index), report.losses.loss))
     for theirs, mine in losses:
@@ -103,11 +104,15 @@ def test_every_switch_is_a_run(name: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def measured(tiny: Size, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """One setting in processes of their own."""
+    """One setting in a fork, in place of a process, in which `.ci/run` measures."""
+
+    def in_forks(module: str, arguments: list[str], ranks: int, logs: Path, more: Mapping[str, str]) -> None:
+        launch(ranks, *arguments, script=module)
+
     folder = tmp_path_factory.mktemp("speed")
     wanted = replace(speed.quick(tiny), settings=SETTINGS[:1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "sched_getaffinity", lambda pid: {0})  # one thread: other tests want the other cores
+        patch.setattr(speed, "run_ranks", in_forks)
         return speed.bench(wanted, folder, lambda line: None), folder
 
 

@@ -27,8 +27,10 @@ from opd_ds.errors import DamagedCheckpointError, UserError
 from opd_ds.runs.train import train
 from tests.ranks import launch
 from tests.runs import metrics
-from tests.tiny import run_settings, write_config
+from tests.tiny import ALL_SHARDED, run_settings, write_config
 
+# Rounds of which only the number counts. Resuming at every stage: tests/test_run.py and tests/test_elastic.py.
+CHEAP: dict[str, Any] = {"deepspeed": "zero1", "rollout__steps": 1}
 STATE = {"round": 0, "shapes": {}}
 ENTRIES = {"master/0/w": torch.arange(1000.0)}
 
@@ -71,7 +73,8 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
 @pytest.fixture
 def run(tiny_world: Path, tmp_path: Path, group: Group) -> Callable[..., list[dict[str, float]]]:
     def start(name: str, resume: str = "auto", **changes: Any) -> list[dict[str, float]]:
-        chosen = {"run__rounds": 4, "run__checkpoint_every": 1, "run__keep_checkpoints": 3} | changes
+        kept = {"run__rounds": 4, "run__checkpoint_every": 1, "run__keep_checkpoints": 3}
+        chosen = kept | CHEAP | changes
         train(DistilConfig.model_validate(run_settings(tiny_world, tmp_path / name, **chosen)), group, resume)
         return metrics(tmp_path / name)
 
@@ -166,7 +169,7 @@ def test_a_resume_of_another_run_is_refused(
     run("out", run__rounds=1)
     (tmp_path / "fewer.txt").write_text("a red 3\n")
     others = {
-        r"rollout\.steps was 4 and is now 5": {"rollout__steps": 5},
+        r"rollout\.steps was 1 and is now 2": {"rollout__steps": 2},
         r"optimizer\.lr was 0\.001 and is now 0\.002": {"optimizer__lr": 0.002},
         r"model\.height, width or frames was \[4, 8, 8\] and is now \[4, 4, 8\]": {"model__height": 8},
         r"model\.negative_prompt was '' and is now ' '; set it back": {"model__negative_prompt": " "},
@@ -219,7 +222,7 @@ def test_a_rank_that_does_not_see_the_files_is_no_damage(
 @pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_9_while_checkpoints_are_written(tiny_world: Path, tmp_path: Path, kills: int) -> None:
     """At random moments: nothing beyond the last published checkpoint is lost, and no number differs."""
-    changes = {"run__rounds": kills + 4, "run__checkpoint_every": 1, "evaluation__steps": 1}
+    changes = CHEAP | {"run__rounds": kills + 2, "run__checkpoint_every": 1, "evaluation__steps": 1}
     for name in ("whole", "killed"):
         write_config(tmp_path / f"{name}.yaml", run_settings(tiny_world, tmp_path / name, **changes))
     reports = {}
@@ -401,8 +404,8 @@ def test_a_failure_in_the_background_is_raised(tmp_path: Path, group: Group, mon
 def test_a_run_with_background_checkpoints_is_the_same_run(
     run: Callable[..., list[dict[str, float]]], tmp_path: Path
 ) -> None:
-    expected = run("plain")
-    assert run("background", run__checkpoint_in_background=True) == expected
+    expected = run("plain", deepspeed=ALL_SHARDED)
+    assert run("background", deepspeed=ALL_SHARDED, run__checkpoint_in_background=True) == expected
     assert names(tmp_path / "background") == names(tmp_path / "plain")
     for name in ("round-000002", "round-000004"):
         ours, theirs = (ShardReader(tmp_path / kind / "checkpoints" / name) for kind in ("background", "plain"))

@@ -21,14 +21,15 @@ from tests.runs import assert_close, metrics
 from tests.tiny import ALL_SHARDED, run_settings, write_config
 
 pytestmark = pytest.mark.multirank
-ROUNDS, WRITTEN = 5, 2
+ROUNDS, WRITTEN = 4, 2
 
 # An EMA that acts every second step, a schedule, samples that divide by no number of ranks.
 SETTINGS: dict[str, Any] = {
     "run__rounds": ROUNDS,
     "run__checkpoint_every": 1,
     "run__keep_checkpoints": 10,
-    "rollout__samples": 5,
+    "rollout__samples": 3,
+    "rollout__steps": 2,
     "student__ema": {"decay": 0.9, "every": 2},
     "optimizer__warmup_rounds": 3,
 }

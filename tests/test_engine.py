@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +28,7 @@ from opd_ds.engine.build_lock import BuildLock
 from opd_ds.errors import UserError
 from opd_ds.training.auto_batch import AutoMicroBatch
 from opd_ds.utils.determinism import make_deterministic
+from tests.ranks import launch
 from tests.tiny import run_settings
 
 INPUT = torch.linspace(-1, 1, 24).reshape(4, 6)
@@ -365,12 +364,12 @@ print(resident() - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
-def test_freed_host_memory_goes_back_to_the_system() -> None:
+@pytest.mark.multirank
+def test_freed_host_memory_goes_back_to_the_system(tmp_path: Path) -> None:
+    (tmp_path / "freed.py").write_text(FREED)
+
     def left(how: str) -> int:
-        done = subprocess.run(
-            [sys.executable, "-c", FREED, how], capture_output=True, text=True, timeout=120, check=True
-        )
-        return int(done.stdout)
+        return int(launch(1, how, script=str(tmp_path / "freed.py")).stdout)
 
     returned = left("returned")  # MiB, of 160
     assert returned < 20

@@ -28,7 +28,9 @@ pytestmark = pytest.mark.multirank
 # Samples do not divide by 2, steps are random queries, after which rollouts stop, the kernel is stochastic: the hardest
 # case for invariant 1.
 HARD: dict[str, Any] = {
+    "run__rounds": 2,
     "rollout__samples": 5,
+    "rollout__steps": 3,
     "rollout__kernel": "flow",
     "rollout__noise_level": 0.5,
     "rollout__trained_steps": {"queries": 2},
@@ -63,7 +65,8 @@ CUTS: dict[str, dict[str, Any]] = {
 }
 PLACEMENTS = ("resident", "zero_inference")
 KINDS = ("full", "lora")
-KILLED = {"run__rounds": 8, "run__checkpoint_every": 2}
+# Rounds that cost little, and enough of them for a kill in between.
+KILLED = {"run__rounds": 7, "run__checkpoint_every": 2, "rollout__steps": 1}
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +98,7 @@ def on_two_ranks(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize("name", CUTS)
 def test_two_ranks_train_what_one_rank_trains(reference: list[dict[str, float]], on_two_ranks: Path, name: str) -> None:
-    """Invariant 1, with a remainder: same losses, KLs and gradient norms over three rounds."""
+    """Invariant 1, with a remainder: same losses, KLs and gradient norms, the second round's after an update."""
     assert_close(metrics(on_two_ranks / name), reference)
 
 
@@ -114,7 +117,7 @@ def test_kill_9_and_resume_is_bit_for_bit(tiny_world: Path, tmp_path: Path, on_t
     wait_for_rounds(folder, 3)
     ranks.processes[1].send_signal(signal.SIGKILL)
     assert ranks.wait(60) != 0
-    assert len(metrics(folder)) < 8
+    assert len(metrics(folder)) < KILLED["run__rounds"]
     # A draft that the kill may have left is never taken for a checkpoint.
     (folder / "checkpoints" / ".writing-round-000099").mkdir()
 
@@ -170,50 +173,13 @@ def test_a_run_leaves_what_is_promised(on_two_ranks: Path) -> None:
 def test_a_refused_resume_is_one_line_of_all_ranks(on_two_ranks: Path, tmp_path: Path) -> None:
     """What is refused: tests/test_checkpoint.py."""
     shutil.copytree(on_two_ranks / "whole full" / "checkpoints", tmp_path / "out" / "checkpoints")
-    changes = (f"run.output_dir={tmp_path / 'out'}", "rollout.steps=5")
+    changes = (f"run.output_dir={tmp_path / 'out'}", "rollout.steps=2")
     options = [word for change in changes for word in ("--set", change)]
     ended = launch(2, "--config", str(on_two_ranks / "whole full.yaml"), "--resume", "auto", *options, check=False)
     assert ended.returncode != 0
     (line,) = (line for line in ended.stdout.splitlines() if line.startswith("opd-ds: error:"))
-    assert "rollout.steps was 4 and is now 5" in line
+    assert "rollout.steps was 1 and is now 2" in line
     assert "Traceback" not in ended.stdout
-
-
-# ---- under the deepspeed launcher itself, which reads exit codes, hands on signals and ends ranks ----
-
-
-def under_deepspeed(*arguments: str) -> subprocess.Popen[str]:
-    """Two ranks of a script, or of `--module NAME`, as users start them."""
-    environment = {name: value for name, value in os.environ.items() if name not in SET_BY_LAUNCHERS}
-    return subprocess.Popen(
-        [*under_launcher(2), *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def test_sigterm_saves_and_the_run_goes_on(tiny_world: Path, tmp_path: Path) -> None:
-    changes = {"run__rounds": 400, "run__checkpoint_every": 1000}
-    file = write_config(tmp_path / "run.yaml", run_settings(tiny_world, tmp_path / "out", **changes))
-    process = under_deepspeed("--module", "opd_ds.cli", "train", "--config", str(file))
-    wait_for_rounds(tmp_path / "out", 2)
-    children = psutil.Process(process.pid).children(recursive=True)
-    ranks = [child for child in children if any(word.startswith("--local_rank") for word in child.cmdline())]
-    assert len(ranks) == 2
-    left = Path("/dev/shm").glob(f"deepspeed_*_{os.getuid()}_*_{ranks[0].environ()['MASTER_PORT']}_*")
-    assert not list(left), "DeepSpeed's op for CPUs would leave them for ever"
-    for rank in ranks:
-        rank.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, out[-3000:]
-    done = len(metrics(tmp_path / "out"))
-    assert f"interrupted after round {done}" in out
-    assert (tmp_path / "out" / "checkpoints" / f"round-{done:06d}").is_dir()
-    launch(2, "--config", str(file), "--resume", "auto", "--set", f"run.rounds={done + 1}")
-    assert [row["round"] for row in metrics(tmp_path / "out")] == list(range(1, done + 2))
 
 
 def test_a_rank_that_fails_alone_speaks_once_and_nobody_hangs(tiny_world: Path, tmp_path: Path) -> None:
@@ -233,9 +199,45 @@ def test_a_rank_that_fails_alone_speaks_once_and_nobody_hangs(tiny_world: Path, 
         "from opd_ds.cli.main import main\n"
         "main()\n"
     )
-    process = under_deepspeed(str(script))
-    out, _ = process.communicate(timeout=300)  # a collective would wait for 40 minutes
-    assert process.returncode != 0
-    errors = [line for line in out.splitlines() if "opd-ds: error:" in line]
-    assert len(errors) == 1, out[-3000:]
+    ended = launch(2, script=str(script), check=False)  # a collective would wait for 40 minutes
+    assert ended.returncode != 0
+    errors = [line for line in ended.stdout.splitlines() if "opd-ds: error:" in line]
+    assert len(errors) == 1, ended.stdout[-3000:]
     assert "[rank 1] tasks.one.teacher.path = './gone': no such file" in errors[0]
+
+
+# ---- under the deepspeed launcher itself, which reads exit codes, hands on signals and ends ranks ----
+
+
+def under_deepspeed(*arguments: str) -> subprocess.Popen[str]:
+    """Two ranks of a script, or of `--module NAME`, as users start them."""
+    environment = {name: value for name, value in os.environ.items() if name not in SET_BY_LAUNCHERS}
+    return subprocess.Popen(
+        [*under_launcher(2), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_sigterm_saves_and_the_run_goes_on(tiny_world: Path, tmp_path: Path) -> None:
+    changes = {"run__rounds": 400, "run__checkpoint_every": 1000, "rollout__steps": 1}
+    file = write_config(tmp_path / "run.yaml", run_settings(tiny_world, tmp_path / "out", **changes))
+    process = under_deepspeed("--module", "opd_ds.cli", "train", "--config", str(file))
+    wait_for_rounds(tmp_path / "out", 2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    ranks = [child for child in children if any(word.startswith("--local_rank") for word in child.cmdline())]
+    assert len(ranks) == 2
+    left = Path("/dev/shm").glob(f"deepspeed_*_{os.getuid()}_*_{ranks[0].environ()['MASTER_PORT']}_*")
+    assert not list(left), "DeepSpeed's op for CPUs would leave them for ever"
+    for rank in ranks:
+        rank.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, out[-3000:]
+    done = len(metrics(tmp_path / "out"))
+    assert f"interrupted after round {done}" in out
+    assert (tmp_path / "out" / "checkpoints" / f"round-{done:06d}").is_dir()
+    launch(2, "--config", str(file), "--resume", "auto", "--set", f"run.rounds={done + 1}")
+    assert [row["round"] for row in metrics(tmp_path / "out")] == list(range(1, done + 2))

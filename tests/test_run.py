@@ -33,8 +33,8 @@ Run = Callable[..., Path]
 @pytest.fixture
 def run(tiny_world: Path, tmp_path: Path, group: Group) -> Run:
     def start(name: str, resume: str = "never", **changes: Any) -> Path:
-        folder = tmp_path / name
-        train(DistilConfig.model_validate(run_settings(tiny_world, folder, **changes)), group, resume)
+        folder, few = tmp_path / name, {"rollout__steps": 2}
+        train(DistilConfig.model_validate(run_settings(tiny_world, folder, **few | changes)), group, resume)
         return folder
 
     return start
@@ -127,7 +127,7 @@ def test_resume_is_bit_for_bit_at_every_stage(run: Run, tmp_path: Path, stage: s
         "optimizer__warmup_rounds": 3,
         "run__checkpoint_every": 1,
         "run__keep_checkpoints": 10,
-        "run__rounds": 5,
+        "run__rounds": 4,
     }
     whole = run("whole", **settings)
     exported = load_file(whole / "export" / "pytorch_lora_weights.safetensors")

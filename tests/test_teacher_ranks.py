@@ -34,13 +34,16 @@ from tests.tiny import costs_of, run_settings, write_config
 HARD: dict[str, Any] = {
     "run__checkpoint_every": 1,
     "run__keep_checkpoints": 10,
+    "run__rounds": 2,
     "rollout__samples": 5,
+    "rollout__steps": 3,
     "rollout__kernel": "flow",
     "rollout__noise_level": 0.5,
     "rollout__micro_batch": 3,
     "rollout__trained_steps": {"queries": 2},
     "train__micro_batch": 3,
 }
+ONE_STEP = {"rollout__steps": 1}
 SHARDED = {f"tasks__{task}__teacher__placement": "zero_inference" for task in ("one", "two")}
 
 
@@ -117,7 +120,7 @@ def runs(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     kinds: dict[str, dict[str, Any]] = {
         "hard": HARD | {"anchor": anchor},
         "late": HARD | {"scoring__late": 1, "run__rounds": 4},
-        "drawn": {"run__rounds": 1, "evaluation__baselines": True, "tasks__one__eval_prompts": held_out},
+        "drawn": ONE_STEP | {"run__rounds": 1, "evaluation__baselines": True, "tasks__one__eval_prompts": held_out},
     }
 
     def file(name: str, **changes: Any) -> str:
@@ -161,7 +164,7 @@ def test_teachers_draw_for_the_ranks_that_evaluate(runs: Path) -> None:
 @pytest.mark.multirank
 def test_a_signal_ends_both_roles(tiny_world: Path, tmp_path: Path) -> None:
     """It reaches a rank that trains; the state is saved, and a teacher rank leaves with the same code."""
-    changes = {"run__rounds": 100_000, "run__checkpoint_every": 100_000, "scoring__ranks": 1}
+    changes = ONE_STEP | {"run__rounds": 100_000, "run__checkpoint_every": 100_000, "scoring__ranks": 1}
     ranks = start(
         2, "--config", str(write_config(tmp_path / "run.yaml", run_settings(tiny_world, tmp_path, **changes)))
     )

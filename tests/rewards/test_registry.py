@@ -26,21 +26,20 @@ def rewards(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def imported_by(*arguments: str) -> set[str]:
-    """Which of `HEAVY` a fresh process has imported after `opd-ds ARGUMENTS`."""
-    program = (
-        "import sys; from opd_ds.cli.main import app; app(sys.argv[2:], standalone_mode=False); "
-        "print(*[name for name in sys.argv[1].split() if name in sys.modules], sep='\\n', file=sys.stderr)"
-    )
-    command = [sys.executable, "-c", program, " ".join(HEAVY), *arguments]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    return set(done.stderr.split())
-
-
 def test_looking_imports_nothing_heavy() -> None:
-    assert imported_by("recipes") == set()
-    assert imported_by("rewards", "list") <= {"torch"}  # the rewards' own modules name its types
-    assert imported_by("rewards", "check", "ocr", "unifiedreward") <= {"torch"}
+    """One fresh process, one command after the other: which of `HEAVY` it has imported after each."""
+    commands = (["recipes"], ["rewards", "list"], ["rewards", "check", "ocr", "unifiedreward"])
+    program = (
+        "import sys; from opd_ds.cli.main import app\n"
+        f"for arguments in {commands!r}:\n"
+        "    app(arguments, standalone_mode=False)\n"
+        f"    print('imported', *[name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
+    said = [set(line.split()) - {"imported"} for line in done.stderr.splitlines() if line.startswith("imported")]
+    assert len(said) == len(commands)
+    assert said[0] == set()
+    assert said[-1] <= {"torch"}  # the rewards' own modules name its types
 
 
 def test_list_has_a_row_for_every_reward(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
