@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from opd_ds.config.loading import load_config
+from opd_ds.config.sections import ModelSection
 from opd_ds.errors import UserError
 from opd_ds.models import ModelFamily
 from opd_ds.models.qwen_image import pack, unpack
@@ -39,7 +40,7 @@ def test_the_negative_prompt_is_a_blank_unless_something_else_is_given(base: Pat
     given = [checks.build("qwen_image", base, negative_prompt=text).negative_prompt for text in (None, "", "ugly")]
     assert given == [" ", "", "ugly"]
     assert family.encode([" "]).lengths != family.encode([""]).lengths
-    assert [text for text, _ in Wanted.of(family, []).texts.values()] == [" "]
+    assert [text for text, _ in Wanted.of(ModelSection(path="x"), family, []).texts.values()] == [" "]
     for value, expected in (("null", " "), ('""', "")):
         config = load_config("mopd_qwen_image", None, [f"model.negative_prompt={value}", "model.path=hub/Qwen-Image"])
         assert find_model(config).family.negative_prompt == expected

@@ -251,7 +251,7 @@ def test_offloaded_text_encoders_come_once_a_call_and_are_never_copied_back(
     weights = offloaded._encoder_weights
     assert weights is not None
     assert weights._copies is None
-    for encoder in (offloaded._encoders.text_encoder, offloaded._encoders.text_encoder_3):
+    for encoder in (offloaded.loaded.encoders.text_encoder, offloaded.loaded.encoders.text_encoder_3):
         assert {p.untyped_storage().data_ptr() for p in encoder.parameters()} == {weights._packed.data_ptr()}
 
 

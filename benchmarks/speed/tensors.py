@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 def alive_bytes(others: Iterable[nn.Module], family: Any) -> int:
     """Bytes of all storages that live, but for those of other networks: teachers, text encoders, VAE."""
-    pipeline, vae = family._encoders, family._vae
+    pipeline, vae = family.loaded.encoders, family.loaded.vae
     parts = [part for part in (pipeline.components.values() if pipeline else ()) if isinstance(part, nn.Module)]
     known = {
         tensor.untyped_storage().data_ptr()

@@ -99,9 +99,10 @@ def describe(config: RunConfig, world: World, start: Start) -> str:
 def _sizes(config: RunConfig) -> str:
     """Of several: which, and who chooses; else nothing."""
     model = config.model
+    own = {"prompts": "the prompts' own", "pictures": "the pictures'"}.get(model.size_from)
     if not model.sizes:
-        return "the prompts' own" if model.size_from == "prompts" else ""
-    chosen = "nearest to the prompts' own" if model.size_from == "prompts" else "drawn"
+        return own or ""
+    chosen = f"nearest to {own}" if own else "drawn"
     return f"{', '.join(f'{height} x {width}' for height, width in model.sizes)} ({chosen})"
 
 

@@ -76,10 +76,10 @@ class ModelSection(Section):
         (),
         description="[height, width] of several image sizes, pixels; one is drawn for each prompt; see docs/sizes.md",
     )
-    size_from: Literal["drawn", "prompts"] = Field(
+    size_from: Literal["drawn", "prompts", "pictures"] = Field(
         "drawn",
         description="prompts: where a prompt set has columns height and width, the prompt's own, or of `sizes` that of "
-        "the nearest aspect ratio",
+        "the nearest aspect ratio; pictures: the same with the size of the reference picture",
     )
     frames: PositiveInt | None = Field(None, description="of a video; default: the family's own")
     max_text_length: PositiveInt | None = Field(

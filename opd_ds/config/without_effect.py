@@ -93,6 +93,10 @@ def _student(config: RunConfig) -> Iterator[str]:
         yield "student.lora is not read with student.kind = 'full'"
     if model.text_cache is not None and model.text_encoders != "cached":
         yield f"model.text_cache is not read with model.text_encoders = {model.text_encoders!r}; set that to 'cached'"
+    sets = [task.prompts for task in config.tasks.values()]
+    sets += [section.eval_prompts for section in config.evaluated.values() if section.eval_prompts is not None]
+    if model.size_from == "pictures" and not any(section.pictures for section in sets):
+        yield "model.size_from = 'pictures': no prompt set has pictures, so all images have the run's size"
     if rollout.kernel in STOCHASTIC_KERNELS and rollout.noise_level == 0:
         yield f"rollout.kernel = {rollout.kernel!r} draws no noise with rollout.noise_level = 0"
     guidances = {"rollout.guidance": rollout.guidance}

@@ -98,7 +98,7 @@ class Painter:
         self._config, self._settings = config, config.evaluation
         self._family, self._group = family, group
         self._samplers: dict[Size, _Sampler] = {}
-        self._sizes = Sizes.of_run(config.model, family)
+        self._sizes = Sizes(config.model, family)
         self._shared: dict[str, Any] = {
             "steps": self._settings.steps,
             "seed": self._settings.seed,
@@ -119,9 +119,10 @@ class Painter:
     def _uncond(self) -> Conditioning:
         return self._family.encode([self._family.negative_prompt])
 
-    def size(self, item: Item) -> Size:
-        """Of the image: of several sizes the one that the prompt draws, and for its further images the next in turn."""
-        return self._sizes.of(item.metadata, sample_seed(self._settings.seed, 0, item.prompt, 0) + item.index)
+    def kind(self, item: Item) -> Kind:
+        """Of several sizes the one that the prompt draws, and for its further images the next in turn."""
+        number = sample_seed(self._settings.seed, 0, item.prompt, 0) + item.index
+        return self._sizes.kind(item.metadata, item.pictures, number)
 
     def recipe(self, item: Item) -> dict[str, Any]:
         """What the image is drawn from, but for model and guidance."""
@@ -131,7 +132,7 @@ class Painter:
         if item.pictures:
             sha256 = [picture.sha256 for picture in item.pictures]
             pictures = {"pictures": sha256, "reference_side": self._family.reference_side}
-        shape = {"latent_shape": list(self._sampler(self.size(item)).latent_shape)}
+        shape = {"latent_shape": list(self._sizes.family(self.kind(item).size).latent_shape)}
         return self._shared | shape | drawn | pictures
 
     @property
@@ -147,32 +148,33 @@ class Painter:
         micro-batches of one kind, equally many on all ranks.
         """
         world, count = self._group.world, len(wanted)
-        kinds = [Kind.of(self._family, self.size(item), item.pictures) for item in wanted]
+        kinds = [self.kind(item) for item in wanted]
         for of_ranks, shards in shards_by(range(count), kinds, world.size, count).items():
-            part, sampler = shards[world.rank], self._sampler(of_ranks[world.rank].size)
+            part, size = shards[world.rank], of_ranks[world.rank].size
+            family, sampler = self._sizes.family(size), self._sampler(size)
             own = [wanted[i] for i in part.indices]
             for block in chunks(len(own), _ENCODED_AT_ONCE):
-                cond = self._encode(own[block])
+                cond = self._encode(family, own[block])
                 for rows in chunks(len(cond), self._settings.micro_batch):
                     drawn = self._micro_batch(network, own[block][rows], cond[rows], sampler, guidance)
                     yield from zip(own[block][rows], drawn, part.weights[block][rows].tolist(), strict=True)
 
     def _sampler(self, size: Size) -> _Sampler:
         if size not in self._samplers:
-            family = self._family.at(*size)
+            family = self._sizes.family(size)
             sigmas = family.sigmas(self._settings.steps)
             table, stages = kernel("euler").coefficients(sigmas), family.stages(sigmas[:-1])
             self._samplers[size] = _Sampler(family.latent_shape, sigmas, table, stages)
         return self._samplers[size]
 
-    def _encode(self, wanted: list[Item]) -> Conditioning:
+    def _encode(self, family: ModelFamily, wanted: list[Item]) -> Conditioning:
         pictures = [item.pictures for item in wanted]
-        cond = self._family.encode([item.prompt for item in wanted], pictures)
-        negatives = [negative_prompt(item.metadata, self._family.negative_prompt) for item in wanted]
-        seen = self._family.sees_pictures and any(pictures)
-        if not seen and all(text == self._family.negative_prompt for text in negatives):
+        cond = family.encode([item.prompt for item in wanted], pictures)
+        negatives = [negative_prompt(item.metadata, family.negative_prompt) for item in wanted]
+        seen = family.sees_pictures and any(pictures)
+        if not seen and all(text == family.negative_prompt for text in negatives):
             return cond
-        return cond.with_references(cond.references, self._family.encode_texts(negatives, pictures))
+        return cond.with_references(cond.references, family.encode_texts(negatives, pictures))
 
     @torch.no_grad()
     def _micro_batch(

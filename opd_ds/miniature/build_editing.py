@@ -49,7 +49,7 @@ class EditingSettings:
     sizes: Sizes = field(default_factory=lambda: Sizes(layers=3, heads=12, head_dim=8))
     base: BaseSettings = field(
         default_factory=lambda: BaseSettings(
-            phases=(Phase(1000, 2e-3, 1.0, 0.5), Phase(600, 2e-3, 1.0, 0.5)), batch=48, pool=6000, soiled=0.3
+            phases=(*(Phase(1000, 2e-3, 1.0, 0.5),) * 2, Phase(1000, 1.2e-3, 1.0, 0.5)), batch=48, pool=6000, soiled=0.3
         )
     )
 

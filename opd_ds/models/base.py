@@ -151,8 +151,8 @@ class ModelFamily(NoiseStages, PromptEncoding):
         self._check_size()
 
     def at(self, height: int, width: int, *, key: str = "height x width", hint: str = "") -> Self:
-        """The family at another image size: what it says of latents and sigmas is of that. It is for asking only; this
-        one encodes and decodes for all sizes.
+        """The family at another image size: what it says of latents and sigmas, and how it encodes pictures, is of
+        that. What is read from files is read once for all sizes.
 
         Raises:
             UserError: a size that the network cannot draw, naming `key`, with `hint` at its end.

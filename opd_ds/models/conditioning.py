@@ -75,7 +75,14 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: list[Conditioning]) -> Conditioning:
-        """All rows in order; where the parts are of different lengths, padded to the longest."""
+        """All rows in order; where the parts are of different lengths, padded to the longest.
+
+        Raises:
+            ValueError: parts that are not encoded alike, such as prompts with and without a picture that CLIP sees.
+        """
+        for part in parts[1:]:
+            if part.tensors.keys() != parts[0].tensors.keys():
+                raise ValueError(f"rows with {sorted(parts[0].tensors)} beside rows with {sorted(part.tensors)}")
         negatives = [part.negative for part in parts if part.negative is not None]
         return Conditioning(
             {name: _cat([part.tensors[name] for part in parts]) for name in parts[0].tensors},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any, ClassVar
@@ -23,11 +24,22 @@ ENCODED_AT_ONCE = 8  # prompts
 REFERENCE = "reference"  # what the latents of a picture are called where encodings are kept
 
 
+@dataclass
+class _Loaded:
+    """What has been read so far: a family has it together with its copies at other image sizes (`ModelFamily.at`)."""
+
+    encoders: Any = None
+    encoder_weights: HostWeights | None = None
+    vae: Any = None
+    vae_lock: Lock = field(default_factory=Lock)  # images are also decoded beside the training
+
+
 class PromptEncoding(ABC):
     """Encoders that are read when they are first needed, and stay on the device or come there only to encode.
 
     Attributes:
         encoded: asked for what has a name (`text_name`, `picture_name`) instead of text encoders and VAE.
+        loaded: encoders and VAE, once they have been read.
         host_memory: where offloaded text encoders stand; default: this process's own.
     """
 
@@ -36,6 +48,7 @@ class PromptEncoding(ABC):
     pipeline_parts: ClassVar[Mapping[str, None]] = {"transformer": None, "vae": None}  # not needed to encode prompts
     takes_pictures: ClassVar[int] = 0  # the most reference pictures of a prompt
     needs_pictures: ClassVar[bool] = False  # there is no prompt without
+    fits_pictures_to_image: ClassVar[bool] = False  # they are resized to the size that is drawn
     vae_tiling: bool = False  # the VAE works in tiles
     sees_pictures: ClassVar[bool] = False  # the text encoder reads them together with the prompt
 
@@ -44,10 +57,7 @@ class PromptEncoding(ABC):
         self.encoded: Callable[[list[str]], Conditioning] | None = None
         self.host_memory: HostMemory | None = None
         self._keep_encoders = resident
-        self._encoders: Any = None
-        self._encoder_weights: HostWeights | None = None
-        self._vae: Any = None
-        self._vae_lock = Lock()  # images are also decoded beside the training
+        self.loaded = _Loaded()
 
     # ---- what a family says ----
 
@@ -149,10 +159,11 @@ class PromptEncoding(ABC):
     @contextmanager
     def _encoders_at_hand(self) -> Iterator[Any]:
         """The pipeline of the text encoders, which are on the device inside."""
-        if self._encoders is None:
+        if self.loaded.encoders is None:
             self.load_encoders()
-        with torch.no_grad(), self._encoder_weights.on_device() if self._encoder_weights else nullcontext():
-            yield self._encoders
+        weights = self.loaded.encoder_weights
+        with torch.no_grad(), weights.on_device() if weights else nullcontext():
+            yield self.loaded.encoders
 
     def load_encoders(self) -> None:
         """Read what `encode` needs, which its first call does otherwise.
@@ -161,21 +172,21 @@ class PromptEncoding(ABC):
             UserError: a file is damaged.
         """
         pipeline, what = diffusers_class(self.pipeline_class), "text encoders or tokenizers"
-        self._encoders = load(pipeline, self.path, what, **self.given_parts(), dtype=self.dtype)
+        self.loaded.encoders = encoders = load(pipeline, self.path, what, **self.given_parts(), dtype=self.dtype)
         if self._keep_encoders:
-            self._encoders.to(self.device)
+            encoders.to(self.device)
             return
-        networks = [part for part in self._encoders.components.values() if isinstance(part, nn.Module)]
-        self._encoder_weights = HostWeights(nn.ModuleList(networks), self.device, self.host_memory)
+        networks = [part for part in encoders.components.values() if isinstance(part, nn.Module)]
+        self.loaded.encoder_weights = HostWeights(nn.ModuleList(networks), self.device, self.host_memory)
 
     def _loaded_vae(self) -> Any:
-        with self._vae_lock:
-            if self._vae is None:
+        with self.loaded.vae_lock:
+            if self.loaded.vae is None:
                 vae = load(diffusers_class(self.vae_class), self.path, "vae", subfolder="vae", dtype=self.dtype)
-                self._vae = vae.requires_grad_(False).eval().to(self.device)
+                self.loaded.vae = vae.requires_grad_(False).eval().to(self.device)
                 if self.vae_tiling:
                     vae.enable_tiling()
-            return self._vae
+            return self.loaded.vae
 
 
 def as_pixels(picture: Image) -> Tensor:

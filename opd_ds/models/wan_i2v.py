@@ -36,6 +36,7 @@ class WanI2V(Wan):
     takes_pictures = 1
     sees_pictures = True
     needs_pictures = True
+    fits_pictures_to_image = True
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

@@ -182,20 +182,18 @@ def _found(config: RunConfig) -> Model:
 
 def _at_the_largest_size(config: RunConfig, model: Model) -> Model:
     """Prompt sets are read only where they alone say which sizes there are."""
-    settings, sets = config.model, []
-    if settings.size_from == "prompts" and not settings.sizes:
+    settings, sets = config.model, dict[str, PromptSet]()
+    if settings.size_from != "drawn" and not settings.sizes:
         sections = {f"tasks.{name}.prompts": task.prompts for name, task in config.tasks.items()}
         sections |= {
             f"{config.place(name)}.eval_prompts": section.eval_prompts
             for name, section in config.evaluated.items()
             if section.eval_prompts is not None
         }
-        metadata = {key: PromptSet.read(section, key).metadata for key, section in sections.items()}
-        check_sizes(settings, model.family, metadata)
-        sets = list(metadata.values())
-    else:
-        check_sizes(settings, model.family, {})
-    families = [model.family.at(*size) for size in Sizes.of_run(settings, model.family).possible(sets)]
+        sets = {key: PromptSet.read(section, key) for key, section in sections.items()}
+    check_sizes(settings, model.family, sets)
+    sizes = Sizes(settings, model.family)
+    families = [sizes.family(size) for size in sizes.possible(sets.values())]
     return replace(model, family=max(families, key=lambda family: prod(family.latent_shape)))
 
 

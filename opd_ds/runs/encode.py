@@ -8,6 +8,7 @@ import typer
 
 from opd_ds.cluster.world import World
 from opd_ds.config.schema import RunConfig
+from opd_ds.data import check_sizes
 from opd_ds.data.text_cache import TextCache, encoders_identity
 from opd_ds.diffusion.rollout import chunks
 from opd_ds.engine import Group
@@ -35,20 +36,24 @@ def encode_prompts(config: RunConfig, group: Group, output: Path | None = None) 
     with group.raise_on_any_rank():
         encoders = config.model.model_copy(update={"text_encoders": "resident"})
         family = load_family(config.model_copy(update={"model": encoders}), model, group.device)
+        check_sizes(config.model, family, sets)
         check_pictures(config, family, sets, decode=False)
-        wanted = Wanted.of(family, sets.values())
+        wanted = Wanted.of(config.model, family, sets.values())
         texts = cache.missing(list(wanted.texts)[world.rank :: world.size])
         pictures = cache.missing(list(wanted.pictures)[world.rank :: world.size])
     counts, everything = group.gather(len(texts) + len(pictures)), len(wanted.texts) + len(wanted.pictures)
     if world.is_main:
         what = f"{len(wanted.texts)} prompts" + f" and {len(wanted.pictures)} pictures" * bool(wanted.pictures)
         typer.echo(f"{what}, {everything - sum(counts)} of them encoded already in {cache.folder}")
-    for part in (texts[block] for block in chunks(len(texts), _PER_SHARD)):
-        prompts, seen = zip(*(wanted.texts[name] for name in part), strict=True)
-        cache.add(dict(zip(part, family.encode_texts(list(prompts), seen).apart(), strict=True)))
-        _say_progress(world, part, texts, "prompts")
+    alone, beside = ([name for name in texts if bool(wanted.texts[name][1]) is seen] for seen in (False, True))
+    for names in (alone, beside):  # what the text encoder sees with pictures may have further tensors
+        for part in (names[block] for block in chunks(len(names), _PER_SHARD)):
+            prompts, pictures_of = zip(*(wanted.texts[name] for name in part), strict=True)
+            cache.add(dict(zip(part, family.encode_texts(list(prompts), pictures_of).apart(), strict=True)))
+            _say_progress(world, part, [*alone, *beside], "prompts")
     for part in (pictures[block] for block in chunks(len(pictures), _PER_SHARD)):
-        latents = {name: family.encode_picture(wanted.pictures[name]) for name in part}
+        found = {name: wanted.pictures[name] for name in part}
+        latents = {name: at.encode_picture(picture) for name, (picture, at) in found.items()}
         cache.add({name: Conditioning({REFERENCE: own[None]}) for name, own in latents.items()})
         _say_progress(world, part, pictures, "pictures")
     group.barrier()

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from opd_ds.config.schema import RunConfig
-from opd_ds.data import PromptSet, negative_prompt
+from opd_ds.config.sections import ModelSection
+from opd_ds.data import PromptSet, Sizes, negative_prompt
 from opd_ds.data.text_cache import TextCache, encoders_identity
 from opd_ds.errors import UserError, about
 from opd_ds.models import ModelFamily
@@ -20,21 +21,23 @@ class Wanted:
 
     Attributes:
         texts: prompts, and the pictures that the text encoder sees beside them.
+        pictures: each with the family at the size of an image that is drawn with it.
     """
 
     texts: dict[str, tuple[str, tuple[Picture, ...]]]
-    pictures: dict[str, Picture]
+    pictures: dict[str, tuple[Picture, ModelFamily]]
 
     @classmethod
-    def of(cls, family: ModelFamily, sets: Iterable[PromptSet]) -> Wanted:
+    def of(cls, settings: ModelSection, family: ModelFamily, sets: Iterable[PromptSet]) -> Wanted:
         """The negative prompt and all of `sets`."""
-        negative = family.negative_prompt
+        negative, sizes = family.negative_prompt, Sizes(settings, family)
         texts: dict[str, tuple[str, tuple[Picture, ...]]] = {negative: (negative, ())}
-        pictures: dict[str, Picture] = {}
+        pictures: dict[str, tuple[Picture, ModelFamily]] = {}
         for found in sets:
             for row, prompt in enumerate(found.prompts):
                 own = found.pictures_of(row)
-                pictures |= {family.picture_name(picture): picture for picture in own}
+                for at in map(sizes.family, sizes.each(found.metadata[row], own) if own else ()):
+                    pictures |= {at.picture_name(picture): (picture, at) for picture in own}
                 seen = own if family.sees_pictures else ()
                 asked = (prompt, negative_prompt(found.metadata[row], negative))
                 texts |= {family.text_name(text, seen): (text, seen) for text in asked}
@@ -44,7 +47,7 @@ class Wanted:
 def check_text_cache(config: RunConfig, family: ModelFamily, sets: Iterable[PromptSet]) -> None:
     """Raise UserError when a run would read encodings that are not there, or not of its encoders."""
     if config.model.text_encoders == "cached":
-        wanted = Wanted.of(family, sets)
+        wanted = Wanted.of(config.model, family, sets)
         cache = TextCache(config.text_cache)
         cache.check(encoders_identity(config, family.path), [*wanted.texts, *wanted.pictures])
 

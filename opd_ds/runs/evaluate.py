@@ -76,7 +76,7 @@ def evaluate(
         base = find_base(config)
         family = load_family(config, base, group.device)
         drawn = {f"prompts of {name}": found.first(choice.limit) for name, found in prompts.items()}
-        check_sizes(config.model, family, {key: found.metadata for key, found in drawn.items()})
+        check_sizes(config.model, family, drawn)
         check_pictures(config, family, drawn, decode=group.world.is_main)
         for name, evaluated in config.evaluated.items():
             place = config.place(name)

@@ -71,8 +71,8 @@ def preflight(config: RunConfig, group: Group, world: World, start: Start | None
         config = config.with_teachers({name: spec.settings for name, spec in files.teachers.items()})
         family = load_family(config, files.model, group.device)
         sets = files.prompt_sets(config)
-        check_sizes(config.model, family, {key: found.metadata for key, found in sets.items()})
-        sizes = Sizes.of_run(config.model, family).possible(found.metadata for found in sets.values())
+        check_sizes(config.model, family, sets)
+        sizes = Sizes(config.model, family).possible(sets.values())
         for size in sizes:
             _check_sampling(config, family.at(*size))
         check_pictures(config, family, sets, decode=world.is_main)

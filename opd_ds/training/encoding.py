@@ -21,8 +21,13 @@ Text = tuple[str, tuple[Picture, ...]]  # a prompt, and the pictures that the te
 
 @dataclass(frozen=True)
 class Asked:
-    """What one batch of this rank wants encoded: of each row prompt, negative prompt, pictures, number of sample."""
+    """What one batch of this rank wants encoded: of each row prompt, negative prompt, pictures, number of sample.
 
+    Attributes:
+        family: at the size of the batch's images.
+    """
+
+    family: ModelFamily
     prompts: Sequence[str]
     negatives: Sequence[str]
     pictures: Sequence[tuple[Picture, ...]]
@@ -44,12 +49,14 @@ def encode_batches(
     """
     seen = family.sees_pictures and any(any(asked.pictures) for asked in batches.values())
     places: dict[Text, tuple[int, int]] = {}
-    latents: dict[Picture, Tensor] = {}
+    latents: dict[str, Tensor] = {}
     for number, asked in enumerate(batches.values()):
         for prompt, own, sample in zip(asked.prompts, asked.pictures, asked.samples, strict=True):
             beside = own if seen else ()
             places.setdefault((prompt, beside), (number, sample))
-            latents |= {picture: family.encode_picture(picture) for picture in own if picture not in latents}
+            for picture in own:
+                if (name := asked.family.picture_name(picture)) not in latents:
+                    latents[name] = asked.family.encode_picture(picture)
     own_negatives = own_negatives or seen
     if own_negatives:  # after all prompts, on any number of ranks
         for number, asked in enumerate(batches.values(), len(batches)):
@@ -69,7 +76,9 @@ def encode_batches(
 
     return {
         key: rows(asked.prompts, asked.pictures).with_references(
-            tuple(tuple(latents[picture] for picture in own) for own in asked.pictures) if any(asked.pictures) else (),
+            tuple(tuple(latents[asked.family.picture_name(picture)] for picture in own) for own in asked.pictures)
+            if any(asked.pictures)
+            else (),
             rows(asked.negatives, asked.pictures) if own_negatives else None,
         )
         for key, asked in batches.items()

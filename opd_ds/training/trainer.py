@@ -181,9 +181,9 @@ class Trainer(ABC):
         config: RunConfig = parts.config
         self._settings, self._group, self._family = config, parts.group, parts.family
         self._student, self._ema, self._prompts = parts.student, parts.ema, parts.prompts
-        self._sizes = Sizes.of_run(config.model, parts.family)
-        sizes = self._sizes.possible(prompts.metadata for prompts in parts.prompts.values())
-        self._samplers = {size: Sampler.of(config, parts.family.at(*size), parts.group.device) for size in sizes}
+        self._sizes = Sizes(config.model, parts.family)
+        sizes = self._sizes.possible(parts.prompts.values())
+        self._samplers = {size: Sampler.of(config, self._sizes.family(size), parts.group.device) for size in sizes}
         self._own_negatives = any(prompts.own_negatives for prompts in parts.prompts.values())
         self._uncond = parts.family.encode([parts.family.negative_prompt])
         self._scoring = AutoMicroBatch.scoring(config, parts.group.device)
@@ -250,6 +250,7 @@ class Trainer(ABC):
         pictures = {share: [self._prompts[share.task].pictures_of(row) for row in own] for share, own in rows.items()}
         asked = {
             share: Asked(
+                self._sizes.family(share.size),
                 prompts[share],
                 [negative_prompt(one, negative) for one in metadata[share]],
                 pictures[share],
@@ -285,8 +286,10 @@ class Trainer(ABC):
         drawn = draw_prompts(len(prompts), samples // group, seed, settings.visits(index, task), task)
         kinds = []
         for number, row in enumerate(drawn):
-            size = self._sizes.of(prompts.metadata[row], sample_seed(seed, index, f"{task}/size", number))
-            kinds.append(Kind.of(self._family, size, prompts.pictures_of(row)))
+            pictures = prompts.pictures_of(row)
+            kinds.append(
+                self._sizes.kind(prompts.metadata[row], pictures, sample_seed(seed, index, f"{task}/size", number))
+            )
         return [drawn[i // group] for i in range(samples)], [kinds[i // group] for i in range(samples)]
 
     def _choose(self, index: int, task: str, samples: list[int]) -> Tensor:
