@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,11 @@ def test_sigterm_ends_the_jobs_too(place: Path) -> None:
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
     assert not (place / "a" / "done.json").exists()
+
+
+def test_a_recipe_that_changed_is_noticed(place: Path) -> None:
+    run_jobs([replace(job("a"), settings="then")], place, 1, quiet)
+    with pytest.raises(UserError, match=r"job a was finished with other settings \(first difference: the recipe\)"):
+        run_jobs([replace(job("a"), settings="now")], place, 1, quiet)
+    with pytest.raises(UserError, match=r"first difference: their number"):
+        run_jobs([job("a", fate=("more",))], place, 1, quiet)

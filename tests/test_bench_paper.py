@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
 from benchmarks.paper import miniature_table
-from benchmarks.paper.bench import bench, refuse_other_settings, write
+from benchmarks.paper.bench import bench, write
 from benchmarks.paper.claims import summary
 from benchmarks.paper.gradients import Draws, Spread, gradient_variance
 from benchmarks.paper.jobs import Job
@@ -148,7 +147,11 @@ def test_every_job_is_planned_after_what_it_reads() -> None:
     assert len({job.name for job in everything}) == len(everything)
     for job in everything:
         parts = [part for argument in job.arguments for part in argument.split("=")]
-        read = {part.split("/")[1] for part in parts if "/export" in part or (job.name == "base" and "/model" in part)}
+        read = {
+            part.split("/")[1]
+            for part in parts
+            if "/export" in part or (job.arguments[0] == "eval" and "/model" in part)
+        }
         assert read == set(job.needs)
 
 
@@ -363,7 +366,7 @@ def test_the_miniatures_table_is_made_of_its_runs(monkeypatch: pytest.MonkeyPatc
 def fake_run(folder: Path, run: Run, rewards: dict[int, float], *, twice: bool = False) -> None:
     """Records of `run` with all its passes in the first round, scored at the rounds of `rewards`."""
     place = folder / run.name
-    place.mkdir()
+    place.mkdir(parents=True)
     spent = {"passes/forward": run.passes.forward, "passes/backward": run.passes.backward}
     nothing = dict.fromkeys(spent, 0)
     seconds = {"seconds/rollout": 1.0, "seconds/train": 0.5}
@@ -374,6 +377,13 @@ def fake_run(folder: Path, run: Run, rewards: dict[int, float], *, twice: bool =
     (place / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in scored))
 
 
+def fake_evaluation(folder: Path, model: str, score: float) -> None:
+    found = {task: {f"miniature_{task}": {"mean": score}} for task in TASKS}
+    found[ALL_TASKS] = {"miniature_all": {"mean": score + 1}}
+    (folder / "eval").mkdir(parents=True)
+    (folder / "eval" / "results.json").write_text(json.dumps({"format": 1, "scores": {model: found}}))
+
+
 KEYS = [*(f"{task}/miniature_{task}" for task in TASKS), f"{ALL_TASKS}/miniature_all"]
 
 
@@ -382,12 +392,8 @@ def test_runs_are_read(tmp_path: Path) -> None:
     own = student(RECIPE, 0)
     for run in planned.values():
         fake_run(tmp_path, run, {1: 0.3, run.rounds: 0.6}, twice=run.name == own)
-    (tmp_path / "base" / "eval").mkdir(parents=True)
-    models: dict[str, dict[str, Any]] = {}
-    for model, score in (("base", 0.1), ("merged-0", 0.4)):
-        models[model] = {task: {f"miniature_{task}": {"mean": score}} for task in TASKS}
-        models[model][ALL_TASKS] = {"miniature_all": {"mean": score + 1}}
-    (tmp_path / "base" / "eval" / "results.json").write_text(json.dumps({"format": 1, "scores": models}))
+    fake_evaluation(tmp_path / "base", "base", 0.1)
+    fake_evaluation(tmp_path / "merged-0-scores", "merged", 0.4)
     found = collect(QUICK, tmp_path, None, {})
     by_method = {one.method: one for one in found.outcomes}
     students = {variant.name for variant in QUICK.students}
@@ -413,23 +419,6 @@ def test_runs_are_read(tmp_path: Path) -> None:
     (tmp_path / joint(0) / "scores.jsonl").write_text("")
     with pytest.raises(UserError, match=r"joint-0: not the records of a whole run"):
         collect(QUICK, tmp_path, None, {})
-
-
-def test_a_recipe_that_changed_is_noticed(tmp_path: Path) -> None:
-    refuse_other_settings(QUICK, tmp_path)  # nothing there yet
-    for run in runs(QUICK):
-        (tmp_path / run.name).mkdir()
-        (tmp_path / run.name / "done.json").touch()
-        (tmp_path / run.name / "config.yaml").write_text(yaml.safe_dump(run.config.model_dump(mode="json")))
-    refuse_other_settings(QUICK, tmp_path)
-    file = tmp_path / joint(0) / "config.yaml"
-    data = yaml.safe_load(file.read_text())
-    data["teach"]["kl"] *= 2
-    file.write_text(yaml.safe_dump(data))
-    with pytest.raises(UserError, match=r"run joint-0 was finished with other settings .* recipe miniature_nft_joint"):
-        refuse_other_settings(QUICK, tmp_path)
-    (tmp_path / joint(0) / "done.json").unlink()  # not finished: the run itself decides about going on
-    refuse_other_settings(QUICK, tmp_path)
 
 
 def test_real_pictures_score_higher_than_what_any_model_is_asked_for() -> None:

@@ -24,6 +24,10 @@ def paper_miniature(
     parallel: Annotated[
         int | None, typer.Option(min=1, help="jobs at a time, each on one core; default: the cores, at most 4")
     ] = None,
+    records: Annotated[
+        Path | None,
+        typer.Option(help="a file of what jobs found: those in it are not run again, and those of this run go into it"),
+    ] = None,
 ) -> None:
     """Does distilling specialists beat joint and cascaded learning? In the miniature; the same command continues it."""
     from dataclasses import replace
@@ -36,7 +40,7 @@ def paper_miniature(
         plan = replace(plan, seeds=tuple(dict.fromkeys(seed)))
     if part:
         plan = plan.with_parts(part)
-    bench(plan, output_dir, parallel or min(4, os.cpu_count() or 1), typer.echo)
+    bench(plan, output_dir, parallel or min(4, os.cpu_count() or 1), typer.echo, records)
 
 
 def miniature_table(

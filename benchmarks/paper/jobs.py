@@ -12,10 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from opd_ds.config.paths import package_root
 from opd_ds.errors import UserError
@@ -31,6 +32,7 @@ class Job:
     Attributes:
         needs: names of the jobs that have to be finished before.
         seconds: how long it is expected to take; only shown.
+        settings: what else decides about what it does, such as the recipe that its arguments name.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Job:
     needs: tuple[str, ...] = ()
     module: str = "opd_ds.cli"
     seconds: float = 0.0
+    settings: str = ""
 
     @property
     def command(self) -> list[str]:
@@ -95,14 +98,21 @@ def _finished(job: Job, folder: Path) -> bool:
     file = folder / job.name / DONE_FILE
     if not file.is_file():
         return False
-    theirs = json.loads(file.read_text(encoding="utf-8"))["command"]
-    if theirs != job.command:
-        different = next((b for a, b in zip(theirs, job.command, strict=False) if a != b), "their number")
+    done = json.loads(file.read_text(encoding="utf-8"))
+    if not same_job(job, done):
+        pairs = zip(done["command"], job.command, strict=False)
+        unlike = "their number" if len(done["command"]) != len(job.command) else "the recipe"
+        different = next((b for a, b in pairs if a != b), unlike)
         raise UserError(
             f"--output-dir {folder}: job {job.name} was finished with other settings (first difference: {different}); "
-            "give another folder, or the options of that bench"
+            "give another folder, or the options of that bench, or remove this job's folder"
         )
     return True
+
+
+def same_job(job: Job, done: Mapping[str, Any]) -> bool:
+    """Whether `done`, the contents of a `done.json`, is of this job as it is now."""
+    return done["command"] == job.command and done.get("settings", "") == job.settings
 
 
 def _start(job: Job, folder: Path) -> _Running:
@@ -133,7 +143,8 @@ def _finish(one: _Running, folder: Path) -> float:
         )
     seconds = time.monotonic() - one.started
     draft = place / f".{DONE_FILE}"
-    draft.write_text(json.dumps({"command": one.job.command, "seconds": round(seconds, 1)}, indent=1) + "\n")
+    done = {"command": one.job.command, "settings": one.job.settings, "seconds": round(seconds, 1)}
+    draft.write_text(json.dumps(done, indent=1) + "\n")
     draft.replace(place / DONE_FILE)
     return seconds
 

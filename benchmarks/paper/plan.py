@@ -8,6 +8,8 @@ pass units (`Passes.units`). With the first seed also: where queries fall, noise
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -103,7 +105,12 @@ class Run:
     def job(self) -> Job:
         sets = [part for override in self.overrides for part in ("--set", override)]
         arguments = (self.command, "--recipe", self.recipe, "--resume", "auto", *sets)
-        return Job(self.name, arguments, self.needs, seconds=self._seconds())
+        return Job(self.name, arguments, self.needs, seconds=self._seconds(), settings=self._settings())
+
+    def _settings(self) -> str:
+        """Of the recipe as it is now, a hash of what differs from the defaults: keys to come change nothing."""
+        said = json.dumps(self.config.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     def _seconds(self) -> float:
         every, evaluation = self.config.run.eval_every, self.config.evaluation
@@ -129,6 +136,10 @@ def student(variant: Variant, seed: int) -> str:
 
 def merged(seed: int) -> str:
     return f"{MERGED}-{seed}"
+
+
+def merged_scores(seed: int) -> str:
+    return f"{merged(seed)}-scores"
 
 
 def joint(seed: int) -> str:
@@ -160,7 +171,8 @@ def jobs(plan: Plan) -> list[Job]:
     return [
         *(run.job() for run in runs(plan)),
         *(_merge(seed) for seed in plan.seeds),
-        _evaluation_of_untrained(plan),
+        _evaluation(plan, BASE, ("--no-defaults", "--model", BASE)),
+        *(_evaluation_of_merged(plan, seed) for seed in plan.seeds),
         Job(GRADIENTS, variance, (first,), "benchmarks.paper.gradients", _START + states * _BACKWARD),
     ]
 
@@ -171,16 +183,17 @@ def _merge(seed: int) -> Job:
     return Job(merged(seed), ("merge", f"./{merged(seed)}/model", *map(export, needs), "--base", base), needs)
 
 
-def _evaluation_of_untrained(plan: Plan) -> Job:
-    """The base, and each seed's teachers merged."""
-    arguments = ["eval", "--recipe", "miniature", "--no-defaults", "--model", BASE]
-    for seed in plan.seeds:
-        arguments += ["--model", f"{merged(seed)}=./{merged(seed)}/model"]
-    for override in (f"run.output_dir=./{BASE}", *_evaluated_alike(plan)):
-        arguments += ["--set", override]
-    drawn = _PROMPTS * plan.samples_per_prompt * (1 + len(plan.seeds))
-    seconds = _START + drawn * (EVALUATION_STEPS * _FORWARD + _PICTURE)
-    return Job(BASE, tuple(arguments), tuple(map(merged, plan.seeds)), seconds=seconds)
+def _evaluation_of_merged(plan: Plan, seed: int) -> Job:
+    name = merged(seed)
+    return _evaluation(plan, merged_scores(seed), ("--no-defaults", "--model", f"{MERGED}=./{name}/model"), (name,))
+
+
+def _evaluation(plan: Plan, name: str, models: tuple[str, ...], needs: tuple[str, ...] = ()) -> Job:
+    """Of one model that no run has trained."""
+    overrides = (f"run.output_dir=./{name}", *_evaluated_alike(plan))
+    sets = [part for override in overrides for part in ("--set", override)]
+    seconds = _START + _PROMPTS * plan.samples_per_prompt * (EVALUATION_STEPS * _FORWARD + _PICTURE)
+    return Job(name, ("eval", "--recipe", "miniature", *models, *sets), needs, seconds=seconds)
 
 
 def _teachers(plan: Plan, seed: int) -> list[Run]:

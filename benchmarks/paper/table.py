@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.paper.methods import CASCADE, JOINT, MERGED, STUDENT, WITH_TEACHERS
 from benchmarks.paper.passes import measured_passes
-from benchmarks.paper.plan import BASE, Plan, cascade, joint, merged, runs, student, teacher
+from benchmarks.paper.plan import BASE, Plan, cascade, joint, merged_scores, runs, student, teacher
 from opd_ds.errors import UserError
 from opd_ds.evaluation.results import RESULTS_FILE, means, read_results
 from opd_ds.miniature.world import ALL_TASKS, TASKS
@@ -70,16 +70,13 @@ class Findings:
 
 def collect(plan: Plan, folder: Path, real: Rewards | None, gradients: dict[str, Any]) -> Findings:
     """Read the finished runs of `plan` in `folder`."""
-    untrained = means(read_results(folder / BASE / EVALUATION_FOLDER / RESULTS_FILE))
-    start = Point(
-        Passes(), _rewards({f"{name}/{k}": v for name, one in untrained[BASE].items() for k, v in one.items()})
-    )
+    start = Point(Passes(), _evaluated(folder / BASE, BASE))
     outcomes = [Outcome("base", None, start.rewards)]
     outcomes += [Outcome("real", None, real)] if real is not None else []
     curves: dict[tuple[str, int], list[Point]] = {}
     for seed in plan.seeds:
         teachers = [_outcome(f"teacher:{task}", seed, folder, [teacher(task, seed)]) for task in TASKS]
-        weights = _rewards(_flat(untrained[merged(seed)]))
+        weights = _evaluated(folder / merged_scores(seed), MERGED)
         outcomes += [*teachers, Outcome(MERGED, seed, weights, _sum(teachers))]
         for variant in plan.students:
             found = _outcome(variant.name, seed, folder, [student(variant, seed)])
@@ -132,9 +129,10 @@ def _rewards(scores: dict[str, float]) -> Rewards:
     }
 
 
-def _flat(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """By `<prompts>/<reward>`, as scores.jsonl has them."""
-    return {f"{name}/{label}": value for name, labels in found.items() for label, value in labels.items()}
+def _evaluated(folder: Path, model: str) -> Rewards:
+    """What `opd-ds eval` found of a model, by `<prompts>/<reward>` as scores.jsonl has it."""
+    found = means(read_results(folder / EVALUATION_FOLDER / RESULTS_FILE))[model]
+    return _rewards({f"{name}/{label}": value for name, labels in found.items() for label, value in labels.items()})
 
 
 def _sum(outcomes: Iterable[Outcome]) -> Passes:
