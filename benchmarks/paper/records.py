@@ -54,6 +54,7 @@ def restore(jobs: Sequence[Job], folder: Path, file: Path) -> list[str]:
     restored = [name for name in records if name not in needed and not (folder / name / DONE_FILE).is_file()]
     for name in restored:
         place, record = folder / name, records[name]
+        place.mkdir(parents=True, exist_ok=True)
         for path, content in record["found"].items():
             (place / path).parent.mkdir(parents=True, exist_ok=True)
             (place / path).write_text(_text(path, content), encoding="utf-8")
