@@ -18,7 +18,7 @@ from opd_ds.config.algorithms import DistilConfig, TeachConfig
 from opd_ds.config.loading import parse_config
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import ModelSection, PromptsSection
-from opd_ds.data import Size, Sizes, rows_on_a_rank, shards_by
+from opd_ds.data import PromptSet, Size, Sizes, rows_on_a_rank, shards_by
 from opd_ds.data.check import describe, look_through
 from opd_ds.data.sizes import nearest_size, own_size
 from opd_ds.engine import Group
@@ -81,17 +81,18 @@ def test_the_nearest_bucket_is_that_of_the_nearest_ratio() -> None:
     assert nearest_size(Size(1280, 720), buckets) == Size(1344, 768)
 
 
-def test_a_prompts_own_size() -> None:
+def test_a_prompts_own_size(world: Path) -> None:
     assert own_size({"height": 8, "width": "16"}) == Size(8, 16)
     assert own_size({"height": None}) is None
     for bad in ({"height": 8}, {"height": 8, "width": 0}, {"height": 8.5, "width": 8}, {"height": True, "width": 8}):
         with pytest.raises(ValueError, match="whole numbers of pixels"):
             own_size(bad)
-    drawn = Sizes(ModelSection(path="x", sizes=((8, 8), (8, 16))), Size(8, 8))
-    assert {drawn.of({"height": 32, "width": 32}, number) for number in range(5)} == {Size(8, 8), Size(8, 16)}
-    own = Sizes(ModelSection(path="x", size_from="prompts"), Size(8, 8))
-    assert [own.of(metadata, 3) for metadata in ({}, {"height": 32, "width": 40})] == [Size(8, 8), Size(32, 40)]
-    assert own.possible([[{"height": 32, "width": 40}, {}]]) == [Size(8, 8), Size(32, 40)]
+    family = checks.build("sd3", world / "base", height=8, width=8)
+    drawn = Sizes(ModelSection(path="x", sizes=((8, 8), (8, 16))), family)
+    assert {drawn.of({"height": 32, "width": 32}, (), number) for number in range(5)} == {Size(8, 8), Size(8, 16)}
+    own, metadata = Sizes(ModelSection(path="x", size_from="prompts"), family), ({"height": 32, "width": 40}, {})
+    assert [own.of(one, (), 3) for one in metadata] == [Size(32, 40), Size(8, 8)]
+    assert own.possible([PromptSet(("a", "b"), metadata, "")]) == [Size(8, 8), Size(32, 40)]
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(1, 5))
