@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from opd_ds.pictures import Picture
 from PIL import Image
 
 from opd_ds.config.algorithms import DistilConfig
@@ -18,7 +19,6 @@ from opd_ds.config.without_effect import settings_without_effect
 from opd_ds.data import Size, Sizes
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
-from opd_ds.pictures import Picture
 from opd_ds.runs.encode import encode_prompts
 from opd_ds.runs.evaluate import Choice, evaluate
 from opd_ds.runs.preflight import preflight
