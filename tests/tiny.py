@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,27 @@ ALL_SHARDED = str(Path(__file__).parent / "all_sharded.json")
 TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
 
 
-def write_lora(base: Path, folder: Path, seed: int = 1, *, rank: int = 4, base_name: str | None = None) -> Path:
-    """A random LoRA in PEFT's folder form, as released adapters are."""
+def write_lora(
+    base: Path,
+    folder: Path,
+    seed: int = 1,
+    *,
+    rank: int = 4,
+    base_name: str | None = None,
+    kind: Any = SD3Transformer2DModel,
+    targets: Sequence[str] = TARGETS,
+) -> Path:
+    """A random LoRA in PEFT's folder form, as released adapters are; `kind`: the network's class."""
     torch.manual_seed(seed)
-    network = SD3Transformer2DModel.from_pretrained(base, subfolder="transformer")
-    lora.new_adapter(network, "x", LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS))
+    network = kind.from_pretrained(base, subfolder="transformer")
+    lora.new_adapter(network, "x", LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets)))
     state = {
         f"base_model.model.{key}": torch.randn_like(value) * 0.3
         for key, value in lora.adapter_parameters(network, "x").items()
     }
     folder.mkdir(parents=True)
     save_file(state, folder / lora.PEFT_WEIGHTS)
-    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": TARGETS}
+    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(targets)}
     (folder / lora.PEFT_CONFIG).write_text(json.dumps(fields | {"base_model_name_or_path": base_name or base.name}))
     return folder
 

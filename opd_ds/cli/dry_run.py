@@ -37,8 +37,8 @@ def describe(config: RunConfig, world: World, start: Start) -> str:
     """
     checked = preflight(config, Alone(), world, start)
     config, files, family, resumed = checked.config, checked.files, checked.family, checked.resumed
-    roles = Roles(world, config.scoring.ranks)
-    world, settings = roles.training, config.rollout
+    roles = Roles(world, config.scoring.ranks, config.model.sequence_parallel)
+    world, settings = roles.drawing, config.rollout
     trained = config.trained_steps
     updates, rounds = config.train.updates_per_round, config.tasks_of(0)
     rows = {task: rows_on_a_rank(config.samples(task), world.size, updates) for task in config.tasks}

@@ -1,4 +1,6 @@
-"""Which ranks train the student and which hold its teachers (`scoring.ranks`)."""
+"""Which ranks train the student, which of them share sequences (`model.sequence_parallel`), and which hold teachers
+(`scoring.ranks`).
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,15 @@ class Roles:
 
     Attributes:
         world: this process among all of them.
+        sharing: how many ranks that train share each sequence: neighbours, which have the same samples.
 
     Raises:
-        UserError: nobody would train.
+        UserError: nobody would train, or ranks that train are left over.
     """
 
     world: World
     teachers: int = 0
+    sharing: int = 1
 
     def __post_init__(self) -> None:
         if self.teachers and self.teachers >= self.world.size:
@@ -28,6 +32,12 @@ class Roles:
                 f"scoring.ranks = {self.teachers}: the run has {self.world.size} "
                 f"rank{'s' if self.world.size > 1 else ''}, and at least one has to train; allowed are 0 to "
                 f"{self.world.size - 1}"
+            )
+        if self.students % self.sharing:
+            allowed = [str(ranks) for ranks in range(1, self.students + 1) if self.students % ranks == 0]
+            raise UserError(
+                f"model.sequence_parallel = {self.sharing} does not divide the ranks that train, {self.students}; "
+                f"allowed: {', '.join(allowed)}"
             )
 
     @property
@@ -48,6 +58,14 @@ class Roles:
     def training(self) -> World:
         """The ranks that train, as one of them is told; a teacher rank is none of them, and not the main one either."""
         return self._among(self.students, 0)
+
+    @property
+    def drawing(self) -> World:
+        """The ranks that train, those that share sequences as one: what samples are divided over."""
+        own, sharing = self.training, self.sharing
+        if sharing == 1:
+            return own
+        return replace(own, rank=own.rank // sharing, size=own.size // sharing)
 
     def _among(self, size: int, before: int) -> World:
         if size == self.world.size:

@@ -91,6 +91,34 @@ class RunConfig(Section, ABC):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _sequences_can_be_shared(self) -> RunConfig:
+        model, scoring = self.model, self.scoring
+        if model.sequence_parallel == 1:
+            return self
+        refused = [
+            ("scoring.ranks", scoring.ranks, scoring.ranks == 0, "teachers are asked where the student is", "0"),
+            (
+                "scoring.micro_batch", scoring.micro_batch, scoring.micro_batch != "auto",
+                "every forward is made by several ranks, and auto may come out differently on each", "a number",
+            ),
+            (
+                "model.attention", model.attention, model.attention in ("auto", "native"),
+                "ranks exchange heads in the native kernel alone", "'auto'",
+            ),
+            (
+                "model.compile_blocks", model.compile_blocks, not model.compile_blocks,
+                "ranks exchange tokens inside the blocks, which was never compiled", "false",
+            ),
+        ]  # fmt: skip
+        for key, value, allowed, reason, remedy in refused:
+            if not allowed:
+                raise ValueError(
+                    f"model.sequence_parallel = {model.sequence_parallel} does not go with {key} = {value!r}: {reason}; "
+                    f"set {key} to {remedy}, or model.sequence_parallel to 1"
+                )
+        return self
+
     def _check_reward_labels(self) -> None:
         seen: dict[str, RewardSection] = {}
         for name, section in self.evaluated.items():

@@ -114,6 +114,11 @@ class ModelSection(Section):
         "cudnn and native_flash are torch's own, the others are packages; the varlen ones take prompts of different "
         "lengths in one batch",
     )
+    sequence_parallel: PositiveInt = Field(
+        1,
+        description="ranks that share each sequence of the networks, student's and teachers': for long videos and large "
+        "images; 1: each rank has its sequences whole; see docs/sequence_parallel.md",
+    )
     vae_tiling: bool = Field(
         False, description="the VAE decodes in overlapping tiles: less memory for large images and videos, other pixels"
     )

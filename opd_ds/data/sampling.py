@@ -49,12 +49,6 @@ class Shard:
     def __len__(self) -> int:
         return len(self.indices)
 
-    @classmethod
-    def cat(cls, parts: Sequence[Shard]) -> Shard:
-        """Parts of the same samples in order, one or more."""
-        indices = [index for part in parts for index in part.indices]
-        return cls(indices, torch.cat([part.weights for part in parts]), parts[0].total)
-
 
 def rows_on_a_rank(total: int, world: int, updates: int = 1) -> int:
     """How many samples a rank holds, with those that it repeats."""

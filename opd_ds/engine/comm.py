@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from opd_ds.cluster.rendezvous import set_local_rank
 from opd_ds.cluster.roles import Roles
@@ -41,6 +43,7 @@ class Group:
         roles: which ranks of the launch train and which hold teachers.
         channel: between the ranks of both roles; None where all train.
         everybody: the ranks of both roles, for what they agree on; itself where all train.
+        sequence_mesh: of the ranks that share sequences; None where each has its own.
     """
 
     exchanges = True
@@ -56,6 +59,7 @@ class Group:
         self.world, self.device, self._watchdog = world, device, watchdog
         self.roles, self.channel = roles or Roles(world), channel
         self.everybody = self if channel is None else Everybody(self.roles.world, device, channel)
+        self.sequence_mesh: DeviceMesh | None = None
 
     def __enter__(self) -> Group:
         return self
@@ -66,6 +70,39 @@ class Group:
             with contextlib.suppress(RuntimeError):  # all is done or saved; who is through the barrier may be gone
                 self.everybody.barrier()
             self._watchdog.close()
+
+    def share_sequences(self, ranks: int) -> None:
+        """From now on so many neighbours have the same samples, and share each sequence of a network. Collective.
+
+        Raises:
+            UserError: see `Roles`.
+        """
+        self.roles, self.sequence_mesh = replace(self.roles, sharing=ranks), None
+        if ranks > 1:
+            # As diffusers (0.42) names the axes of its context parallelism; `data` are samples.
+            shape, names = (self.drawing.size, 1, ranks), ("data", "ring", "ulysses")
+            self.sequence_mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+
+    @property
+    def drawing(self) -> World:
+        """This rank's place among those that have different samples; ranks that share sequences are one."""
+        return self.roles.drawing
+
+    @property
+    def own_rows(self) -> slice:
+        """Of consecutive samples that the ranks of a sequence have in common, those that this rank answers for: it
+        decodes and scores them. Some ranks may have none.
+        """
+        return slice(self.world.rank % self.roles.sharing, None, self.roles.sharing)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the first of those that share its sequences."""
+        return self.own_rows.start == 0
+
+    def sum_over_samples(self, values: Tensor) -> Tensor:
+        """`sum` of what was measured of samples, which the ranks of a sequence have measured alike."""
+        return self.sum(values if self.is_first else torch.zeros_like(values))
 
     def progress(self, doing: str) -> None:
         """This rank makes progress; `doing` is shown if it stops. Costs nothing."""
@@ -217,8 +254,8 @@ def init_group(
     logger.setLevel(logging.WARNING)
     # DeepSpeed asks its own scheduler for a rate before the first step, and warns about it.
     logger.addFilter(lambda record: "before it has started" not in record.getMessage())
-    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, once per call.
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    # DeepSpeed 0.19.8 and diffusers 0.42 call collectives by names that torch 2.13 deprecates, once per call.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.[\w.]+` is deprecated", category=FutureWarning)
     accelerator = get_accelerator()
     device, name = torch.device("cpu"), ""
     if not on_cpu:

@@ -85,8 +85,9 @@ class Evaluator:
 
     def _draw(self, network: Any, wanted: list[Item], guidance: float) -> tuple[list[Item], list[Drawn], Tensor]:
         """This rank's items, their images and their weights."""
-        mine, images, weights = zip(*self._painter.draw(network, wanted, guidance), strict=True)
-        return list(mine), list(images), torch.tensor(weights)
+        drawn = list(self._painter.draw(network, wanted, guidance))
+        mine, images = [item for item, _, _ in drawn], [image for _, image, _ in drawn]
+        return mine, images, torch.tensor([weight for _, _, weight in drawn])
 
     def _gather(self, mine: list[Item], images: list[Drawn], count: int) -> list[Shown]:
         first = {item.number: (item, image) for item, image in zip(mine, images, strict=True)
@@ -110,6 +111,8 @@ def student_guidance(config: RunConfig, tasks: list[str]) -> dict[str, float]:
 
 def score_images(reward: Reward, label: str, images: list[Drawn], asked: list[Item]) -> Tensor:
     """Scores [B], float64, of images or clips. A reward that fails in any way is a gap: NaN, and in the log."""
+    if not images:  # of ranks that share sequences one may have none
+        return torch.empty(0, dtype=torch.float64)
     try:
         prompts, metadata = [item.prompt for item in asked], [item.metadata for item in asked]
         scores = score_beside(reward, images, prompts, metadata, [item.pictures for item in asked])

@@ -147,7 +147,7 @@ class Painter:
         """This rank's part of the images or clips, each with its weight, 0 where it only pads the part; by
         micro-batches of one kind, equally many on all ranks.
         """
-        world, count = self._group.world, len(wanted)
+        world, count = self._group.drawing, len(wanted)
         kinds = [self.kind(item) for item in wanted]
         for of_ranks, shards in shards_by(range(count), kinds, world.size, count).items():
             part, size = shards[world.rank], of_ranks[world.rank].size
@@ -157,7 +157,9 @@ class Painter:
                 cond = self._encode(family, own[block])
                 for rows in chunks(len(cond), self._settings.micro_batch):
                     drawn = self._micro_batch(network, own[block][rows], cond[rows], sampler, guidance)
-                    yield from zip(own[block][rows], drawn, part.weights[block][rows].tolist(), strict=True)
+                    mine = self._group.own_rows
+                    weights = part.weights[block][rows][mine].tolist()
+                    yield from zip(own[block][rows][mine], drawn, weights, strict=True)
 
     def _sampler(self, size: Size) -> _Sampler:
         if size not in self._samplers:
@@ -187,7 +189,8 @@ class Painter:
         self._group.progress("drawing images")
         noise = SampleNoise([item.seed(self._settings.seed) for item in part], sampler.latent_shape)
         drawn = rollout(predict, noise, sampler.coefficients, sampler.sigmas, device=self._group.device)
-        return (to_drawn(one, self._family.fps) for one in self._family.decode(drawn.final))
+        final = drawn.final[self._group.own_rows]
+        return (to_drawn(one, self._family.fps) for one in (self._family.decode(final) if len(final) else ()))
 
 
 def to_drawn(decoded: Tensor, fps: float) -> Drawn:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from opd_ds.config.sections import AttentionBackend
 from opd_ds.config.teachers import QuantizedAs
@@ -30,6 +31,7 @@ from opd_ds.models.libraries import diffusers_class
 from opd_ds.models.own_weights import check_own_weights
 from opd_ds.models.prompt_encoding import PromptEncoding
 from opd_ds.models.quantization import quantizer
+from opd_ds.models.sequence_parallel import check_sequences, share_sequences
 from opd_ds.models.stored_weights import (
     ParameterBuilder,
     Stored,
@@ -108,6 +110,7 @@ class ModelFamily(NoiseStages, PromptEncoding):
     # Under guidance two calls instead of one of twice the rows: in one call the lengths of prompt and negative prompt
     # differ, and with the mask that this takes attention leaves its fastest kernels.
     guides_in_two_calls: ClassVar[bool] = False
+    sequence_mesh: DeviceMesh | None = None  # of ranks that share sequences (`Group.sequence_mesh`)
 
     def __init__(
         self,
@@ -190,6 +193,12 @@ class ModelFamily(NoiseStages, PromptEncoding):
         """Latents [B, C, ...] to what the VAE draws, in [-1, 1]: [B, 3, H, W], of videos [B, F, 3, H, W]."""
         return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
 
+    def sequence_lengths(self) -> dict[str, int]:
+        """Tokens of a sample that `model.sequence_parallel` divides over ranks, by what they are; none where diffusers
+        divides no sequences of the network.
+        """
+        return {}
+
     # ---- what families share ----
 
     def check_steps(self, key: str, steps: int) -> None:
@@ -266,6 +275,23 @@ class ModelFamily(NoiseStages, PromptEncoding):
         if self._attention != "auto":
             network, masked = self.empty_transformer(), self.guides_in_two_calls
             check_attention(self._attention, network, dtype=self.dtype, device=self.device, masked=masked)
+
+    def check_sequences(self, ranks: int) -> None:
+        """Raise UserError where `model.sequence_parallel` ranks cannot share the network's sequences at this size."""
+        if ranks == 1:
+            return
+        lengths = self.sequence_lengths()
+        if not lengths:
+            raise UserError(
+                f"model.sequence_parallel = {ranks}: sequences of {type(self).__name__} are not divided over ranks; set "
+                "it to 1"
+            )
+        check_sequences(self._transformer_config["num_attention_heads"], lengths, ranks)
+
+    def share_sequences(self, network: nn.Module) -> None:
+        """Divide the sequences of a network over the ranks of `sequence_mesh`; its adapters must be there already."""
+        if self.sequence_mesh is not None:
+            share_sequences(network, self.sequence_mesh)
 
     def combine(self, v_uncond: Tensor, v_cond: Tensor, guidance: float) -> Tensor:
         """How the family's pipeline mixes the two velocities."""

@@ -58,6 +58,10 @@ class Flux(ModelFamily):
         tokens = (self.height // self.size_unit) * (self.width // self.size_unit)
         return self._evenly_then_shifted(steps, self._linear_mu(tokens))
 
+    def sequence_lengths(self) -> dict[str, int]:
+        tokens = (self.height // self.size_unit) * (self.width // self.size_unit)
+        return {"tokens of an image": tokens, "tokens of a prompt (model.max_text_length)": self.max_text_length}
+
     def encode_with(self, pipeline: Any, prompts: list[str]) -> Conditioning:
         embeds, pooled, _ = pipeline.encode_prompt(
             prompts, device=self.device, max_sequence_length=self.max_text_length
@@ -100,6 +104,9 @@ class FluxKontext(Flux):
     pipeline_class = "FluxKontextPipeline"
     example = "black-forest-labs/FLUX.1-Kontext-dev"
     takes_pictures = 1
+
+    def sequence_lengths(self) -> dict[str, int]:
+        return {}  # how many tokens a picture adds is the picture's own
 
     def fitted_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """The nearest in aspect ratio of the sizes that the model was trained on."""

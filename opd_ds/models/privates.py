@@ -67,6 +67,35 @@ def unet_state_dict_to_peft() -> Callable[[dict[str, Any]], dict[str, Any]]:
     return private("diffusers.utils", "convert_unet_state_dict_to_peft")
 
 
+# ---- diffusers: context parallelism without `enable_parallelism`, see `sequence_parallel.py` ----
+
+
+def context_parallel(mesh: Any) -> Any:
+    """What attention and hooks take: the ranks along `ulysses` of a mesh share each sequence."""
+    config_class, size = private("diffusers", "ContextParallelConfig"), mesh["ulysses"].size()
+    parallel_class = private("diffusers.models._modeling_parallel", "ParallelConfig")
+
+    class Shared(parallel_class):  # type: ignore[misc,valid-type]
+        """A copy of a network asks the same ranks: process groups cannot be copied."""
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            return self
+
+    config = Shared(context_parallel_config=config_class(ulysses_degree=size))
+    config.setup(mesh.get_rank(), mesh.size(), mesh.device_type, mesh=mesh)
+    return config
+
+
+def split_hook() -> type[Any]:
+    """Divides what a plan names among inputs and outputs of a module."""
+    return private("diffusers.hooks.context_parallel", "ContextParallelSplitHook")
+
+
+def gather_hook() -> type[Any]:
+    """Gathers a module's output."""
+    return private("diffusers.hooks.context_parallel", "ContextParallelGatherHook")
+
+
 # ---- PEFT: injected layers are documented, how to find and name them is not ----
 
 # An adapted module keeps its own weights under this name.

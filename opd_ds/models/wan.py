@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -60,6 +61,10 @@ class Wan(ModelFamily):
         frames = (self.frames - 1) // self._temporal_factor + 1
         factor = self._spatial_factor
         return self._transformer_config["in_channels"], frames, self.height // factor, self.width // factor
+
+    def sequence_lengths(self) -> dict[str, int]:
+        lengths = zip(self.latent_shape[1:], self._transformer_config["patch_size"], strict=True)
+        return {"tokens of a video": prod(length // patch for length, patch in lengths)}
 
     @property
     def _spatial_factor(self) -> int:

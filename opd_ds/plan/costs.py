@@ -33,7 +33,7 @@ class Costs:
     _MEASURED = (1, 2)
 
     def __init__(self, model: Model, config: RunConfig) -> None:
-        self.model, self._settings = model, config.student
+        self.model, self._settings, self._sharing = model, config.student, config.model.sequence_parallel
         self._found: dict[tuple[str, bool, int], Cost] = {}
         self._counts: dict[tuple[LoraSection | None, float], Counts] = {}
         self._adapters: dict[str, int | None] = {}
@@ -109,12 +109,12 @@ class Costs:
         return self._counts[key]
 
     def forward(self, batch: int) -> Cost:
-        """Without gradient."""
-        return self._line("forward", False, batch)
+        """Without gradient, on one rank of those that share sequences."""
+        return self._line("forward", False, batch).divided(self._sharing)
 
     def train(self, batch: int, *, checkpointing: bool) -> Cost:
-        """Forward and backward."""
-        return self._line("train", checkpointing, batch)
+        """Forward and backward, on one rank of those that share sequences."""
+        return self._line("train", checkpointing, batch).divided(self._sharing)
 
     def decode(self, batch: int) -> Cost:
         """Latents to images."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
+from opd_ds.cluster.roles import Roles
 from opd_ds.config.paths import same_place
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import ANCHOR
@@ -114,12 +115,20 @@ def layout(config: RunConfig, costs: Costs, devices: Devices) -> Layout:
     """Read off the config and its ds_configs.
 
     Raises:
-        UserError: as a start would, for what the ds_configs say.
+        UserError: as a start would, for what the ds_configs say and for `model.sequence_parallel`.
     """
+    sharing = config.model.sequence_parallel
+    Roles(devices.world, sharing=sharing)
     template, source = costs.ds_config(config.deepspeed, "deepspeed")
     completed = student_ds_config(template, config, devices.world, source)
     zero = Zero.of(fill_sizes(completed, costs.student_sizes), devices.count)
     notes: list[str] = []
+    if sharing > 1:
+        costs.model.family.check_sequences(sharing)
+        notes.append(
+            f"model.sequence_parallel = {sharing}: activations and work of a pass are divided by {sharing}; what every "
+            "rank computes whole (embeddings, keys of the text) and the exchange of tokens are not counted"
+        )
     teachers = find_teachers(config, costs, devices, zero, notes)
     if config.scoring.ranks:  # they are elsewhere
         teachers = []
@@ -284,7 +293,8 @@ def _teacher(config: RunConfig, teacher: Teacher, costs: Costs, element: int, *,
 
 def rows_per_rank(config: RunConfig, devices: Devices, task: str) -> int:
     """Trajectories of one task and round on a rank."""
-    return rows_on_a_rank(config.samples(task), devices.count, config.train.updates_per_round)
+    ranks = devices.count // config.model.sequence_parallel  # those that share sequences have the same samples
+    return rows_on_a_rank(config.samples(task), ranks, config.train.updates_per_round)
 
 
 def largest_rows(config: RunConfig, devices: Devices) -> int:

@@ -38,6 +38,10 @@ class Cost:
     saved: float
     operations: float
 
+    def divided(self, ranks: int) -> Cost:
+        """On each of so many ranks that have a part of the tokens: they start as many kernels."""
+        return Cost(self.flops / ranks, self.peak / ranks, self.saved / ranks, self.operations)
+
     def at(self, batch: int, other: Cost, other_batch: int, wanted: int) -> Cost:
         """The straight line through this cost, at `batch`, and `other`: all grow with the batch like that."""
         share = (wanted - batch) / (other_batch - batch)

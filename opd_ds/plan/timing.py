@@ -173,6 +173,7 @@ def _encode_seconds(config: RunConfig, costs: Costs, element: int, devices: Devi
     if config.model.text_encoders == "cached":
         return 0.0
     prompts = sum(config.share_of_rounds(task) * rows_per_rank(config, devices, task) for task in config.tasks)
+    prompts /= config.model.sequence_parallel  # ranks with the same prompts encode them between them
     work = prompts * (2 * model.encoders * model.tokens + costs.encode_pictures.flops)
     seconds = work / (ACHIEVED * devices.kind.flops * PRECISION_FACTOR[config.precision])
     if config.model.text_encoders == "offload" and not devices.kind.is_cpu:

@@ -58,7 +58,7 @@ def find_files(config: RunConfig, world: World) -> RunFiles:
     Raises:
         UserError: the first thing that is missing or contradictory.
     """
-    roles = Roles(world, config.scoring.ranks)
+    roles = Roles(world, config.scoring.ranks, config.model.sequence_parallel)
     world = roles.training
     ds_path = resolve_ds_config(config.deepspeed, "deepspeed")
     ds_config = swapped_apart(student_ds_config(read_ds_config(ds_path), config, world, str(ds_path)), "student")

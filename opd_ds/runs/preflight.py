@@ -127,6 +127,7 @@ def _check_output(config: RunConfig) -> None:
 
 def _check_sampling(config: RunConfig, family: ModelFamily) -> None:
     family.check_attention()
+    family.check_sequences(config.model.sequence_parallel)
     family.check_steps("rollout.steps", config.rollout.steps)
     family.check_steps("evaluation.steps", config.evaluation.steps)
     check_guidances(config, family)

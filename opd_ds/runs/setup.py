@@ -61,6 +61,8 @@ def prepare(config: RunConfig, group: Group, start: Start | None = None) -> Part
     checked = preflight(config, group.everybody, group.roles.world, start)
     config, files, family = checked.config, checked.files, checked.family
     assert group.roles.teachers == config.scoring.ranks, "the group was started with another number of teacher ranks"
+    group.share_sequences(config.model.sequence_parallel)
+    family.sequence_mesh = group.sequence_mesh
     memory = family.host_memory = NodeMemory(group)
     identity: dict[str, Any] | None = None
     with group.raise_on_any_rank():
@@ -74,6 +76,7 @@ def prepare(config: RunConfig, group: Group, start: Start | None = None) -> Part
     with group.raise_on_any_rank():
         module = student_module(config.student, config.run.seed, family, files.start, parameters)
         load_shared(module, files.teachers.values(), family)
+        family.share_sequences(module)
         if config.model.compile_blocks:
             compile_blocks(module)
     student = StudentEngine(module, files.student_ds_config, group, config.rollout.gather, files.schedule)

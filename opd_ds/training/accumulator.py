@@ -116,7 +116,7 @@ class RoundAccumulator:
         """The sums over all ranks; the one host sync of the round. Collective."""
         if self._left != 0:
             raise RuntimeError(f"{self._left} micro-batches of the round were planned but not added")
-        totals = self._group.sum(torch.stack(list(self._sums.values())))
+        totals = self._group.sum_over_samples(torch.stack(list(self._sums.values())))
         round_loss = 0.0
         means: dict[str, dict[str, float]] = {}
         by_step: dict[str, dict[str, Tensor]] = {}

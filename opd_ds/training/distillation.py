@@ -104,7 +104,7 @@ class Distillation(BufferedTrainer):
             for size, sampler in self._samplers.items()
         }
         late = self._config.scoring.late
-        self._waiting = WaitingRound(self._draw, self._buffer, self.known_class, parts.group.device) if late else None
+        self._waiting = WaitingRound(self._draw, self._buffer, self.known_class, parts.group) if late else None
 
     @property
     def saved(self) -> Sequence[Saved]:
@@ -163,7 +163,7 @@ class Distillation(BufferedTrainer):
         """The student's own trajectories in round `index`; `visited` hears of their states."""
         found: dict[Share, Trajectory] = {}
         with self._student.gathered() as student:
-            for group in rollout_groups(self._config, index, batches, self._group.world):
+            for group in rollout_groups(self._config, index, batches, self._group.drawing):
                 chosen, sampler = torch.cat([batches[share].chosen for share in group.rows]), self._samplers[group.size]
                 told = None if visited is None else visited.told(group.rows, sampler)
                 keep = Keep(chosen, self._family.dtype, self.keeps_transitions, told)

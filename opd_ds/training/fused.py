@@ -46,7 +46,7 @@ class FusedDistillation(Trainer):
         # With random queries any step may be some sample's; the others then weigh 0, so that ranks stay in step.
         first = next(iter(batches.values()))
         trained = range(settings.steps) if settings.trained_steps.queries else first.trained[0].tolist()
-        groups = rollout_groups(self._config, index, batches, self._group.world)
+        groups = rollout_groups(self._config, index, batches, self._group.drawing)
         parts = sum(step < part.length for group in groups for part in group.parts for step in trained)
         final: dict[Share, Tensor] = {}
         with meter.phase("train"):

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from opd_ds.engine import WAITING, ShardReader
+from opd_ds.engine import WAITING, Group, ShardReader
 from opd_ds.training.buffer import Column, Columns, PerPair, PerSample, PerState, TrajectoryBuffer
 from opd_ds.training.remote_teachers import ArrivingPairs
 from opd_ds.training.shares import Share, TaskBatch
@@ -42,9 +42,9 @@ class WaitingRound(Generic[Known]):
         draw: Callable[[int], dict[Share, TaskBatch]],
         buffer: Callable[[Share, Tensor, TaskBatch], TrajectoryBuffer],
         known: Callable[..., Known],
-        device: torch.device,
+        group: Group,
     ) -> None:
-        self._draw, self._buffer, self._known, self._device = draw, buffer, known, device
+        self._draw, self._buffer, self._known, self._group = draw, buffer, known, group
         self._round: int | None = None
         self._seen: Experience[Known] | None = None
 
@@ -62,8 +62,8 @@ class WaitingRound(Generic[Known]):
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's samples, as entries of `opd_ds.engine.state`: a row of a column is a stretch of it."""
-        entries = {}
-        for share, name, column in self._columns():
+        entries: dict[str, Tensor] = {}
+        for share, name, column in self._columns() if self._group.is_first else ():
             part = self._of(share).part
             rows = column.by_sample(len(part))
             for index, weight, row in zip(part.indices, part.weights.tolist(), rows, strict=True):
@@ -131,7 +131,7 @@ class WaitingRound(Generic[Known]):
         size = math.prod(shape)
         rows = [shards.read(WAITING, name, index * size, size).reshape(shape) for index in batch.part.indices]
         values = torch.stack(rows).to(getattr(torch, dtype))  # read as float32, which holds them all
-        return _COLUMNS[kind].of_samples(to_device(values, self._device))
+        return _COLUMNS[kind].of_samples(to_device(values, self._group.device))
 
 
 def _place(share: Share) -> str:

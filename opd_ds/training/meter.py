@@ -70,7 +70,7 @@ class RoundMeter:
         totals = ("forward", "backward")
         parts = [name for part in PARTS for name in (part, f"{part}_negative")]
         counts = torch.tensor([self._passes[name] for name in (*totals, *parts)])
-        counts = self._group.sum(counts) if self._group.world.size > 1 else counts
+        counts = self._group.sum_over_samples(counts) if self._group.world.size > 1 else counts
         found = dict(zip((*totals, *parts), counts.long().tolist(), strict=True))
         return {name: found[name] for name in totals}, {name: found[name] for name in parts}
 

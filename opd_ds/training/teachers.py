@@ -84,6 +84,7 @@ class TeacherPool:
         module = self._family.load_transformer(path, build, quantize=spec.settings.quantize)
         if spec.is_lora:
             _add_adapters(module, [self._specs[task] for task in tasks], self._family)
+        self._family.share_sequences(module)
         if placement == "stream":
             return Streamed(module, self._device, self._memory, compiled=compiled)
         if placement == "zero_inference":  # its hooks are not compiled

@@ -234,7 +234,7 @@ class Trainer(ABC):
         seed, negative = self._settings.run.seed, self._family.negative_prompt
         rows: dict[Share, list[int]] = {}  # of the task's prompt set
         parts: dict[Share, list[Shard]] = {}
-        rank, world = self._group.world.rank, self._group.world.size
+        rank, world = self._group.drawing.rank, self._group.drawing.size
         trained: dict[str, Tensor] = {}
         for task in self._settings.tasks_of(index):
             of_task, kinds = self._draw_rows(index, task)

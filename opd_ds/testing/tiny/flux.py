@@ -17,7 +17,9 @@ from opd_ds.testing.tiny.parts import DYNAMIC_SHIFT, TEXTS, VAE_BLOCKS, run, sav
 _CLIP_LENGTH, _T5_LENGTH = 16, 32
 
 
-def write(folder: Path, seed: int = 0, *, guidance_embeds: bool = True, kind: Any = FluxPipeline) -> Path:
+def write(
+    folder: Path, seed: int = 0, *, guidance_embeds: bool = True, heads: int = 2, kind: Any = FluxPipeline
+) -> Path:
     """A folder of the pipeline `kind` of FLUX.1-dev's form (schnell's without `guidance_embeds`) with random weights.
 
     Its own size is 16 x 16 pixels: 4 x 4 patches.
@@ -45,7 +47,7 @@ def write(folder: Path, seed: int = 0, *, guidance_embeds: bool = True, kind: An
         num_layers=1,
         num_single_layers=2,
         attention_head_dim=16,
-        num_attention_heads=2,
+        num_attention_heads=heads,
         joint_attention_dim=24,
         pooled_projection_dim=16,
         guidance_embeds=guidance_embeds,

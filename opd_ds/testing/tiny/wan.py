@@ -17,12 +17,14 @@ from opd_ds.testing.tiny.parts import TEXTS, run, save
 _TEXT_WIDTH, LATENT_CHANNELS = 32, 4
 
 
-def write(folder: Path, seed: int = 0) -> Path:
+def write(folder: Path, seed: int = 0, *, heads: int = 2) -> Path:
     """The pipeline folder; its scheduler is FlowMatchEuler's, whose steps are those of our `euler`."""
-    return save(make(seed), folder)
+    return save(make(seed, heads=heads), folder)
 
 
-def make(seed: int, boundary: float | None = None, *, patched_vae: bool = False, **network: Any) -> WanPipeline:
+def make(
+    seed: int, boundary: float | None = None, *, patched_vae: bool = False, heads: int = 2, **network: Any
+) -> WanPipeline:
     """The pipeline; with a `boundary` one of two networks, with a `patched_vae` as Wan 2.2 TI2V-5B. `network`: further
     settings of the networks.
     """
@@ -35,7 +37,7 @@ def make(seed: int, boundary: float | None = None, *, patched_vae: bool = False,
     networks = [
         WanTransformer3DModel(
             **{"in_channels": LATENT_CHANNELS} | network,
-            num_attention_heads=2,
+            num_attention_heads=heads,
             attention_head_dim=12,
             out_channels=LATENT_CHANNELS,
             text_dim=_TEXT_WIDTH,

@@ -64,9 +64,14 @@ class GroupJudge:
         self._equal_rounds: dict[str, int] = {}  # by task, up to now
 
     def submit(self, task: str, latents: Tensor, batch: TaskBatch, rows: slice) -> Future[Tensor]:
-        """Have clean latents [b, C, ...] scored, those of the batch's `rows`; the scores are for `scored`."""
-        asked = Asked(batch.prompts[rows], batch.metadata[rows], batch.pictures[rows])
-        return self._scorer.submit(self._rewards[task], latents, asked)
+        """Have clean latents [b, C, ...] scored, those of the batch's `rows`; the scores are for `scored`. Ranks that
+        share sequences have them scored between them.
+        """
+        start, each = self._group.own_rows.start, self._group.own_rows.step
+        first = rows.start + (start - rows.start) % each
+        own = slice(first, rows.stop, each)
+        asked = Asked(batch.prompts[own], batch.metadata[own], batch.pictures[own])
+        return self._scorer.submit(self._rewards[task], latents[first - rows.start :: each], asked)
 
     def scored(
         self, task: str, batches: list[TaskBatch], pending: list[list[Future[Tensor]]], meter: RoundMeter
@@ -83,11 +88,11 @@ class GroupJudge:
         rewards = self._rewards[task]
         under_way = [future for one in pending for future in one]
         mine = RewardScorer.collect(under_way, lambda: meter.heartbeat(f", waiting for the rewards of {task}"))
-        part = Shard.cat([batch.part for batch in batches])
-        scores = torch.full((part.total, len(rewards)), torch.nan, dtype=torch.float64)
+        parts, own_rows = [batch.part for batch in batches], self._group.own_rows
+        scores = torch.full((parts[0].total, len(rewards)), torch.nan, dtype=torch.float64)
         # A sample that only pads a rank's part is another rank's too, and counts there.
-        own = part.weights > 0
-        indices = torch.tensor(part.indices)
+        own = torch.cat([part.weights[own_rows] for part in parts]) > 0
+        indices = torch.cat([torch.tensor(part.indices)[own_rows] for part in parts])
         for places, values in self._group.gather((indices[own], mine[own])):
             scores[places] = values
         total = weighted_sum(scores, [reward.weight for reward in rewards], self._settings.reward_scale)

@@ -52,6 +52,10 @@ class RewardScorer:
 
     def submit(self, rewards: Sequence[WeightedReward], latents: Tensor, asked: Asked) -> Future[Tensor]:
         """Scores float64 [B, rewards], as the rewards give them."""
+        if len(latents) == 0:
+            nothing: Future[Tensor] = Future()
+            nothing.set_result(torch.empty(0, len(rewards), dtype=torch.float64))
+            return nothing
         return self._pool.submit(self._score_all, rewards, latents, asked)
 
     @staticmethod
