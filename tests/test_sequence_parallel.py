@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from diffusers import FluxTransformer2DModel, WanTransformer3DModel
+from PIL import Image
 
+from opd_ds.cluster.roles import Roles
+from opd_ds.cluster.world import World
+from opd_ds.config.loading import parse_config
+from opd_ds.engine import Alone
+from opd_ds.errors import UserError
+from opd_ds.plan.devices import DeviceKind, Devices
+from opd_ds.plan.planner import make_plan
+from opd_ds.runs.preflight import preflight
 from opd_ds.testing.tiny import flux, wan
 from opd_ds.testing.tiny.sd3 import PROMPTS
-from tests.ranks import TRAIN_MANY, launch
-from tests.runs import assert_close, metrics
-from tests.tiny import run_settings, write_config, write_lora
+from tests.ranks import TRAIN_MANY, launch, start
+from tests.runs import assert_close, metrics, wait_for_rounds
+from tests.tiny import ALL_SHARDED, costs_of, run_settings, with_changes, write_config, write_lora
 
 WAN_TARGETS = ("attn1.to_q", "attn1.to_v", "attn2.to_k", "proj_out")  # proj_out is where diffusers gathers
 FLUX_TARGETS = ("attn.to_q", "attn.to_out.0", "proj_mlp", "x_embedder")
 # An odd number of samples, random steps, several micro-batches: the hardest case of invariant 1.
 HARD: dict[str, Any] = {
-    "run__rounds": 2,
+    "run__checkpoint_every": 1,
+    "run__keep_checkpoints": 9,
+    "deepspeed": ALL_SHARDED,
     "rollout__samples": 3,
     "rollout__kernel": "flow",
     "rollout__noise_level": 0.5,
@@ -27,67 +41,182 @@ HARD: dict[str, Any] = {
     "rollout__steps": 3,
     "rollout__trained_steps": {"queries": 2},
     "train__micro_batch": 2,
-    "student__lora__targets": ["to_q"],
 }
-
-
-def write_worlds(root: Path) -> dict[str, dict[str, Any]]:
-    """Changes to a run's settings, by family."""
-    prompts = root / "prompts.txt"
-    prompts.write_text("\n".join(PROMPTS) + "\n")
-    found = {}
-    for name, tiny, kind, targets, size in (
-        ("wan", wan, WanTransformer3DModel, WAN_TARGETS, {"height": 64, "width": 64, "frames": 5}),
-        ("flux", flux, FluxTransformer2DModel, FLUX_TARGETS, {"height": 16, "width": 16, "max_text_length": 16}),
-    ):
-        base = tiny.write(root / name / "base", heads=4)
-        full = tiny.write(root / name / "other", seed=5, heads=4)
-        adapter = write_lora(base, root / name / "adapter", kind=kind, targets=targets)
-        task = {"prompts": str(prompts)}
-        found[name] = {
-            "model": {"family": name, "path": str(base), **size},
-            "tasks": {
-                "one": {"teacher": {"path": str(full), "guidance": 1.0}, **task},
-                "two": {"teacher": {"path": str(adapter), "guidance": 3.0}, **task},
-            },
-            "student__lora__targets": list(targets),
-        }
-    return found
+PLACED = {placement: {f"tasks__{task}__teacher__placement": placement for task in ("one", "two")}
+          for placement in ("offload", "zero_inference")}  # fmt: skip
+# By name: family, ranks, ranks that share a sequence, and what else differs from the run on one rank.
+RUNS: dict[str, tuple[str, int, int, dict[str, Any]]] = {
+    "wan stage 3": ("wan", 2, 2, {"rollout__gather": "once", "student__gradient_checkpointing": True}),
+    "flux stage 2 fused": ("flux", 2, 2, {"deepspeed": "zero2", "rollout__mode": "fused"}),
+    "wan stage 3 by layers": ("wan", 4, 2, {"rollout__gather": "per_layer", **PLACED["zero_inference"]}),
+    "wan stage 0": ("wan", 4, 4, {"deepspeed": "zero0", **PLACED["offload"]}),
+    "flux stage 3": ("flux", 4, 4, {"student__gradient_checkpointing": True}),
+    "drawn": ("flux drawn", 4, 2, {}),
+    "rewarded": ("flux rewarded", 4, 2, {}),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("sequences")
-    worlds = write_worlds(root)
-
-    def file(name: str, family: str, degree: int, **changes: Any) -> str:
-        settings = run_settings(root, root / name, **HARD | worlds[family] | changes)
-        settings["model"]["sequence_parallel"] = degree
-        return str(write_config(root / f"{name}.yaml", settings))
-
-    launch(
-        1,
-        *(
-            file(f"plain-{family}-{kind}", family, 1, student__kind=kind)
-            for family in worlds
-            for kind in ("full", "lora")
-        ),
-        script=TRAIN_MANY,
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Changes to a run's settings, by what is compared: a full Wan, a LoRA FLUX with shared teachers, a FLUX whose
+    images are looked at, and one that learns from rewards as well.
+    """
+    root = tmp_path_factory.mktemp("worlds")
+    prompts = root / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS) + "\n")
+    found: dict[str, dict[str, Any]] = {}
+    for name, tiny, kind, targets, size in (
+        ("wan", wan, WanTransformer3DModel, WAN_TARGETS, {"height": 32, "width": 32, "frames": 5}),
+        ("flux", flux, FluxTransformer2DModel, FLUX_TARGETS, {"height": 16, "width": 16, "max_text_length": 16}),
+    ):
+        base = tiny.write(root / name / "base", heads=4)
+        adapter = write_lora(base, root / name / "adapter", kind=kind, targets=targets)
+        teachers = {
+            "one": {"path": str(tiny.write(root / name / "other", seed=5, heads=4)), "guidance": 1.0},
+            "two": {"path": str(adapter), "guidance": 3.0},
+        }
+        found[name] = HARD | {
+            "model": {"family": name, "path": str(base), **size},
+            "tasks": {task: {"teacher": teacher, "prompts": str(prompts)} for task, teacher in teachers.items()},
+            "student__lora__targets": list(targets),
+            "student__kind": "full" if name == "wan" else "lora",
+        }
+    held_out = {
+        "tasks__one__eval_prompts": {"path": str(prompts), "limit": 3},
+        "tasks__one__rewards": ["jpeg_compressibility"],
+    }
+    found["flux drawn"] = found["flux"] | held_out | {"run__rounds": 1, "evaluation__baselines": True}
+    rewards = {f"tasks__{task}__rewards": ["jpeg_compressibility"] for task in ("one", "two")}
+    found["flux rewarded"] = (
+        found["flux"] | rewards | {"reward_term": {"weight": 0.1, "group": 2}, "rollout__samples": 6, "run__rounds": 1}
     )
-    launch(
-        2,
-        *(
-            file(f"two-{family}-{kind}", family, 2, student__kind=kind)
-            for family in worlds
-            for kind in ("full", "lora")
-        ),
-        script=TRAIN_MANY,
-    )
+    return found
+
+
+def settings(folder: Path, world: dict[str, Any], ranks: int = 1, **changes: Any) -> dict[str, Any]:
+    data = run_settings(folder, folder, **(json.loads(json.dumps(world)) | changes))
+    return with_changes(data, {"model__sequence_parallel": ranks})
+
+
+@pytest.fixture(scope="module")
+def runs(worlds: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of runs, by name: of each world on one rank, and of `RUNS`."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def file(name: str, world: str, ranks: int = 1, **changes: Any) -> str:
+        return str(write_config(root / f"{name}.yaml", settings(root / name, worlds[world], ranks, **changes)))
+
+    launch(1, *(file(world, world) for world in worlds), script=TRAIN_MANY)
+    for ranks in (2, 4):
+        own = {name: run for name, run in RUNS.items() if run[1] == ranks}
+        files = [file(name, world, sharing, **changes) for name, (world, _, sharing, changes) in own.items()]
+        if ranks == 4:  # another number of ranks share sequences, and others than wrote the checkpoint
+            place = Path("checkpoints", "round-000002")
+            shutil.copytree(root / "wan stage 3" / place, root / "resumed" / place)
+            files.append(f"{file('resumed', 'wan', 4)}:auto")
+        launch(ranks, *files, script=TRAIN_MANY)
     return root
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("family", ["wan", "flux"])
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_the_same_is_trained(runs: Path, family: str, kind: str) -> None:
-    assert_close(metrics(runs / f"two-{family}-{kind}"), metrics(runs / f"plain-{family}-{kind}"))
+@pytest.mark.parametrize("name", RUNS)
+def test_the_same_is_trained(runs: Path, name: str) -> None:
+    """Losses, KLs, gradient norms and scores are those of one rank, on 2 and 4."""
+    assert_close(metrics(runs / name), metrics(runs / RUNS[name][0]))
+
+
+@pytest.mark.multirank
+def test_a_run_goes_on_with_other_ranks(runs: Path) -> None:
+    """Four ranks that share sequences go on from two."""
+    assert_close(metrics(runs / "resumed"), metrics(runs / "wan")[2:])
+
+
+@pytest.mark.multirank
+def test_the_same_is_drawn_and_scored(runs: Path) -> None:
+    """Ranks that share a sequence decode, store and score its images between them: each once."""
+    theirs, ours = runs / "flux drawn", runs / "drawn"
+    names = [
+        sorted(file.relative_to(folder / "eval") for file in (folder / "eval").rglob("*.png"))
+        for folder in (theirs, ours)
+    ]
+    assert names[0] == names[1] != []
+    for name in names[0]:
+        pixels = [np.asarray(Image.open(folder / "eval" / name)).astype(int) for folder in (theirs, ours)]
+        assert abs(pixels[0] - pixels[1]).max() <= 1
+
+
+@pytest.mark.multirank
+def test_every_family_and_its_copy_share_sequences(tmp_path: Path) -> None:
+    """Velocities, and gradients, which are sums over the ranks."""
+    launch(2, str(tmp_path), script=str(Path(__file__).parent / "sequence_parallel_ranks.py"))
+    found = json.loads((tmp_path / "differences.json").read_text())
+    assert len(found) == 4
+    for name, differences in found.items():
+        assert differences["velocity"] < 1e-4, (name, differences)
+        assert differences["gradient"] < 1e-3, (name, differences)
+
+
+@pytest.mark.multirank
+def test_a_lost_rank_ends_the_run(worlds: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    """The others wait for its tokens, inside a forward."""
+    file = write_config(tmp_path / "run.yaml", settings(tmp_path, worlds["wan"], 2, run__rounds=100_000))
+    ranks = start(2, "--config", str(file))
+    wait_for_rounds(tmp_path, 1)
+    ranks.processes[1].send_signal(signal.SIGKILL)
+    assert ranks.processes[0].wait(60) != 0
+    assert "rank 1" in ranks.output
+
+
+def test_samples_are_divided_over_groups() -> None:
+    roles = [Roles(World(rank=rank, size=6, local_size=6), sharing=2) for rank in range(6)]
+    assert [(role.own.rank, role.drawing.rank, role.drawing.size) for role in roles] == [
+        (0, 0, 3), (1, 0, 3), (2, 1, 3), (3, 1, 3), (4, 2, 3), (5, 2, 3),
+    ]  # fmt: skip
+
+
+def test_what_cannot_be_shared_is_refused(worlds: dict[str, dict[str, Any]], tiny_world: Path, tmp_path: Path) -> None:
+    def check(world: str, ranks: int, processes: int = 4, **changes: Any) -> None:
+        config = parse_config(settings(tmp_path, worlds[world], ranks, **changes))
+        preflight(config, Alone(), World(size=processes, local_size=processes), None)
+
+    check("wan", 2)
+    for world, ranks, processes, message in (
+        ("wan", 2, 3, r"sequence_parallel = 2 does not divide the ranks that train, 3; allowed: 1, 3"),
+        ("wan", 3, 3, r"sequence_parallel = 3 does not divide the network's 4 attention heads; allowed: 1, 2, 4"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check(world, ranks, processes)
+    short = worlds["flux"]["model"] | {"max_text_length": 9}
+    with pytest.raises(
+        UserError, match=r"2 does not divide the 9 tokens of a prompt \(model\.max_text_length\).* 1, 3"
+    ):
+        check("flux", 2, model=short)
+    odd = worlds["wan"]["model"] | {"height": 48, "width": 48}
+    with pytest.raises(UserError, match=r"4 does not divide the 18 tokens of a video; allowed: 1, 2, 3, 6, 9, 18"):
+        check("wan", 4, model=odd)
+    sd3 = parse_config(run_settings(tiny_world, tmp_path, model__sequence_parallel=2))
+    with pytest.raises(UserError, match=r"sequence_parallel = 2: sequences of SD3 are not divided over"):
+        preflight(sd3, Alone(), World(size=2, local_size=2), None)
+    for changes, message in (
+        ({"scoring__ranks": 1}, r"does not go with scoring\.ranks = 1: .*; set scoring\.ranks to 0, or model\.seq"),
+        ({"scoring__micro_batch": "auto"}, r"scoring\.micro_batch = 'auto': every forward is made by several ranks"),
+        ({"model__compile_blocks": True}, r"model\.compile_blocks = True.*set model\.compile_blocks to false"),
+        ({"model__attention": "math"}, r"model\.attention = 'math'.*set model\.attention to 'auto'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_config(with_changes(settings(tmp_path, worlds["wan"], 2), changes))
+
+
+def test_a_plan_divides_activations_and_not_samples(worlds: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    """Four ranks in two groups have twice the samples of four ranks, and half of each pass."""
+    devices = Devices(DeviceKind("GPU", 1e12, 1e12, 1e9, 1e6, 1e13), 4)
+    plans = []
+    for ranks in (1, 2):
+        config = parse_config(settings(tmp_path, worlds["wan"], ranks, rollout__samples=8, rollout__mode="buffered"))
+        plans.append(make_plan(config, costs_of(config), devices))
+    whole, shared = ({part.name: part.nbytes for part in plan.memory.device} for plan in plans)
+    assert shared["trajectory buffer"] == 2 * whole["trajectory buffer"]
+    assert shared["activations"] < 0.6 * whole["activations"]
+    assert any("model.sequence_parallel = 2" in note for note in plans[1].memory.notes)
+    with pytest.raises(UserError, match="does not divide the ranks that train, 4"):
+        make_plan(parse_config(settings(tmp_path, worlds["wan"], 3)), costs_of(config), devices)

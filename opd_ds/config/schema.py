@@ -114,8 +114,8 @@ class RunConfig(Section, ABC):
         for key, value, allowed, reason, remedy in refused:
             if not allowed:
                 raise ValueError(
-                    f"model.sequence_parallel = {model.sequence_parallel} does not go with {key} = {value!r}: {reason}; "
-                    f"set {key} to {remedy}, or model.sequence_parallel to 1"
+                    f"model.sequence_parallel = {model.sequence_parallel} does not go with {key} = {value!r}: "
+                    f"{reason}; set {key} to {remedy}, or model.sequence_parallel to 1"
                 )
         return self
 

@@ -116,8 +116,8 @@ class ModelSection(Section):
     )
     sequence_parallel: PositiveInt = Field(
         1,
-        description="ranks that share each sequence of the networks, student's and teachers': for long videos and large "
-        "images; 1: each rank has its sequences whole; see docs/sequence_parallel.md",
+        description="ranks that share each sequence of tokens, in student and teachers: for long videos and large "
+        "images; 1: each rank has its sequences whole; see docs/speed.md",
     )
     vae_tiling: bool = Field(
         False, description="the VAE decodes in overlapping tiles: less memory for large images and videos, other pixels"

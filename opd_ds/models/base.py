@@ -283,8 +283,8 @@ class ModelFamily(NoiseStages, PromptEncoding):
         lengths = self.sequence_lengths()
         if not lengths:
             raise UserError(
-                f"model.sequence_parallel = {ranks}: sequences of {type(self).__name__} are not divided over ranks; set "
-                "it to 1"
+                f"model.sequence_parallel = {ranks}: sequences of {type(self).__name__} are not divided over ranks; "
+                "set it to 1"
             )
         check_sequences(self._transformer_config["num_attention_heads"], lengths, ranks)
 

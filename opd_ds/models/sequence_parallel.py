@@ -45,7 +45,7 @@ def share_sequences(network: nn.Module, mesh: DeviceMesh) -> None:
     parallel = privates.context_parallel(mesh)
     for part in _networks(network):
         for module in part.modules():
-            processor = getattr(module, "processor", None)
+            processor: Any = getattr(module, "processor", None)
             if hasattr(processor, "_parallel_config"):
                 processor._parallel_config = parallel
         for name, plan in part._cp_plan.items():
