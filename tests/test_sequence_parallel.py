@@ -87,9 +87,8 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     }
     found["flux drawn"] = found["flux"] | held_out | {"run__rounds": 1, "evaluation__baselines": True}
     rewards = {f"tasks__{task}__rewards": ["jpeg_compressibility"] for task in ("one", "two")}
-    found["flux rewarded"] = (
-        found["flux"] | rewards | {"reward_term": {"weight": 0.1, "group": 2}, "rollout__samples": 6, "run__rounds": 1}
-    )
+    late = {"rollout__samples": 6, "run__rounds": 2, "scoring__late": 1}
+    found["flux rewarded"] = found["flux"] | rewards | late | {"reward_term": {"weight": 0.1, "group": 2}}
     return found
 
 
