@@ -18,7 +18,7 @@ from opd_ds.testing import family_checks as checks
 from opd_ds.utils.logging import quiet_libraries
 
 VIDEO = {"height": 32, "width": 32, "frames": 5}
-FAMILIES_THAT_SHARE = {"flux": {}, "wan": VIDEO, "wan_a14b": VIDEO, "wan_i2v": VIDEO}
+FAMILIES_THAT_SHARE = {"flux": {}, "wan": VIDEO, "wan_a14b": VIDEO, "wan_i2v": VIDEO | {"max_text_length": None}}
 
 
 def main(folder: Path) -> None:
