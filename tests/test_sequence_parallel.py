@@ -31,6 +31,7 @@ WAN_TARGETS = ("attn1.to_q", "attn1.to_v", "attn2.to_k", "proj_out")  # proj_out
 FLUX_TARGETS = ("attn.to_q", "attn.to_out.0", "proj_mlp", "x_embedder")
 # An odd number of samples, random steps, several micro-batches: the hardest case of invariant 1.
 HARD: dict[str, Any] = {
+    "run__rounds": 2,
     "run__checkpoint_every": 1,
     "run__keep_checkpoints": 9,
     "deepspeed": ALL_SHARDED,
@@ -44,22 +45,19 @@ HARD: dict[str, Any] = {
 }
 PLACED = {placement: {f"tasks__{task}__teacher__placement": placement for task in ("one", "two")}
           for placement in ("offload", "zero_inference")}  # fmt: skip
-# By name: family, ranks, ranks that share a sequence, and what else differs from the run on one rank.
+# By name: on one rank what, ranks, ranks that share a sequence, and what else differs from the run on one rank.
 RUNS: dict[str, tuple[str, int, int, dict[str, Any]]] = {
     "wan stage 3": ("wan", 2, 2, {"rollout__gather": "once", "student__gradient_checkpointing": True}),
     "flux stage 2 fused": ("flux", 2, 2, {"deepspeed": "zero2", "rollout__mode": "fused"}),
     "wan stage 3 by layers": ("wan", 4, 2, {"rollout__gather": "per_layer", **PLACED["zero_inference"]}),
-    "wan stage 0": ("wan", 4, 4, {"deepspeed": "zero0", **PLACED["offload"]}),
-    "flux stage 3": ("flux", 4, 4, {"student__gradient_checkpointing": True}),
-    "drawn": ("flux drawn", 4, 2, {}),
-    "rewarded": ("flux rewarded", 4, 2, {}),
-}  # fmt: skip
+    "flux on four": ("flux rewarded", 4, 4, {}),
+}
 
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Changes to a run's settings, by what is compared: a full Wan, a LoRA FLUX with shared teachers, a FLUX whose
-    images are looked at, and one that learns from rewards as well.
+    """Changes to a run's settings, by what is compared: a full Wan, a LoRA FLUX with shared teachers, and such a FLUX
+    that learns late and from rewards as well, with an evaluation: ranks have fewer images than share them.
     """
     root = tmp_path_factory.mktemp("worlds")
     prompts = root / "prompts.txt"
@@ -81,14 +79,10 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
             "student__lora__targets": list(targets),
             "student__kind": "full" if name == "wan" else "lora",
         }
-    held_out = {
-        "tasks__one__eval_prompts": {"path": str(prompts), "limit": 3},
-        "tasks__one__rewards": ["jpeg_compressibility"],
-    }
-    found["flux drawn"] = found["flux"] | held_out | {"run__rounds": 1, "evaluation__baselines": True}
     rewards = {f"tasks__{task}__rewards": ["jpeg_compressibility"] for task in ("one", "two")}
-    late = {"rollout__samples": 6, "run__rounds": 2, "scoring__late": 1}
-    found["flux rewarded"] = found["flux"] | rewards | late | {"reward_term": {"weight": 0.1, "group": 2}}
+    held_out = {"tasks__one__eval_prompts": {"path": str(prompts), "limit": 2}, "evaluation__baselines": True}
+    late = {"rollout__samples": 6, "scoring__late": 1, "reward_term": {"weight": 0.1, "group": 2}}
+    found["flux rewarded"] = found["flux"] | rewards | held_out | late
     return found
 
 
@@ -109,10 +103,10 @@ def runs(worlds: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFac
     for ranks in (2, 4):
         own = {name: run for name, run in RUNS.items() if run[1] == ranks}
         files = [file(name, world, sharing, **changes) for name, (world, _, sharing, changes) in own.items()]
-        if ranks == 4:  # another number of ranks share sequences, and others than wrote the checkpoint
-            place = Path("checkpoints", "round-000002")
+        if ranks == 4:  # others than wrote the checkpoint, and of them others share sequences
+            place = Path("checkpoints", "round-000001")
             shutil.copytree(root / "wan stage 3" / place, root / "resumed" / place)
-            files.append(f"{file('resumed', 'wan', 4)}:auto")
+            files.append(f"{file('resumed', 'wan', 4, deepspeed='zero0', **PLACED['offload'])}:auto")
         launch(ranks, *files, script=TRAIN_MANY)
     return root
 
@@ -121,27 +115,32 @@ def runs(worlds: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize("name", RUNS)
 def test_the_same_is_trained(runs: Path, name: str) -> None:
     """Losses, KLs, gradient norms and scores are those of one rank, on 2 and 4."""
-    assert_close(metrics(runs / name), metrics(runs / RUNS[name][0]))
+    ours, theirs = (
+        # On policy the policy's loss is 0 but for rounding.
+        [{key: value for key, value in row.items() if not key.endswith("/policy")} for row in metrics(runs / of)]
+        for of in (name, RUNS[name][0])
+    )
+    assert_close(ours, theirs)
 
 
 @pytest.mark.multirank
 def test_a_run_goes_on_with_other_ranks(runs: Path) -> None:
-    """Four ranks that share sequences go on from two."""
-    assert_close(metrics(runs / "resumed"), metrics(runs / "wan")[2:])
+    """Four ranks that share sequences go on from two, at another stage."""
+    assert_close(metrics(runs / "resumed"), metrics(runs / "wan")[1:])
 
 
 @pytest.mark.multirank
 def test_the_same_is_drawn_and_scored(runs: Path) -> None:
     """Ranks that share a sequence decode, store and score its images between them: each once."""
-    theirs, ours = runs / "flux drawn", runs / "drawn"
-    names = [
-        sorted(file.relative_to(folder / "eval") for file in (folder / "eval").rglob("*.png"))
-        for folder in (theirs, ours)
-    ]
+    folders = [runs / name for name in ("flux rewarded", "flux on four")]
+    names = [sorted(file.relative_to(folder) for file in (folder / "eval").rglob("*.png")) for folder in folders]
     assert names[0] == names[1] != []
     for name in names[0]:
-        pixels = [np.asarray(Image.open(folder / "eval" / name)).astype(int) for folder in (theirs, ours)]
+        pixels = [np.asarray(Image.open(folder / name)).astype(int) for folder in folders]
         assert abs(pixels[0] - pixels[1]).max() <= 1
+    scores = [json.loads((folder / "summary.json").read_text())["models"] for folder in folders]
+    for model, means in scores[0].items():
+        assert scores[1][model]["one"] == pytest.approx(means["one"], rel=1e-3)
 
 
 @pytest.mark.multirank
