@@ -19,7 +19,7 @@ from opd_ds.config.loading import parse_config
 from opd_ds.engine import Alone
 from opd_ds.errors import UserError
 from opd_ds.plan.devices import DeviceKind, Devices
-from opd_ds.plan.planner import make_plan
+from opd_ds.plan.memory import layout, rows_per_rank
 from opd_ds.runs.preflight import preflight
 from opd_ds.testing.tiny import flux, wan
 from opd_ds.testing.tiny.sd3 import PROMPTS
@@ -205,16 +205,15 @@ def test_what_cannot_be_shared_is_refused(worlds: dict[str, dict[str, Any]], tin
             parse_config(with_changes(settings(tmp_path, worlds["wan"], 2), changes))
 
 
-def test_a_plan_divides_activations_and_not_samples(worlds: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+def test_a_plan_divides_passes_and_not_samples(worlds: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     """Four ranks in two groups have twice the samples of four ranks, and half of each pass."""
     devices = Devices(DeviceKind("GPU", 1e12, 1e12, 1e9, 1e6, 1e13), 4)
-    plans = []
-    for ranks in (1, 2):
-        config = parse_config(settings(tmp_path, worlds["wan"], ranks, rollout__samples=8, rollout__mode="buffered"))
-        plans.append(make_plan(config, costs_of(config), devices))
-    whole, shared = ({part.name: part.nbytes for part in plan.memory.device} for plan in plans)
-    assert shared["trajectory buffer"] == 2 * whole["trajectory buffer"]
-    assert shared["activations"] < 0.6 * whole["activations"]
-    assert any("model.sequence_parallel = 2" in note for note in plans[1].memory.notes)
+    configs = [parse_config(settings(tmp_path, worlds["wan"], ranks, rollout__samples=8)) for ranks in (1, 2, 3)]
+    assert [rows_per_rank(config, devices, "one") for config in configs[:2]] == [2, 4]
+    costs = [costs_of(config) for config in configs]
+    whole, shared = (one.forward(1) for one in costs[:2])
+    assert (shared.flops, shared.peak) == (whole.flops / 2, whole.peak / 2)
+    notes = [layout(config, one, devices).notes for config, one in zip(configs[:2], costs, strict=False)]
+    assert [any("model.sequence_parallel = 2: activations" in note for note in own) for own in notes] == [False, True]
     with pytest.raises(UserError, match="does not divide the ranks that train, 4"):
-        make_plan(parse_config(settings(tmp_path, worlds["wan"], 3)), costs_of(config), devices)
+        layout(configs[2], costs[2], devices)
