@@ -76,7 +76,8 @@ def describe(config: RunConfig, world: World, start: Start) -> str:
     frames = f", {family.frames} frames" if family.frames else ""
     lines = [
         f"processes              {roles.world.size}, {roles.world.local_size} a node"
-        + (f"; the last {roles.teachers} hold teachers" if roles.teachers else ""),
+        + (f"; the last {roles.teachers} hold teachers" if roles.teachers else "")
+        + (f"; {roles.sharing} share each sequence" if roles.sharing > 1 else ""),
         f"starts from            {f'{resumed.checkpoint}, {resumed.done} rounds done' if resumed else 'round 0'}",
         f"height x width         {_sizes(config) or f'{family.height} x {family.width}'}{frames}",
         f"tasks                  {len(config.tasks)}: {tasks}",
