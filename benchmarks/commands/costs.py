@@ -58,6 +58,22 @@ def fake_world(
     bench(ranks, output_dir, typer.echo)
 
 
+def optimizers(
+    output_dir: Annotated[Path, typer.Option(help="optimizers.json and optimizers.md go here")],
+    rounds: Annotated[int, typer.Option(min=4, help="of the miniature, under each")] = 20,
+) -> None:
+    """What do optimizers with less state than AdamW's learn in some rounds of the miniature?"""
+    from opd_ds.cluster.rendezvous import prepare_environment
+    from opd_ds.cluster.world import World
+
+    prepare_environment(World())
+    from benchmarks.optimizers import bench
+    from opd_ds.utils.logging import quiet_libraries
+
+    quiet_libraries()
+    bench(output_dir, rounds, typer.echo)
+
+
 def growth(
     output_dir: Annotated[Path, typer.Option(help="growth.json, growth.md, growth.png and CSVs go here")],
     prompts: Annotated[int, typer.Option(min=10, help="of the largest prompt set")] = 1_000_000,

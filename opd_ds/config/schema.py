@@ -261,6 +261,7 @@ class RunConfig(Section, ABC):
             data["student"].pop("quantize")  # as in checkpoints from before there was one
         if self.student.networks == "both":
             data["student"].pop("networks")  # as in checkpoints from before there was one
+        data["optimizer"].pop("type")  # in the completed ds_config
         if self.optimizer.min_lr == 0:
             data["optimizer"].pop("min_lr")  # as in checkpoints from before there was one
         if self.optimizer.schedule == "cosine":

@@ -172,8 +172,10 @@ class StudentSection(Section):
     )
     lora: LoraSection = LoraSection()
     quantize: Quantization = None
-    gradient_checkpointing: bool = Field(
-        False, description="activations are computed again in the backward pass: less memory, one more forward pass"
+    gradient_checkpointing: bool | Literal["offload"] = Field(
+        False,
+        description="activations are computed again in the backward pass: less memory, one more forward pass; offload: "
+        "what is kept for that, the inputs of the blocks, waits on the host",
     )
     ema: EmaSection = EmaSection()
 
@@ -187,11 +189,22 @@ class StudentSection(Section):
         return self
 
 
+OptimizerType = Literal[
+    "Adam", "AdamW", "AdamW8bit", "Adafactor", "Muon", "Adagrad", "Lamb", "Lion", "SGD", "RMSprop", "RAdam", "Adamax",
+    "Adadelta",
+]  # fmt: skip
+
+
 class OptimizerSection(Section):
     """Fills the entries of the ds_config that say "auto"; an explicit entry there wins unless both are given."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
+    type: OptimizerType | None = Field(
+        None,
+        description="which goes with which ZeRO stage, and how much memory it takes: docs/deepspeed.md; default: that "
+        "of the ds_config, AdamW in those that come with opd_ds",
+    )
     lr: PositiveFloat = Field(3e-4, description="learning rate, the highest of the schedule")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Adam's decay of first and second moments")
     eps: PositiveFloat = Field(1e-8, description="Adam's addition to the denominator")

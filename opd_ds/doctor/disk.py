@@ -56,7 +56,8 @@ def write_speed(folder: Path) -> float:
 def checkpoint_bytes(config: RunConfig, folder: Path, parameters: int) -> int:
     """What is still to come in the output folder: the checkpoints that are kept, and the next one beside them."""
     there = len(list((folder.expanduser() / "checkpoints").glob("round-*")))
-    bytes_each = 4 * (3 + config.weight_snapshots)  # fp32 master, two Adam moments, averages and the like
+    of_moment = 5 if config.optimizer.type == "AdamW8bit" else 4  # a code and its scale
+    bytes_each = 4 * (1 + config.weight_snapshots) + 2 * of_moment  # fp32 master, averages and the like; moments
     return max(1, config.run.keep_checkpoints + 1 - there) * parameters * bytes_each
 
 

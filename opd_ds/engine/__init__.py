@@ -11,6 +11,7 @@ if not torch.accelerator.is_available():
 from opd_ds.engine.channel import Channel, Inbox, Outbox
 from opd_ds.engine.comm import Alone, Group, counted_collectives, init_group
 from opd_ds.engine.consolidate import consolidated_weights
+from opd_ds.engine.ds_components import check_shapes
 from opd_ds.engine.ds_config import (
     NetworkSizes,
     fill_sizes,
@@ -23,11 +24,13 @@ from opd_ds.engine.ds_settings import read_ds_config, zero_stage
 from opd_ds.engine.fake import fake_group
 from opd_ds.engine.frozen import FrozenEngine
 from opd_ds.engine.memory import empty_cache, free_memory
+from opd_ds.engine.moments import state_bytes
 from opd_ds.engine.node_memory import NodeMemory
 from opd_ds.engine.schedule import Schedule, learning_rates
 from opd_ds.engine.sharded_loading import ShardedParameters, parameter_builder
+from opd_ds.engine.shards import ShardReader, write_shard
 from opd_ds.engine.snapshots import ShardedEma, WeightSnapshot
-from opd_ds.engine.state import OLD_POLICY, START, WAITING, ShardReader, write_shard
+from opd_ds.engine.state import OLD_POLICY, START, WAITING
 from opd_ds.engine.student import StudentEngine
 
 __all__ = [
@@ -48,6 +51,7 @@ __all__ = [
     "ShardedParameters",
     "StudentEngine",
     "WeightSnapshot",
+    "check_shapes",
     "consolidated_weights",
     "counted_collectives",
     "empty_cache",
@@ -60,6 +64,7 @@ __all__ = [
     "parameter_builder",
     "parameters_on_nvme",
     "read_ds_config",
+    "state_bytes",
     "student_ds_config",
     "swapped_apart",
     "write_shard",

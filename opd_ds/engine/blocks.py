@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from opd_ds.engine import privates
+from opd_ds.engine.ds_components import client_optimizer
 from opd_ds.engine.ds_config import NetworkSizes, fill_sizes, parameters_on_nvme
 from opd_ds.engine.ds_settings import zero_stage
 from opd_ds.models import block_names
@@ -45,8 +46,11 @@ def initialize(
             block.forward = partial(_recomputed, block.forward)
     if recomputing:
         network.enable_gradient_checkpointing(_call)  # type: ignore[operator]
+    optimizer = client_optimizer(ds_config)
+    if optimizer is not None:
+        ds_config = {key: value for key, value in ds_config.items() if key != "optimizer"}
     engine, *_ = deepspeed.initialize(
-        model=network, model_parameters=parameters, config=ds_config, dist_init_required=False
+        model=network, optimizer=optimizer, model_parameters=parameters, config=ds_config, dist_init_required=False
     )
     if blocks:
         _unhook_inside(blocks, engine)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from opd_ds.engine.state import EMA, MASTER, ShardReader
+from opd_ds.engine.shards import ShardReader
+from opd_ds.engine.state import EMA, MASTER
 
 
 def consolidated_weights(checkpoint: Path, shapes: dict[str, list[int]], *, averaged: bool = True) -> dict[str, Tensor]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import Beta, OptimizerSection
 from opd_ds.engine.ds_settings import AUTO, zero_stage
+from opd_ds.engine.moments import by_muon
 from opd_ds.errors import UserError, nearest
 
 _ADAMS = ("Adam", "AdamW")
+_EIGHT_BITS = "AdamW8bit"  # of bitsandbytes, which DeepSpeed does not know by name
 # What DeepSpeed (0.19.8, engine.py, _configure_basic_optimizer) builds by these names, on the device and where the
 # optimizer is offloaded. Those of torch are the ones whose whole state checkpoints carry.
 _OPTIMIZERS: dict[str, tuple[Any, Any]] = {
@@ -35,14 +38,16 @@ _OPTIMIZERS: dict[str, tuple[Any, Any]] = {
     "Muon": (None, None),
     **{
         name: (getattr(torch.optim, name), getattr(torch.optim, name))
-        for name in ("SGD", "RMSprop", "RAdam", "Adamax", "Adadelta")
+        for name in ("SGD", "RMSprop", "RAdam", "Adamax", "Adadelta", "Adafactor")
     },
+    _EIGHT_BITS: (None, None),
 }
 _MUON_TAKES = {"lr", "momentum", "weight_decay", "ns_method", "betas", "eps", "muon_lr", "adam_lr"}
 _ADAM_CHOICES = {"torch_adam", "adam_w_mode", "fp32_optimizer_states"}  # which Adam; read before it is made
 _NOT_PARAMS = {"self", "params", "model_params", "adamw_mode", "max_grad_norm"}
 _RUN_VALUES = ("lr", "betas", "eps", "weight_decay")
 _RATES = ("lr", "muon_lr", "adam_lr")
+_FIXED_BITS = {"optim_bits", "args", "amsgrad", "percentile_clipping", "block_wise", "is_paged"}
 # By type, the value of a scheduler that is the run's learning rate.
 _PEAK_OF = {
     "WarmupLR": "warmup_max_lr",
@@ -77,10 +82,13 @@ def fill_optimizer(ds: dict[str, Any], wanted: OptimizerSection, source: str) ->
     the run config sets.
 
     Raises:
-        UserError: an unknown type or parameter, or one that the run config sets to another value.
+        UserError: an unknown type or parameter, or one that the run config sets to another value; an optimizer that is
+            not installed, or that does not go with the stage.
     """
-    block = ds.setdefault("optimizer", {"type": "AdamW"})
-    kind = block["type"] = _named(block["type"], _OPTIMIZERS, f"{source}: optimizer.type")
+    block = ds.setdefault("optimizer", {"type": AUTO})
+    named = block["type"] if block["type"] == AUTO else _named(block["type"], _OPTIMIZERS, f"{source}: optimizer.type")
+    given = wanted.type is not None
+    kind = block["type"] = settle(named, wanted.type or "AdamW", given, "optimizer.type", "type", source)
     found = {name: value for name, value in block.get("params", {}).items() if value is not None}
     params = _typed({name: value for name, value in found.items() if value != AUTO}, source)
     offloaded = _offloads(ds)
@@ -88,7 +96,12 @@ def fill_optimizer(ds: dict[str, Any], wanted: OptimizerSection, source: str) ->
         # DeepSpeed's own FusedAdam is compiled at first use; torch's needs no compiler and is as fast.
         params.setdefault("torch_adam", True)
     made = torch.optim.AdamW if kind in _ADAMS and params.get("torch_adam") else _OPTIMIZERS[kind][offloaded]
+    if kind == _EIGHT_BITS:
+        made = _eight_bits(source)
+        ds["zero_allow_untested_optimizer"] = True  # it is tested here
     takes = _taken(kind, made)
+    if named == AUTO:  # it stands for what the type has of the run's values
+        found = {name: value for name, value in found.items() if name in takes or value != AUTO}
     for name in found.keys() - takes:
         remedy = " Set optimizer.max_grad_norm in the run config." if name == "max_grad_norm" else nearest(name, takes)
         raise UserError(f"{source}: optimizer.params.{name}: {kind} has no such parameter.{remedy or ' Remove it.'}")
@@ -96,7 +109,7 @@ def fill_optimizer(ds: dict[str, Any], wanted: OptimizerSection, source: str) ->
         given, value = name in wanted.model_fields_set, getattr(wanted, name)
         if name not in takes and given:
             raise UserError(f"{source}: optimizer.type = {kind!r} has no {name}; remove optimizer.{name} = {value}")
-        if name in takes and (name == "lr" or kind in _ADAMS or given):
+        if name in takes and (name == "lr" or kind in (*_ADAMS, _EIGHT_BITS) or given):
             found.setdefault(name, AUTO)
     for name, value in found.items():
         key = "lr" if name in _RATES else name
@@ -107,7 +120,7 @@ def fill_optimizer(ds: dict[str, Any], wanted: OptimizerSection, source: str) ->
         elif value == AUTO:
             raise UserError(f'{source}: optimizer.params.{name} = "auto": the run config has no such value; remove it')
     block["params"] = params
-    if made is not None and made.__module__.startswith("torch.optim"):
+    if made is not None and made.__module__.startswith(("torch.optim", "bitsandbytes")):
         with _explained(f"{source}: optimizer"):
             made([torch.zeros(1)], **{name: value for name, value in params.items() if name not in _ADAM_CHOICES})
     _check_zero(ds, kind, made, source)
@@ -115,11 +128,21 @@ def fill_optimizer(ds: dict[str, Any], wanted: OptimizerSection, source: str) ->
 
 def _check_zero(ds: dict[str, Any], kind: str, made: Any, source: str) -> None:
     stage = zero_stage(ds)
+    if kind == "Adafactor" and stage > 0:
+        raise UserError(
+            f"{source}: optimizer.type = 'Adafactor' with ZeRO stage {stage}: it needs rows and columns, and ZeRO "
+            "flattens the weights; set deepspeed to zero0, or the type to 'AdamW8bit'"
+        )
     untested = made is not None and made not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS
     if untested and stage > 0 and not ds.get("zero_allow_untested_optimizer", False):
         raise UserError(
             f"{source}: optimizer.type = {kind!r}: DeepSpeed has not tested it with ZeRO; write "
             '"zero_allow_untested_optimizer": true to use it all the same, or choose another'
+        )
+    if kind == _EIGHT_BITS and _offloads(ds):
+        raise UserError(
+            f"{source}: optimizer.type = {kind!r} is computed on the device; remove zero_optimization."
+            "offload_optimizer, or set the type to 'AdamW'"
         )
     if kind == "Muon" and (stage == 2 or (stage == 1 and not ds["bf16"]["enabled"])):
         raise UserError(
@@ -129,6 +152,34 @@ def _check_zero(ds: dict[str, Any], kind: str, made: Any, source: str) -> None:
         )
     if kind == "Muon" and stage == 3 and ds["zero_optimization"].setdefault("reduce_scatter", False):
         raise UserError(f"{source}: zero_optimization.reduce_scatter = true: Muon at stage 3 needs false")
+
+
+def _eight_bits(source: str) -> Any:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError(
+            f"{source}: optimizer.type = {_EIGHT_BITS!r} needs bitsandbytes: pip install 'opd-ds[adamw8bit]'"
+        ) from error
+    return AdamW8bit
+
+
+def client_optimizer(ds: dict[str, Any]) -> Callable[[Any], Any] | None:
+    """What makes the optimizer of a complete ds_config from parameters, where DeepSpeed does not make it by name."""
+    block = ds.get("optimizer", {})
+    return partial(_eight_bits("ds_config"), **block["params"]) if block.get("type") == _EIGHT_BITS else None
+
+
+def check_shapes(ds: dict[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise UserError where the optimizer of a complete ds_config cannot update trained weights of these shapes."""
+    if ds["optimizer"]["type"] != "Muon" or zero_stage(ds) != 1:
+        return
+    for name, shape in shapes.items():
+        if len(shape) > 2 and by_muon(name, shape):  # BF16_Optimizer (0.19.8) refuses it when all weights are loaded
+            raise UserError(
+                f"optimizer.type = 'Muon': {name!r} of shape {list(shape)} is no matrix, and DeepSpeed's Muon at ZeRO "
+                "stage 1 takes nothing else; set the stage to 0 or 3"
+            )
 
 
 def check_device(ds: dict[str, Any], device: torch.device) -> None:
@@ -151,6 +202,10 @@ def _taken(kind: str, made: Any) -> set[str]:
     if kind == "Muon":
         return _MUON_TAKES | _ADAM_CHOICES | {"foreach"}
     takes = set(inspect.signature(made.__init__).parameters) - _NOT_PARAMS
+    if kind == "Adafactor":
+        takes -= {"eps"}  # two numbers, of which neither is Adam's
+    if kind == _EIGHT_BITS:
+        return takes - _FIXED_BITS
     if not made.__module__.startswith("torch"):
         takes -= {"amsgrad"}  # DeepSpeed's have it in their signatures only
     return takes | _ADAM_CHOICES if kind in _ADAMS else takes

@@ -326,7 +326,7 @@ def _without_autos(data: dict[str, Any], source: str, autos: dict[str, Any], pre
             kept[key] = _without_autos(value, source, inner, f"{path}.")
             if inner:
                 autos[key] = inner
-        elif value != AUTO:
+        elif value != AUTO or path == "optimizer.type":
             kept[key] = value
         elif key in _DECIDED:
             raise UserError(

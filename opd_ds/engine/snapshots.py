@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from opd_ds.config.sections import EmaSection
-from opd_ds.engine.state import EMA, ShardReader, entry
+from opd_ds.engine.shards import ShardReader
+from opd_ds.engine.state import EMA, entry
 from opd_ds.engine.student import StudentEngine
 from opd_ds.errors import Interrupted
 

@@ -1,31 +1,26 @@
 """What a resume needs, out of the engine and back into it, in terms that know neither ZeRO stage nor rank.
 
-A tensor entry is keyed `kind/start/parameter`: the elements from `start` on of the flattened parameter, fp32, 1-D.
-`kind` is `master`, a moment of the optimizer (`exp_avg`, ...), the name of a further copy of the weights, or
-`waiting`: what a round will train on (`opd_ds.training.late`), where columns take the place of parameters and keep
-their own dtype.
+A tensor entry is keyed `kind/start/parameter`: the elements from `start` on of the flattened parameter, 1-D, fp32 (or
+uint8: `moments` says which). `kind` is `master`, a moment of the optimizer (`exp_avg`, ...), the name of a further copy
+of the weights, or `waiting`: what a round will train on (`opd_ds.training.late`), where columns take the place of
+parameters and keep their own dtype.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from opd_ds.engine import privates
 from opd_ds.engine.fragments import Fragment, in_memory, moments
+from opd_ds.engine.moments import carried, restore
 from opd_ds.engine.privates import inner_optimizer
-from opd_ds.errors import DamagedCheckpointError
-from opd_ds.utils.atomic_io import apply_umask
-from opd_ds.utils.disk_errors import disk_error
+from opd_ds.engine.shards import ShardReader
 
 MASTER, EMA, OLD_POLICY, START, WAITING = "master", "ema", "old_policy", "start", "waiting"
 _NO_MOMENTS = {MASTER, EMA, OLD_POLICY, START, WAITING}
@@ -43,9 +38,8 @@ def state_dict(engine: DeepSpeedEngine, owned: list[Fragment]) -> dict[str, Tens
     for fragment in owned:
         with in_memory(engine.optimizer, fragment, write=False):
             entries[entry(MASTER, fragment)] = _copy(fragment.master)
-            for kind, value in moments(engine.optimizer, fragment.flat).items():
-                if _is_moment(value, fragment):
-                    entries[entry(kind, fragment)] = _copy(fragment.of(value))
+            for kind, value in carried(moments(engine.optimizer, fragment.flat), fragment):
+                entries[entry(kind, fragment)] = value if value.dtype == torch.uint8 else _copy(value)
     return entries
 
 
@@ -64,17 +58,10 @@ def load_state_dict(engine: DeepSpeedEngine, held: list[Fragment], shards: Shard
             stack.enter_context(in_memory(engine.optimizer, parts[0], write=True))
             for part in parts:
                 part.master.copy_(shards.read(MASTER, part.name, part.start, part.numel))
-            kinds = shards.kinds - _NO_MOMENTS
+            kinds = {kind for part in parts for kind in shards.kinds_of(part.name)} - _NO_MOMENTS
             if not kinds:  # written before the first step (fp16 skips those that overflow): leave the optimizer alone
                 continue
-            flat = parts[0].flat
-            state = inner.state[flat]  # made by this look-up where it is not there yet
-            for kind in kinds:
-                if kind not in state:
-                    state[kind] = torch.zeros_like(flat).detach()
-                for part in parts:
-                    part.of(state[kind]).copy_(shards.read(kind, part.name, part.start, part.numel))
-            _set_step(inner, state, optimizer_step)
+            _set_step(inner, restore(inner, parts, shards, kinds), optimizer_step)
 
 
 def scalar_state(engine: DeepSpeedEngine) -> dict[str, Any]:
@@ -106,10 +93,6 @@ def _copy(view: Tensor) -> Tensor:
     return view.to("cpu", torch.float32, copy=True)
 
 
-def _is_moment(value: Any, fragment: Fragment) -> bool:
-    return isinstance(value, Tensor) and value.numel() == fragment.flat.numel() and value.dim() > 0
-
-
 def _step(inner: Any) -> int:
     """Updates done: torch keeps the count per tensor, DeepSpeed's CPU Adam too, its fused Adam per group."""
     counts = [state["step"] for state in inner.state.values() if "step" in state]
@@ -118,78 +101,10 @@ def _step(inner: Any) -> int:
 
 
 def _set_step(inner: Any, state: dict[str, Any], step: int) -> None:
-    if type(inner).__module__.startswith("torch.optim"):
+    owner = getattr(inner, "aux_optimizer", None) or inner  # Muon has an Adam for what is no matrix
+    if type(owner).__module__.startswith("torch.optim"):
         state["step"] = torch.tensor(float(step))
     else:
         state["step"] = step
         for group in inner.param_groups:
             group["step"] = step
-
-
-# ---- files ----
-
-
-def write_shard(entries: dict[str, Tensor], folder: Path, rank: int, size: int) -> Path:
-    """This rank's entries as one safetensors file; returns it.
-
-    Raises:
-        OSError: as the disk does.
-    """
-    file = folder / f"shard-{rank:05d}-of-{size:05d}.safetensors"
-    try:
-        save_file(entries, file)
-        apply_umask(file)
-    except SafetensorError as error:
-        disk = disk_error(error, file)
-        if disk is None:
-            raise
-        raise disk from error
-    return file
-
-
-class ShardReader:
-    """Any stretch of any parameter out of the shard files of a checkpoint, however many ranks wrote them.
-
-    Raises:
-        DamagedCheckpointError: a file is not whole.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._entries: dict[tuple[str, str], list[tuple[int, int, str, Any]]] = defaultdict(list)
-        for file in sorted(folder.glob("shard-*.safetensors")):
-            try:
-                opened = safe_open(file, framework="pt")
-                for key in opened.keys():  # noqa: SIM118  # not a dict
-                    kind, start, name = key.split("/", 2)
-                    (numel,) = opened.get_slice(key).get_shape()
-                    self._entries[kind, name].append((int(start), numel, key, opened))
-            except Exception as error:  # safetensors raises its own kinds, and ValueError for what is not ours
-                raise DamagedCheckpointError(f"{file}: not a whole shard ({error})") from error
-        self.kinds = {kind for kind, _ in self._entries}
-
-    def parameters(self) -> list[str]:
-        return sorted({name for _, name in self._entries})
-
-    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements `start` to `start + numel` of the flattened parameter: float32 [numel] on the CPU.
-
-        Raises:
-            DamagedCheckpointError: some of them are in no file.
-        """
-        result = torch.empty(numel)
-        found = 0
-        for first, last, piece in self._pieces(kind, name, start, start + numel):
-            result[first - start : last - start] = piece
-            found += last - first
-        if found != numel:
-            raise DamagedCheckpointError(
-                f"{self._folder}: {kind} of {name!r} has {found} of the elements {start} to {start + numel}"
-            )
-        return result
-
-    def _pieces(self, kind: str, name: str, start: int, end: int) -> Iterator[tuple[int, int, Tensor]]:
-        for begin, numel, key, opened in self._entries.get((kind, name), []):
-            first, last = max(start, begin), min(end, begin + numel)
-            if first < last:
-                yield first, last, opened.get_slice(key)[first - begin : last - begin]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from opd_ds.engine import privates, state
+from opd_ds.engine.activations import OffloadedActivations
 from opd_ds.engine.blocks import initialize
 from opd_ds.engine.comm import Group
 from opd_ds.engine.ds_components import check_device
@@ -22,7 +23,7 @@ from opd_ds.engine.ds_settings import zero_stage
 from opd_ds.engine.fragments import Fragment, check_cover, fragments
 from opd_ds.engine.replica import UnshardedReplica, fits
 from opd_ds.engine.schedule import Schedule
-from opd_ds.engine.state import ShardReader
+from opd_ds.engine.shards import ShardReader
 from opd_ds.models import leave_uncompiled, lora
 from opd_ds.utils.progress import work
 
@@ -37,6 +38,7 @@ class StudentEngine:
         gather: how `gathered` works under ZeRO-3: the whole network at `once`, `per_layer` with every forward, or
             `auto`: at once where half of the free memory is enough for it. Parameters on NVMe are gathered per layer.
         schedule: of the learning rate; None leaves it to the ds_config.
+        offload_activations: what a forward keeps for its backward waits on the host.
 
     Raises:
         UserError: DeepSpeed has no kernel of the optimizer for this device; or this version keeps its shards elsewhere
@@ -50,10 +52,12 @@ class StudentEngine:
         group: Group,
         gather: Literal["auto", "once", "per_layer"] = "auto",
         schedule: Schedule | None = None,
+        *,
+        offload_activations: bool = False,
     ) -> None:
         check_device(ds_config, group.device)
         self._group = group
-        self._schedule = schedule
+        self._schedule, self._offloads = schedule, offload_activations
         self.zero_stage = zero_stage(ds_config)
         if gather != "per_layer" and parameters_on_nvme(ds_config):
             # DeepSpeed (0.19.8) reads parameters from NVMe through a handful of buffers, one parameter each.
@@ -80,7 +84,9 @@ class StudentEngine:
         self.scalar_state()  # what a checkpoint asks of DeepSpeed is there, or the run ends here
 
     def __call__(self, **inputs: Any) -> Any:
-        return self._engine(**inputs)
+        offloads = self._offloads and torch.is_grad_enabled()
+        with OffloadedActivations(self.module) if offloads else nullcontext():
+            return self._engine(**inputs)
 
     @property
     def module(self) -> nn.Module:

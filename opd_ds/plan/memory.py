@@ -12,13 +12,13 @@ from opd_ds.config.schema import RunConfig
 from opd_ds.config.sections import ANCHOR
 from opd_ds.config.teachers import QuantizedAs, TeacherSection
 from opd_ds.data import rows_on_a_rank
-from opd_ds.engine import fill_sizes, frozen_ds_config, student_ds_config
+from opd_ds.engine import fill_sizes, frozen_ds_config, state_bytes, student_ds_config
 from opd_ds.models import family_class
 from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import GIB, Devices
 from opd_ds.plan.network import Counts, Model, bytes_of
 from opd_ds.plan.passes import passes_at_once, student_passes
-from opd_ds.plan.zero import FP32, Part, Phase, Placed, Zero, alive_when_reduced, frozen_weights, student_state
+from opd_ds.plan.zero import FP32, PINNED, Part, Phase, Placed, Zero, alive_when_reduced, frozen_weights, student_state
 
 # Parameters of reward models that score on the run's device, in float32 unless their options say otherwise.
 _REWARDS = {
@@ -102,10 +102,12 @@ class Layout:
 
     Attributes:
         gathered: the student's weights are whole on every rank while it is asked without a gradient.
+        moments: bytes of the optimizer's state for one trained element.
         notes: what had to be assumed.
     """
 
     zero: Zero
+    moments: float
     teachers: list[Teacher]
     gathered: bool
     notes: list[str]
@@ -132,17 +134,22 @@ def layout(config: RunConfig, costs: Costs, devices: Devices) -> Layout:
     teachers = find_teachers(config, costs, devices, zero, notes)
     if config.scoring.ranks:  # they are elsewhere
         teachers = []
-    return Layout(zero, teachers, _gathered(config, costs, devices, zero, teachers), notes)
+    trained = {name: tuple(one.shape) for name, one in costs.network.named_parameters() if one.requires_grad}
+    moments = state_bytes(completed, trained) / sum(map(prod, trained.values()))
+    return Layout(zero, moments, teachers, _gathered(config, costs, devices, zero, moments, teachers), notes)
 
 
-def _gathered(config: RunConfig, costs: Costs, devices: Devices, zero: Zero, teachers: list[Teacher]) -> bool:
+def _gathered(
+    config: RunConfig, costs: Costs, devices: Devices, zero: Zero, moments: float, teachers: list[Teacher]
+) -> bool:
     """As `StudentEngine` decides it: `auto` wants half of what is free, taken here as all that does not stay."""
     wanted = config.rollout.gather
     if zero.stage < 3 or wanted == "per_layer" or zero.parameters_on_nvme:
         return False
     element, on_cpu = bytes_of(config.precision), devices.kind.is_cpu
     counts = costs.student(zero.threshold)
-    parts = student_state(counts, config.precision, element, zero, config.weight_snapshots, on_cpu=on_cpu).device
+    copies = config.weight_snapshots
+    parts = student_state(counts, config.precision, element, zero, copies, on_cpu=on_cpu, moments=moments).device
     parts += _teachers(config, teachers, costs, element, on_cpu=on_cpu).device
     stays = sum(part.nbytes for part in parts if part.phases is None)
     return wanted == "once" or element * counts.parameters < WHOLE_SHARE * (devices.kind.memory - stays)
@@ -173,6 +180,7 @@ def run_memory(
         on_cpu=on_cpu,
         asked=asked,
         gathered=placed_as.gathered,
+        moments=placed_as.moments,
         saved=costs.saved(config.student.quantize),
     )
     device, host = list(student.device), list(student.host)
@@ -184,6 +192,7 @@ def run_memory(
     device.append(Part("loading: one tensor", element * costs.student_sizes.largest, frozenset({Phase.LOAD})))
     device += buffer_parts(config, costs, devices)
     device += _activations(config, costs, devices, alive_when_reduced(counts.trained, zero), not rounds_only)
+    host.append(Part("activations (offloaded)", PINNED * offloaded_activations(config, costs, devices)))
     encoders = _text_encoders(config, element * model.encoders, on_cpu=on_cpu)
     device += encoders.device
     host += encoders.host
@@ -387,13 +396,14 @@ def _activations(
     config: RunConfig, costs: Costs, devices: Devices, when_reduced: float, evaluating: bool
 ) -> list[Part]:
     sizes = batches(config, devices)
-    checkpointing = config.student.gradient_checkpointing
+    checkpointing = bool(config.student.gradient_checkpointing)
     name = "activations"
 
     def taken(batch: int) -> float:
         return 2 * costs.inputs(batch)  # rows of the buffer, and their guided doubles
 
-    train = costs.train(sizes["train"], checkpointing=checkpointing).peak
+    cost = costs.train(sizes["train"], checkpointing=checkpointing)
+    train = cost.peak - offloaded_activations(config, costs, devices)
     if config.rollout.mode == "fused":
         train += costs.forward(sizes["score"]).peak
     parts = [
@@ -407,6 +417,13 @@ def _activations(
         batch = sizes["evaluate"]
         parts.append(Part(name, costs.forward(batch).peak + taken(batch), frozenset({Phase.EVALUATE})))
     return parts
+
+
+def offloaded_activations(config: RunConfig, costs: Costs, devices: Devices) -> float:
+    """Bytes that wait on the host of a rank from forward to backward."""
+    if config.student.gradient_checkpointing != "offload" or devices.kind.is_cpu:
+        return 0.0
+    return costs.train(batches(config, devices)["train"], checkpointing=True).saved
 
 
 def _vae(config: RunConfig, costs: Costs, devices: Devices, element: int, *, evaluating: bool) -> list[Part]:

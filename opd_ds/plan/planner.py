@@ -285,12 +285,19 @@ def fit(config: RunConfig, costs: Costs, devices: Devices) -> tuple[Setting, Pla
     """
     fitting: list[tuple[Setting, Plan]] = []
     nearest: Plan | None = None
+    refused: UserError | None = None
     for setting in settings(config, devices):
-        setting, plan = _evaluated_in_less(setting, config, costs, devices)
+        try:  # not every optimizer goes with every stage
+            setting, plan = _evaluated_in_less(setting, config, costs, devices)
+        except UserError as error:
+            refused = error
+            continue
         if nearest is None or plan.fills < nearest.fills:
             nearest = plan
         if plan.fits:
             fitting.append((setting, plan))
+    if nearest is None and refused is not None:
+        raise refused
     if not fitting:
         assert nearest is not None
         raise UserError(_nothing_fits(nearest))

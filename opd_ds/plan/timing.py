@@ -50,7 +50,7 @@ def round_seconds(config: RunConfig, costs: Costs, devices: Devices, placed_as: 
     passes = passes_of_a_round(config, devices)
     sizes = batches(config, devices)
     gather = _gather_seconds(counts, element, zero, devices)
-    checkpointing = config.student.gradient_checkpointing
+    checkpointing = bool(config.student.gradient_checkpointing)
 
     def asked(phase: str, moved: float) -> float:
         batch = sizes[phase]

@@ -115,8 +115,9 @@ def student_state(
     asked: Collection[Phase] = (Phase.ROLLOUT, Phase.EVALUATE),
     gathered: bool = False,
     saved: float = 0.0,
+    moments: float = 2 * FP32,
 ) -> Placed:
-    """Weights, masters, gradients, optimizer state and copies of a trained network under AdamW.
+    """Weights, masters, gradients, optimizer state and copies of a trained network.
 
     Args:
         copies: further sets of the fp32 masters (averages and the like).
@@ -124,6 +125,7 @@ def student_state(
             tensor by tensor.
         asked: when this network is asked without a gradient (frozen policies are, with their weights in its place).
         gathered: the weights are whole on every rank while the network is asked without a gradient.
+        moments: bytes of the optimizer's state for one trained element.
         saved: bytes that frozen weights lose by quantization; not at stage 3.
     """
     trained = counts.trained
@@ -139,7 +141,7 @@ def student_state(
     masters = 0 if zero.stage == 0 and precision == "fp32" else FP32 * shard
     pinned = PINNED if zero.offload_optimizer and zero.pinned else 1
     states.append(Part("fp32 masters", pinned * masters))
-    states.append(Part("optimizer state", pinned * 2 * FP32 * shard))
+    states.append(Part("optimizer state", pinned * moments * shard))
     states.append(Part("weight copies", copies * FP32 * shard))
     gradients = _gradients(trained, shard, precision, element, zero)
     phases = {Phase.TRAIN, Phase.REDUCE, Phase.STEP}

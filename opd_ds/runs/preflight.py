@@ -16,7 +16,7 @@ from opd_ds.cluster.world import World
 from opd_ds.config.schema import RunConfig
 from opd_ds.config.without_effect import settings_without_effect
 from opd_ds.data import Sizes, check_sizes
-from opd_ds.engine import Group
+from opd_ds.engine import Group, check_shapes
 from opd_ds.errors import UserError, about
 from opd_ds.models import ModelFamily, lora
 from opd_ds.models.inspection.fitting import check_weights
@@ -146,6 +146,9 @@ def _check_student(config: RunConfig, files: RunFiles, family: ModelFamily) -> N
     _check_stages(config, family, trained)
     if chosen.kind == "lora":
         _check_targets(chosen.lora.targets, family)
+    else:
+        named = family.empty_transformer().named_parameters()
+        check_shapes(files.student_ds_config, {name: weight.shape for name, weight in named})
     if files.start is None:
         return
     check_weights(family, "student.start", value, files.start, config.model.path, trust_base=True)

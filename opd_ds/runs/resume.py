@@ -132,7 +132,7 @@ def allowed_changes(config: RunConfig) -> list[str]:
     loses its meaning.
     """
     return [
-        *(f"optimizer.{name}" for name in OptimizerSection.model_fields),
+        *(f"optimizer.{name}" for name in OptimizerSection.model_fields if name != "type"),
         "run.rounds",
         "student.ema.decay",
         "student.ema.warmup",

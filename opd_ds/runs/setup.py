@@ -79,7 +79,10 @@ def prepare(config: RunConfig, group: Group, start: Start | None = None) -> Part
         family.share_sequences(module)
         if config.model.compile_blocks:
             compile_blocks(module)
-    student = StudentEngine(module, files.student_ds_config, group, config.rollout.gather, files.schedule)
+    offloads = config.student.gradient_checkpointing == "offload"
+    student = StudentEngine(
+        module, files.student_ds_config, group, config.rollout.gather, files.schedule, offload_activations=offloads
+    )
     ema = ShardedEma(student, config.student.ema) if config.student.ema.decay > 0 else None
     teachers: TeacherPool | RemoteTeachers
     if group.roles.teachers:
