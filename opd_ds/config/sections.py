@@ -201,9 +201,7 @@ class OptimizerSection(Section):
     model_config = ConfigDict(allow_inf_nan=False)
 
     type: OptimizerType | None = Field(
-        None,
-        description="which goes with which ZeRO stage, and how much memory it takes: docs/deepspeed.md; default: that "
-        "of the ds_config, AdamW in those that come with opd_ds",
+        None, description="docs/deepspeed.md says which goes with which ZeRO stage; default: the ds_config's, or AdamW"
     )
     lr: PositiveFloat = Field(3e-4, description="learning rate, the highest of the schedule")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Adam's decay of first and second moments")
