@@ -47,7 +47,7 @@ def check_two_ranks(world: Path, group: Group) -> dict[str, Any]:
     shared.encode([""])
     encoded = encode_over_ranks(shared, group, ASKED[rank])
     found["encoded"] = group.gather(equal(alone, encoded))
-    weights = shared._encoder_weights
+    weights = shared.loaded.encoder_weights
     assert isinstance(weights, HostWeights)
     found["encoders"] = group.gather(mapping_of(weights._packed))
 

@@ -248,7 +248,7 @@ def test_offloaded_text_encoders_come_once_a_call_and_are_never_copied_back(
         found = offloaded.encode(prompts)
         assert all(torch.equal(value, found.tensors[name]) for name, value in expected.tensors.items())
         assert Stream.entered == visits
-    weights = offloaded._encoder_weights
+    weights = offloaded.loaded.encoder_weights
     assert weights is not None
     assert weights._copies is None
     for encoder in (offloaded.loaded.encoders.text_encoder, offloaded.loaded.encoders.text_encoder_3):
