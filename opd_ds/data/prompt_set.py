@@ -19,6 +19,30 @@ from opd_ds.errors import UserError
 from opd_ds.utils.pictures import Picture
 
 _HASHED = json.JSONEncoder(sort_keys=True, default=str)
+_HASHED_AT_ONCE = 256  # rows: a call of the encoder takes longer than a row
+
+
+class _Digest:
+    """SHA-256 of one JSON list of all rows, which is never made as a whole."""
+
+    def __init__(self) -> None:
+        self._sha256, self._rows, self._between = hashlib.sha256(b"["), list[Any](), ""
+
+    def add(self, row: Any) -> None:
+        self._rows.append(row)
+        if len(self._rows) == _HASHED_AT_ONCE:
+            self._encode()
+
+    def _encode(self) -> None:
+        if self._rows:
+            self._sha256.update(f"{self._between}{_HASHED.encode(self._rows)[1:-1]}".encode())
+            self._between = ", "
+            self._rows.clear()
+
+    def hexdigest(self) -> str:
+        self._encode()
+        self._sha256.update(b"]")
+        return self._sha256.hexdigest()
 
 
 def negative_prompt(metadata: Mapping[str, Any], default: str) -> str:
@@ -77,17 +101,16 @@ class PromptSet:
         place = locate(chosen, key)
         kind = "prompt file" if isinstance(place, Path) and place.is_file() else "data set"
         prompts, metadata, pictures = texts(), mappings(), list[tuple[Picture, ...]]()
-        digest, between = hashlib.sha256(b"["), ""  # of all in one JSON list, which is never made
+        digest, found = _Digest(), False
         for row in rows(place, chosen):
             if isinstance(row, Problem):
                 raise UserError(f"{key}: {kind} {place}{', ' if row.place else ''}{row.place}: {row.what}")
-            digest.update(f"{between}{_HASHED.encode([row.prompt, row.metadata, *row.asked[1:]])}".encode())
-            between = ", "
+            digest.add((row.prompt, row.metadata, *row.asked[1:]))
+            found = True
             prompts.append(row.prompt)
             metadata.append(row.metadata)
             if chosen.pictures:
                 pictures.append(row.pictures)
-        if not between:
+        if not found:
             raise UserError(f"{key}: {kind} {place} has no prompts")
-        digest.update(b"]")
         return cls(prompts.done(), metadata.done(), digest.hexdigest(), tuple(pictures))
