@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.loading_worker import anonymous_memory
-from benchmarks.plots import panels, require_plots, write_csv, write_png
+from benchmarks.plots import panels, require_plots, write_csv
 from opd_ds.config.loading import load_config
 from opd_ds.config.schema import RunConfig
 from opd_ds.data import PromptSet, draw_prompts
@@ -162,7 +162,9 @@ def _resolution() -> Iterator[Row]:
 
 
 def _draw(found: Mapping[str, Sequence[Row]], folder: Path) -> None:
-    """One panel a part, each column over the first number, all in parts of their first value."""
+    """One panel a part, each column over the first number, all in parts of their first value; what is too little to be
+    measured at first begins on the line.
+    """
     figure, axes = panels(len(found))
     for one, (name, rows) in zip(axes, found.items(), strict=True):
         write_csv(folder / f"growth_{name}.csv", rows)
@@ -172,9 +174,11 @@ def _draw(found: Mapping[str, Sequence[Row]], folder: Path) -> None:
         at = [row[first] for row in rows]
         one.plot(at, [value / at[0] for value in at], "--", color="#999999", label="linear")
         for key in others:
-            values = [max(row[key], 1e-3) for row in rows]
-            one.plot(at, [value / values[0] for value in values], ".-", label=key)
-    write_png(figure, folder / "growth.png")
+            measured = [(x / at[0], row[key]) for x, row in zip(at, rows, strict=True) if row[key]]
+            start, least = measured[0]
+            one.plot([x * at[0] for x, _ in measured], [start * y / least for _, y in measured], ".-", label=key)
+        one.legend(fontsize="small")
+    figure.savefig(folder / "growth.png")
 
 
 if __name__ == "__main__":
