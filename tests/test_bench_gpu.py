@@ -98,6 +98,7 @@ def test_the_parts_exist_and_wrong_names_are_refused(tmp_path: Path) -> None:
     assert isinstance(found.exception, UserError)
 
 
+@pytest.mark.slow  # `.ci/run` runs the command with all parts
 def test_the_cheapest_part_on_this_machine(tmp_path: Path) -> None:
     """By the command, in a process of its own."""
     arguments = ["gpu", "--output-dir", str(tmp_path / "out"), "--part", "versions"]

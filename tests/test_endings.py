@@ -57,7 +57,7 @@ DEEDS = {
 
 def run(world: Path, folder: Path, deed: str, ranks: tuple[str, ...], count: int = 1) -> tuple[list[int], list[str]]:
     """Exit codes and outputs of `count` ranks, of which `ranks` do the deed."""
-    config = write_config(folder / "run.yaml", run_settings(world, folder / "out"))
+    config = write_config(folder / "run.yaml", run_settings(world, folder / "out", rollout__steps=1))
     script = folder / "rank.py"
     script.write_text(SCRIPT.format(deed=DEEDS[deed][0], ranks=ranks))
     plain = {name: value for name, value in os.environ.items() if name not in SET_BY_LAUNCHERS}
@@ -73,6 +73,7 @@ def run(world: Path, folder: Path, deed: str, ranks: tuple[str, ...], count: int
     return [process.wait(120) for process in processes], [process.output for process in processes]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("deed", DEEDS)
 def test_a_library_does_not_end_a_run_in_silence(tiny_world: Path, tmp_path: Path, deed: str) -> None:
     (code,), (said,) = run(tiny_world, tmp_path, deed, ("0",))
@@ -82,6 +83,7 @@ def test_a_library_does_not_end_a_run_in_silence(tiny_world: Path, tmp_path: Pat
     assert (tmp_path / "done").exists() == (code == 0)
 
 
+@pytest.mark.faults
 @pytest.mark.multirank
 @pytest.mark.parametrize("ranks", [("1",), ("0", "1")], ids=["one", "all"])
 @pytest.mark.parametrize("deed", ["exit", "os._exit"])

@@ -1,4 +1,4 @@
-"""`opd-ds eval`: the same noise for all, nothing done twice, checkpoints, files, the run's own evaluation."""
+"""`opd-ds eval`: the same noise for all, nothing done twice, folders, the command. Of runs: tests/test_eval_runs.py."""
 
 from __future__ import annotations
 
@@ -28,19 +28,11 @@ from opd_ds.models.sd3 import SD3
 from opd_ds.runs import rewards as reward_building
 from opd_ds.runs.evaluate import Choice, evaluate
 from opd_ds.runs.model_specs import Requests
-from opd_ds.runs.train import train
+from tests.evaluations import means, settings
 from tests.ranks import launch
-from tests.tiny import PROMPTS, run_settings, write_config
+from tests.tiny import PROMPTS, write_config
 
 Evaluate = Callable[..., Results]
-
-
-def settings(world: Path, folder: Path, **changes: Any) -> dict[str, Any]:
-    """Two tasks with held-out prompts and two rewards, the second task's first."""
-    data = run_settings(world, folder, **changes)
-    for task, rewards in (("one", ["miniature_look"]), ("two", ["miniature_composition", "miniature_look"])):
-        data["tasks"][task] |= {"eval_prompts": str(world / "prompts.txt"), "rewards": rewards}
-    return data
 
 
 @pytest.fixture
@@ -87,15 +79,6 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(reward_building, "build", watched)
     return counts
-
-
-def means(results: Results) -> dict[str, float]:
-    return {
-        f"{model}/{name}/{label}": entry["mean"]
-        for model, by_set in results["scores"].items()
-        for name, labels in by_set.items()
-        for label, entry in labels.items()
-    }
 
 
 # ---- what comes out ----
@@ -300,70 +283,6 @@ def test_a_reward_that_breaks_leaves_a_gap(
 # ---- models ----
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize(
-    ("stage", "precision"), [("zero0", "fp32"), ("zero1", "bf16"), ("zero2", "fp32"), ("zero3", "bf16")]
-)
-def test_a_checkpoint_is_its_export(
-    tiny_world: Path, tmp_path: Path, group: Group, kind: str, stage: str, precision: str
-) -> None:
-    """After the last round the averaged weights of checkpoint and export draw the same images."""
-    data = settings(
-        tiny_world,
-        tmp_path / "out",
-        student__kind=kind,
-        deepspeed=stage,
-        precision=precision,
-        optimizer__lr=3e-2,
-        student__ema={"decay": 0.5},
-    )
-    config = DistilConfig.model_validate(data)
-    train(config, group)
-    models = Requests(defaults=False, models=["student", "last=checkpoint:latest", "base"])
-    evaluate(config, Choice(models, limit=3), group)
-    images = tmp_path / "out" / "eval-2" / "images"  # the run has evaluated itself into eval/
-
-    def pictures(model: str) -> np.ndarray[Any, Any]:
-        files = [images / model / task / f"0000{number}-0.png" for task in ("one", "two") for number in range(3)]
-        return np.stack([np.asarray(Image.open(file), dtype=np.int64) for file in files])
-
-    assert np.abs(pictures("student") - pictures("last")).max() <= (1 if precision == "fp32" else 3)
-    assert np.abs(pictures("student") - pictures("base")).max() > 12
-
-
-def test_the_runs_own_evaluation_is_this_one(
-    tiny_world: Path, tmp_path: Path, group: Group, drawn: list[int], scored: list[int]
-) -> None:
-    """A run ends with results.json and report; `opd-ds eval` afterwards draws nothing and finds the same scores."""
-    config = DistilConfig.model_validate(settings(tiny_world, tmp_path / "out", evaluation__baselines=True))
-    train(config, group)
-    own = read_results(tmp_path / "out" / "eval" / "results.json")
-    assert (tmp_path / "out" / "eval" / "report.html").is_file()
-    assert (tmp_path / "out" / "grid.png").is_file()
-    drawn.clear()
-    again = evaluate(config, Choice(), group)
-    assert drawn == []
-    assert means(own).items() <= means(again).items()
-    data = json.loads((tmp_path / "out" / "summary.json").read_text())["tasks"]["two"]
-    assert data["teacher"] == means(own)["teacher:two/two/miniature_composition"]
-    assert data["student"] == means(own)["student/two/miniature_composition"]
-
-
-def test_a_resumed_run_keeps_its_baselines(
-    tiny_world: Path, tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    changes = {"evaluation__baselines": True, "run__checkpoint_every": 1}
-    config = DistilConfig.model_validate(settings(tiny_world, tmp_path / "out", **changes, run__rounds=1))
-    train(config, group)
-    before = means(read_results(tmp_path / "out" / "eval" / "results.json"))
-    config = DistilConfig.model_validate(settings(tiny_world, tmp_path / "out", **changes, run__rounds=2))
-    train(config, group, "auto")
-    after = means(read_results(tmp_path / "out" / "eval" / "results.json"))
-    same = [key for key in before if not key.startswith("student")]
-    assert [before[key] for key in same] == [after[key] for key in same]
-    assert before.keys() == after.keys()
-
-
 def test_models_prompts_and_guidance_by_option(eval_run: Evaluate, tiny_world: Path, tmp_path: Path) -> None:
     (tmp_path / "more.jsonl").write_text(json.dumps({"prompt": "a red 3 on blue", "tag": "x"}) + "\n")
     requests = Requests(
@@ -498,25 +417,6 @@ def test_a_run_under_way_keeps_its_folder(eval_run: Evaluate, tmp_path: Path) ->
     eval_run(Choice(limit=1))
     assert (tmp_path / "out" / "eval-2" / "results.json").is_file()
     assert not (tmp_path / "out" / "eval").exists()
-
-
-def test_raw_weights_are_another_model_than_their_average(
-    eval_run: Evaluate, tiny_world: Path, tmp_path: Path, group: Group
-) -> None:
-    changes = {"run__rounds": 2, "run__checkpoint_every": 2, "student__ema": {"decay": 0.9}, "optimizer__lr": 0.1}
-    train(DistilConfig.model_validate(settings(tiny_world, tmp_path / "out", **changes)), group)
-    average, raw = (
-        eval_run(
-            Choice(Requests(defaults=False, models=["it=checkpoint:2"], raw=raw), limit=2, output=tmp_path / str(raw)),
-            **changes,
-        )
-        for raw in (False, True)
-    )
-    assert raw["models"]["it"]["identity"] != average["models"]["it"]["identity"]
-    pixels = [np.asarray(Image.open(tmp_path / str(raw) / "images/it/one/00000-0.png")) for raw in (False, True)]
-    assert (pixels[0] != pixels[1]).any()
-    with pytest.raises(UserError, match="--raw: no model is a checkpoint that keeps an average"):
-        eval_run(Choice(Requests(defaults=False, models=["student"], raw=True)), **changes)
 
 
 def test_prompts_on_the_command_line_are_mapped_as_in_a_config(eval_run: Evaluate, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ ALL: dict[str, Any] = {
     "run__checkpoint_every": 1,
     "run__keep_checkpoints": 10,
     "rollout__samples": 3,
+    "rollout__steps": 3,
     "rollout__kernel": "flow",
     "rollout__noise_level": 0.7,
     "rollout__trained_steps": {"queries": 2},

@@ -261,14 +261,19 @@ def distillation(name: str, family: ModelFamily, folder: Path, **changes: Any) -
     return trainer_class(config)(parts), student
 
 
-@pytest.mark.parametrize("mode", ["buffered", "fused"])
-def test_a_round_never_waits(
-    families: tuple[str, ModelFamily], no_host_sync: NoHostSync, tmp_path: Path, mode: str
-) -> None:
+def test_a_round_never_waits(families: tuple[str, ModelFamily], no_host_sync: NoHostSync, tmp_path: Path) -> None:
     """Rollout, scoring and training of two tasks, with everything that a rollout may keep."""
-    name, family = families
-    fused = {"rollout__mode": "fused", "objective": {"method": "closed_form"}} if mode == "fused" else {}
-    trainer, student = distillation(name, family, tmp_path, **fused)
+    never_waits(families, no_host_sync, tmp_path)
+
+
+@pytest.mark.parametrize("families", ["sd3", "flux_kontext"], indirect=True, scope="module")
+def test_a_fused_round_never_waits(families: tuple[str, ModelFamily], no_host_sync: NoHostSync, tmp_path: Path) -> None:
+    """The networks are those of buffered rounds; once without and once with reference pictures."""
+    never_waits(families, no_host_sync, tmp_path, rollout__mode="fused", objective={"method": "closed_form"})
+
+
+def never_waits(families: tuple[str, ModelFamily], no_host_sync: NoHostSync, folder: Path, **changes: Any) -> None:
+    trainer, student = distillation(*families, folder, **changes)
     with no_host_sync.watching():
         report = trainer.run_round(0)
     assert student.backwards == 4  # two of each task, or two of each step

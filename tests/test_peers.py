@@ -20,7 +20,7 @@ from tests.ranks import SET_BY_LAUNCHERS, Process, fork
 from tests.runs import wait_for_rounds
 from tests.tiny import run_settings, write_config
 
-pytestmark = pytest.mark.multirank
+pytestmark = [pytest.mark.multirank, pytest.mark.faults]
 
 # Seconds are shorter than in earnest; rank 1's third round may be replaced by a fault.
 SCRIPT = """
@@ -78,7 +78,7 @@ class Job:
 
 def start(world: Path, folder: Path, fault: str = "pass", ranks: int = 2, **changes: object) -> Job:
     """With a fault, rank 1's third round is replaced by it."""
-    settings = {"run__rounds": 100_000, "run__checkpoint_every": 100_000, **changes}
+    settings = {"run__rounds": 100_000, "run__checkpoint_every": 100_000, "rollout__steps": 1, **changes}
     config = write_config(folder / "run.yaml", run_settings(world, folder / "out", **settings))
     script = folder / "rank.py"
     script.write_text(SCRIPT.format(fault=fault, lost_seconds=LOST_SECONDS))

@@ -163,20 +163,20 @@ def test_passes_are_counted(build: Build, redness: Redness) -> None:
 
 
 def test_stages_kinds_and_micro_batches_learn_the_same(build: Build, redness: Redness) -> None:
-    """Three rounds with an old policy that follows; metrics agree to rounding."""
+    """Two rounds, of which the second has an old policy that has followed; metrics agree to rounding."""
 
     def rows(**changes: Any) -> list[dict[str, float]]:
         # A plain step: Adam would blow up the rounding of gradients that are nearly 0.
         _, parts = build(NFT | {"old_policy": {"rate": 0.3}, "kl": 0.1}, optimizer={"lr": 1e-2, "eps": 1e-2}, **changes)
         found = []
-        for index in range(3):
+        for index in range(2):
             report = parts.trainer.run_round(index)
             found.append({"round": index, "loss": report.losses.loss, "grad_norm": report.grad_norm} | report.scores)
         return found
 
-    for kind in ("full", "lora"):
+    for kind, stages in (("full", ("zero1", ALL_SHARDED)), ("lora", ("zero2", ALL_SHARDED))):
         expected = rows(student__kind=kind)
-        for stage in ("zero1", "zero2", ALL_SHARDED):
+        for stage in stages:
             assert_close(rows(student__kind=kind, deepspeed=stage), expected)
         assert_close(rows(student__kind=kind, rollout__micro_batch=3, train__micro_batch=5), expected)
 
