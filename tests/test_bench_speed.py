@@ -14,17 +14,20 @@ import pytest
 import torch
 
 from benchmarks.speed import speed
+from benchmarks.speed.peers import PEERS, peer_loop
 from benchmarks.speed.public_loop import PublicLoop
 from benchmarks.speed.report import write_report
 from benchmarks.speed.sizes import SETTINGS, SIZES, Size, run_config
 from benchmarks.speed.switches import SWITCHES
 from benchmarks.speed.worker import matmul_peak
+from opd_ds.checkpoint.export_student import STUDENT_ADAPTER
 from opd_ds.engine import Group, counted_collectives
 from opd_ds.errors import UserError
 from opd_ds.miniature.world import TASKS
+from opd_ds.models import lora
 from opd_ds.runs.setup import prepare
 from tests.ranks import launch
-from tests.tiny import write_lora
+from tests.tiny import TARGETS, write_lora
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,26 @@ def test_the_public_loop_does_our_work(tiny: Size, setting: Any, group: Group, t
     if setting.kind == "full":
         weights = prepare(config, group).student.gather_weights(trainable_only=True)
         assert any(not torch.equal(p, weights[n]) for n, p in public._network.named_parameters())
+
+
+def test_the_other_peers_do_the_public_loops_work(tiny: Size, group: Group, tmp_path: Path) -> None:
+    """Losses of rounds that build on each other; teachers are not asked at the last state, whose step is not trained;
+    a teacher whose weights are put into the student's adapter leaves no trace.
+    """
+    student = {"lora": {"rank": 4, "alpha": 8, "targets": TARGETS}}
+    config = run_config(
+        tiny, SETTINGS[0], 1, 2, tmp_path, optimizer={"lr": 1e-2}, student=student, rollout={"steps": 4}
+    )
+    loops = {name: peer_loop(name)(config, group) for name in PEERS}
+    losses = {name: [loop.run_round(index) for index in range(3)] for name, loop in loops.items()}
+    for name in ("flow-opd", "flow-factory"):
+        assert losses[name] == pytest.approx(losses["public"], rel=1e-5)
+        assert loops["public"].passes["forward"] - loops[name].passes["forward"] == 2 * 5
+        assert loops["public"].passes["backward"] == loops[name].passes["backward"]
+    assert losses["public"][0] != pytest.approx(losses["public"][2], rel=1e-3)
+    ours = [lora.adapter_parameters(loop._network, STUDENT_ADAPTER) for loop in loops.values()]
+    for key, value in ours[0].items():
+        torch.testing.assert_close([other[key] for other in ours[1:]], [value, value], rtol=1e-3, atol=1e-5)
 
 
 def test_the_public_loop_judges_every_round_where_asked(tiny: Size, group: Group, tmp_path: Path) -> None:
@@ -132,6 +155,39 @@ def test_ratios_are_of_rounds_that_were_timed_in_turns(measured: tuple[dict[str,
     assert loops["fused"]["passes"]["forward"] < loops["buffered"]["passes"]["forward"]
 
 
+def peer_entry(tiny: Size, folder: Path) -> tuple[dict[str, Any], dict[str, tuple[str, dict[str, Any]]]]:
+    """What is said of Flow-OPD where each loop takes one second more than the one before; and the loops."""
+    loops: dict[str, tuple[str, dict[str, Any]]] = {}
+
+    class Jobs(speed._Jobs):
+        def run(self, name: str, ranks: int, given: Any, measure: str = "time") -> dict[str, Any]:
+            loops.update(given)
+            phases = dict.fromkeys(("score", "train"), 0.1)
+            entry = {"passes": {"forward": 2, "backward": 1}, "first_loss": 0.5, "phases": [phases]}
+            timed = {loop: entry | {"seconds": [index + 1.0]} for index, loop in enumerate(given)}
+            return {"loops": timed, "device": "cpu", "threads": 1, "matmul_flops": 1e12}
+
+    jobs = Jobs(speed.Bench(tiny, worlds=(1,)), folder, lambda line: None)
+    return speed._peer(jobs, PEERS["flow-opd"], 1), loops
+
+
+def test_a_peer_is_compared_at_both_batch_sizes_on_equal_work(tiny: Size, tmp_path: Path) -> None:
+    peer, loops = peer_entry(tiny, tmp_path)
+    sizes = {
+        name: (kind, *(config[stage]["micro_batch"] for stage in ("rollout", "scoring", "train")))
+        for name, (kind, config) in loops.items()
+    }
+    assert sizes == {
+        "flow-opd": ("flow-opd", 12, None, 36),
+        "buffered": ("ours", 12, None, 36),
+        "fused": ("ours", 12, None, 36),
+        "buffered at its batches": ("ours", 4, 4, 4),
+        "fused at its batches": ("ours", 4, 4, 4),
+    }
+    assert {config["rollout"]["samples"] for _, config in loops.values()} == {4}
+    assert list(peer["ratios"].values()) == [0.5, 0.333, 0.25, 0.2]
+
+
 @pytest.mark.multirank
 def test_what_is_measured_is_not_measured_again(measured: tuple[dict[str, Any], Path], tiny: Size) -> None:
     found, folder = measured
@@ -150,8 +206,8 @@ def test_what_was_measured_with_other_settings_is_refused(measured: tuple[dict[s
 
 
 @pytest.mark.multirank
-def test_the_report_shows_all_of_it(measured: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
-    found = copy.deepcopy(measured[0])
+def test_the_report_shows_all_of_it(measured: tuple[dict[str, Any], Path], tiny: Size, tmp_path: Path) -> None:
+    found = copy.deepcopy(measured[0]) | {"peers": [peer_entry(tiny, tmp_path)[0]]}
     found["switches"] = [{"name": "x", "what": "this instead of that", "setting": "s", "ranks": 1, "off_over_on": 1.5}]
     found["memory"] = {"lora-resident": {"public": 3 * 2**20}}
     entry = {"bytes": 2**21, "share": 0.25, "received": {"all_gather_into_tensor": 2.0**20}, "collectives": {}}
@@ -163,6 +219,7 @@ def test_the_report_shows_all_of_it(measured: tuple[dict[str, Any], Path], tmp_p
         "this instead of that | s | 1 | 1.50x",
         "| public | 3 |",
         "| 4 | 2.0 | 0.25 | 1.0 |",
+        "| Flow-OPD, mode gkd | 1 | 4 | 0.50x | 0.33x | 0.25x | 0.20x |",
     ):
         assert piece in text
     with (tmp_path / "ratios.csv").open() as file:
@@ -201,6 +258,8 @@ def test_received_bytes_by_formula() -> None:
 
 
 def test_sizes_that_are_not_there_and_gpus_that_are_not_there(tmp_path: Path, group: Group) -> None:
+    with pytest.raises(UserError, match="--peer verl: allowed are public, flow-opd, flow-factory"):
+        speed.peers_named(["flow-opd", "verl"])
     with pytest.raises(UserError, match="--size huge: allowed are miniature, 50m, sd35m"):
         speed.size_named("huge")
     if not torch.cuda.is_available():

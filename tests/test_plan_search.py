@@ -20,6 +20,7 @@ from opd_ds.errors import UserError
 from opd_ds.plan.devices import GIB, DeviceKind, Devices, parse_devices, parse_host_memory
 from opd_ds.plan.job import job_needs
 from opd_ds.plan.planner import AS_FAST, fit, make_plan, settings
+from opd_ds.plan.report import cost
 from opd_ds.plan.zero import Phase
 from opd_ds.runs.setup import Parts
 from opd_ds.utils.machine import host_memory
@@ -143,9 +144,11 @@ def test_this_machines_host_memory_is_what_its_cgroup_allows(tmp_path: Path) -> 
 def test_the_command_prints_what_can_be_pasted(configured: Callable[..., DistilConfig], tmp_path: Path) -> None:
     file = write_config(tmp_path / "run.yaml", configured().model_dump(mode="json"))
     options = ["plan", "--config", str(file), "--set", "rollout.samples=2"]
-    result = CliRunner().invoke(app, [*options, "--gpus", "2xcpu", "--json"])
+    result = CliRunner().invoke(app, [*options, "--gpus", "2xcpu", "--gpu-price", "0.25", "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
+    assert found["cost"]["device_hours"] == 2 * found["round"]["run_hours"]
+    assert found["cost"]["money"] == 0.25 * found["cost"]["device_hours"]
     device = found["device_bytes"]
     assert sum(device["parts"].values()) == pytest.approx(device["peak"])
     assert device["peak"] == max(device["phases"].values())
@@ -155,6 +158,7 @@ def test_the_command_prints_what_can_be_pasted(configured: Callable[..., DistilC
     written = tmp_path / "best.yaml"
     result = CliRunner().invoke(app, [*options, "--fit", "2xcpu", "--write", str(written)])
     assert result.exit_code == 0, result.output
+    assert "0 device hours, without" in result.output  # nobody says what they cost
     pasted = [line.strip().removesuffix("\\").split()[1] for line in result.output.splitlines() if "--set " in line]
     assert load_config(None, written, []) == load_config(None, file, ["rollout.samples=2", *pasted])
     with pytest.raises(UserError, match="nothing is overwritten"):
@@ -164,6 +168,8 @@ def test_the_command_prints_what_can_be_pasted(configured: Callable[..., DistilC
 def test_a_job_asks_for_what_the_plan_says(configured: Callable[..., DistilConfig]) -> None:
     config = configured(deepspeed="zero3_offload_cpu")
     planned = make_plan(config, costs_of(config), parse_devices("2xH100-80GB", "--gpu"))
+    assert cost(planned)["assumed"]
+    assert cost(planned)["money"] == planned.devices.kind.price * cost(planned)["device_hours"]
     needs = job_needs(config, "H100-80GB", 1, 2)
     assert needs.memory == math.ceil(1.25 * planned.host_needed / GIB)
     assert needs.saving == pytest.approx(2 * planned.seconds.total, rel=0.05)

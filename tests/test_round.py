@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.schema import RunConfig
 from opd_ds.engine import Group
 from opd_ds.errors import NonFiniteError, UserError
-from opd_ds.models import compile_blocks, log_compiled
 from opd_ds.runs.setup import Parts, prepare
 from tests.tiny import run_settings, write_lora, write_pipeline
 
@@ -118,106 +117,6 @@ def test_weights_gathered_once_or_layer_by_layer_make_the_same_rounds(
     for losses, weights in found.values():
         assert losses == found["per_layer"][0]
         assert all(torch.equal(value, found["per_layer"][1][name]) for name, value in weights.items())
-
-
-@pytest.mark.parametrize("stage", ["zero0", "sharded"])
-def test_compiled_blocks_make_the_same_rounds(build_run: Build, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
-    """What dynamo makes of them, run as it is: machine code takes minutes (below)."""
-    made = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        made.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "compile",
-        lambda self: setattr(self, "_compiled_call_impl", torch.compile(self._call_impl, backend=backend)),
-    )
-    changes = {"student__kind": "lora", "student__gradient_checkpointing": True, "rollout__guidance": 1.0, **FEW}
-    changes |= {"deepspeed": "zero0"} if stage == "zero0" else {"rollout__gather": "once"}
-    found = []
-    for compiled in (False, True):
-        _, parts = build_run(model__compile_blocks=compiled, **changes)
-        found.append(parts.trainer.run_round(0).losses.loss)
-        assert bool(made) == compiled
-    assert found[1] == pytest.approx(found[0], rel=1e-5)
-
-
-@pytest.fixture
-def compiled_with_gradient(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """Of each graph that dynamo makes: whether it is one of training. Its limits are as they were afterwards."""
-    made = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        made.append(torch.is_grad_enabled())
-        return graph.forward
-
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "compile",
-        lambda self: setattr(self, "_compiled_call_impl", torch.compile(self._call_impl, backend=backend)),
-    )
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
-        yield made
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-
-
-def test_training_is_compiled_beside_three_adapters(
-    build_run: Build, tiny_world: Path, compiled_with_gradient: list[bool], caplog: pytest.LogCaptureFixture
-) -> None:
-    """A LoRA student and three LoRA teachers are more variants of a block than dynamo takes by itself."""
-    third = tiny_world / "adapter3"
-    if not third.exists():
-        write_lora(tiny_world / "base", third, seed=3)
-    tasks = {
-        name: own_teacher(tiny_world, path=str(tiny_world / name), guidance=1.0)
-        for name in ("adapter", "adapter2", "adapter3")
-    }
-    few = FEW | {"rollout__guidance": 1.0}
-    _, parts = build_run(model__compile_blocks=True, student__kind="lora", tasks=tasks, deepspeed="zero0", **few)
-    parts.trainer.run_round(0)
-    assert len(compiled_with_gradient) > 8
-    assert any(compiled_with_gradient)
-    with caplog.at_level("INFO", logger="opd_ds"):
-        log_compiled()
-    assert f"{len(compiled_with_gradient)} graphs compiled" in caplog.text
-    assert "limit" not in caplog.text
-
-
-def test_variants_that_are_not_compiled_are_told(
-    compiled_with_gradient: list[bool], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("opd_ds.models.compilation._GRAPHS_PER_CODE", 2)
-
-    class Block(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + 1
-
-    network = torch.nn.Sequential(torch.nn.ModuleList([Block()]))
-    with torch._dynamo.config.patch(recompile_limit=1):
-        compile_blocks(network)
-        (block,) = network[0]
-        for x in (torch.zeros(1, 2), torch.zeros(1, 1, 2), torch.zeros(1, 1, 1, 2)):
-            block(x)
-        assert len(compiled_with_gradient) == 2
-        with caplog.at_level("INFO", logger="opd_ds"):
-            log_compiled()
-    assert "limit of 2 graphs" in caplog.text
-
-
-@pytest.mark.slow
-def test_compiled_to_machine_code(build_run: Build) -> None:
-    torch._dynamo.reset()
-    found = []
-    for compiled in (False, True):
-        _, parts = build_run(model__compile_blocks=compiled, deepspeed="zero0", student__gradient_checkpointing=True)
-        found.append([parts.trainer.run_round(index).losses.loss for index in range(3)])
-    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 def test_weights_that_would_not_fit_are_gathered_layer_by_layer(

@@ -118,12 +118,18 @@ def speed(
         typer.Option(help="ranks, as in 1,2; ratios are of the first; default: 1, 2, 4 as cores or GPUs allow"),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="trajectories per task and device; the public code has 3")] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="the ratios on one device alone")] = False,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="public, flow-opd or flow-factory, repeatable: at its batch sizes; default: all"),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="the ratios to the public loop on one device alone, no --peer")
+    ] = False,
     check: Annotated[
         Path | None, typer.Option(help="an earlier speed.json: exit code 1 where a ratio is less than 0.6 of it")
     ] = None,
 ) -> None:
-    """How much faster than the public loop, on the same work? The same command continues it."""
+    """How much faster than the loops of others, on the same work? The same command continues it."""
     from opd_ds.cluster.rendezvous import prepare_environment
     from opd_ds.cluster.world import World
 
@@ -133,13 +139,17 @@ def speed(
     from benchmarks.plots import require_plots
     from benchmarks.speed import speed as measured
     from benchmarks.speed.report import write_report
+    from opd_ds.errors import UserError
     from opd_ds.utils.logging import quiet_libraries
 
     quiet_libraries()
     require_plots()
+    if quick and peer:
+        raise UserError("--peer and --quick: --quick has no peers beside the public loop; leave out one of them")
     chosen = measured.size_named(size)
+    peers = measured.peers_named(peer)
     worlds = tuple(_ranks(world_sizes or measured.usual_worlds()))
-    plan = measured.quick(chosen) if quick else measured.Bench(chosen, worlds=worlds)
+    plan = measured.quick(chosen) if quick else measured.Bench(chosen, worlds=worlds, peers=peers)
     found = measured.bench(replace(plan, samples=samples), output_dir, typer.echo)
     write_report(found, output_dir)
     typer.echo(f"table: {output_dir / 'speed.md'}")
@@ -184,3 +194,23 @@ def teacher_ranks(
     from benchmarks.teacher_ranks import bench
 
     bench(output_dir, typer.echo)
+
+
+def cost(
+    output_dir: Annotated[Path, typer.Option(help="cost.json and cost.md go here")],
+    gpu_price: Annotated[
+        list[str] | None,
+        typer.Option(help="money for one GPU and hour, as H100-80GB=2.5; repeatable; default: assumed, in US dollars"),
+    ] = None,
+) -> None:
+    """GPU hours and money for the paper's run, by model and cluster, as planned and as corrected by measured rounds."""
+    from opd_ds.cluster.rendezvous import prepare_environment
+    from opd_ds.cluster.world import World
+
+    prepare_environment(World())
+    from benchmarks.cost import Prices, bench
+    from opd_ds.utils.logging import quiet_libraries
+
+    quiet_libraries()
+    bench(output_dir, typer.echo, Prices.parse(gpu_price or []))
+    typer.echo(f"table: {output_dir / 'cost.md'}")

@@ -166,6 +166,8 @@ def describe(found: Check, measured: dict[str, Any], config: DistilConfig, sessi
     samples = config.rollout.samples * len(config.tasks)
     found |= {"s/round": measured["round"], "samples/s": samples / measured["round"], "rounds": measured["rounds"]}
     found |= {"first round, s": measured["first"], "loss": measured["losses"][0]}
+    units = measured["passes"]["forward"] + 2 * measured["passes"]["backward"]
+    found["ms/pass unit"] = 1000 * measured["round"] / units
     found |= {f"{name}, s": seconds for name, seconds in measured["phases"].items()}
     peak, flops = matmul_flops(session, config.precision), planned.flops()
     if peak is None:

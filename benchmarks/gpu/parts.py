@@ -35,5 +35,5 @@ PARTS = (
     Part("oom", "scoring.micro_batch = auto, out of memory once", "small:out_of_memory", 15, 45, on_cpu=False),
     Part("evaluation", "images of the student", "small:evaluation", 10, 45),
     Part("attention", "kernels of attention at FLUX.1's width", "attention:attention", 15, 120),
-    Part("compiled", "LoRA student, blocks compiled", "rounds:compiled", 40, 150, on_cpu=False),
+    Part("compiled", "LoRA student, blocks eager and compiled", "rounds:compiled", 120, 400, on_cpu=False),
 )

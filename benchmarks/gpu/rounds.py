@@ -32,13 +32,20 @@ def lora(session: Session) -> None:
 
 
 def compiled(session: Session) -> None:
-    """The first round holds the compilation."""
-    made = _Configs(session, "lora")
-    compiled_blocks = {"compile_blocks": True}
-    _measure(session, made, "buffered, compiled", made.config("resident", model=compiled_blocks))
-    fused = made.config("resident", model=compiled_blocks, rollout={"mode": "fused"})
-    _measure(session, made, "fused, compiled", fused)
-    _ratios(session, session.earlier.get("lora", {}))
+    """Each way of a round without and with compiled blocks; the first round holds the compilation."""
+    made, compiled_blocks = _Configs(session, "lora"), {"compile_blocks": True}
+    ways: dict[str, dict[str, Any]] = {
+        "buffered": {},
+        "buffered, ZeRO-3 layer by layer": {"deepspeed": "zero3", "rollout": {"gather": "per_layer"}},
+        "fused": {"rollout": {"mode": "fused"}},
+    }
+    for name, changes in ways.items():
+        _measure(session, made, name, made.config("resident", **changes))
+        _measure(session, made, f"{name}, compiled", made.config("resident", **changes, model=compiled_blocks))
+        with session.check(f"{name}: eager time in compiled time") as found:
+            eager, fast = (session.checks[key] for key in (name, f"{name}, compiled"))
+            found |= {"a round": eager["s/round"] / fast["s/round"]}
+            found |= {"ms/pass unit, eager": eager["ms/pass unit"], "ms/pass unit, compiled": fast["ms/pass unit"]}
 
 
 def full_offload(session: Session) -> None:

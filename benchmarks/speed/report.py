@@ -15,7 +15,10 @@ _PHASES = ("encode", "rollout", "rewards", "score", "train", "step")
 
 def write_report(found: dict[str, Any], folder: Path) -> None:
     """Tables as speed.md; ratios and seconds per phase as PNG with their CSV."""
-    parts = [_intro(found), _ratios(found), _phases(found)]
+    parts = [_intro(found), _ratios(found)]
+    if found["peers"]:
+        parts.append(_peers(found["peers"]))
+    parts.append(_phases(found))
     if found["switches"]:
         parts.append(_switches(found["switches"]))
     if "memory" in found:
@@ -52,9 +55,29 @@ def _entries(found: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
     return [(ranks, setting, entry) for ranks, settings in worlds for setting, entry in settings.items()]
 
 
+def _peers(peers: list[dict[str, Any]]) -> str:
+    names = list(peers[0]["ratios"])
+    rows = [
+        [
+            one["what"],
+            str(one["ranks"]),
+            str(one["samples_per_task_and_device"]),
+            *(_times(one["ratios"][name]) for name in names),
+        ]
+        for one in peers
+    ]
+    note = (
+        "\nLoRA student, LoRA teachers. A round has as many trajectories per task and device as the peer's batch; ours "
+        "with its own micro-batches, and with the peer's.\n"
+    )
+    head = ["the loop of", "ranks", "its batch", *names]
+    return "## Peers, at ours and at their batch sizes\n\n" + markdown_table(head, rows) + note
+
+
 def _phases(found: dict[str, Any]) -> str:
     rows = []
-    for ranks, setting, entry in _entries(found):
+    peers = [(str(one["ranks"]), one["peer"], one) for one in found["peers"]]
+    for ranks, setting, entry in [*_entries(found), *peers]:
         for name, loop in entry["loops"].items():
             times = [f"{1000 * loop['phases'][phase]:.0f}" if phase in loop["phases"] else "" for phase in _PHASES]
             passes = f"{loop['passes']['forward']} + {loop['passes']['backward']}"

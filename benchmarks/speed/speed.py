@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -17,13 +17,15 @@ import torch
 
 from benchmarks.ranks import run_ranks
 from benchmarks.speed import worker
+from benchmarks.speed.peers import PEERS, PUBLIC, Peer
 from benchmarks.speed.sizes import SETTINGS, SIZES, Setting, Size, run_config
 from benchmarks.speed.switches import SWITCHES, Switch
 from opd_ds.errors import UserError
 from opd_ds.plan.costs import Costs
 from opd_ds.plan.network import find_model
 
-PUBLIC, WITH_REWARDS = "public", "public with rewards"
+WITH_REWARDS = f"{PUBLIC} with rewards"
+_Loop = tuple[str, dict[str, Any]]  # its kind and its config
 STATE_BUCKET = 100_000  # elements: working buffers should be small beside what is counted
 
 
@@ -33,20 +35,23 @@ class Bench:
 
     Attributes:
         samples: trajectories per task and device; 3 in the public code's configuration.
+        settings: timed beside the public loop, at `samples`.
+        peers: timed beside ours in the first setting, which all of them know, at their batches.
     """
 
     size: Size
     worlds: tuple[int, ...]
     samples: int = 3
     settings: tuple[Setting, ...] = SETTINGS
+    peers: tuple[Peer, ...] = tuple(PEERS.values())
     switches: tuple[Switch, ...] = SWITCHES
     memory: bool = True
     state_worlds: tuple[int, ...] = (1, 2, 4)
 
 
 def quick(size: Size) -> Bench:
-    """The ratios on one device alone."""
-    return Bench(size, worlds=(1,), switches=(), memory=False)
+    """The ratios to the public loop on one device alone."""
+    return Bench(size, worlds=(1,), peers=(), switches=(), memory=False)
 
 
 @dataclass
@@ -67,7 +72,7 @@ class _Jobs:
         self,
         name: str,
         ranks: int,
-        loops: Mapping[str, tuple[str, dict[str, Any]]],
+        loops: Mapping[str, _Loop],
         measure: str = "time",
     ) -> dict[str, Any]:
         """By the worker; `loops` are (kind, config) by name."""
@@ -113,6 +118,7 @@ def bench(wanted: Bench, folder: Path, say: Callable[[str], None]) -> dict[str, 
         "torch": torch.__version__,
         "ratios": {name: entry["ratios"] for name, entry in first.items()},
         "by_world_size": {str(ranks): entries for ranks, entries in worlds.items()},
+        "peers": [_peer(jobs, peer, ranks) for ranks in possible for peer in wanted.peers],
         "switches": [_switch(jobs, switch) for switch in wanted.switches if switch.ranks <= max(possible)],
     }
     if wanted.memory:
@@ -130,11 +136,9 @@ def _possible(ranks: int) -> bool:
 def _ratios(jobs: _Jobs, setting: Setting, ranks: int) -> dict[str, Any]:
     """The public loop and ours, of one setting."""
     plain = jobs.config(setting, ranks)
-    loops = {PUBLIC: ("public", plain)}
-    for mode in setting.modes:
-        loops[mode] = ("ours", jobs.config(setting, ranks, rollout={"mode": mode}))
+    loops = {PUBLIC: (PUBLIC, plain), **_ours(jobs, setting, ranks)}
     if jobs.bench.size.scored and setting == SETTINGS[0] and ranks == jobs.bench.worlds[0]:
-        loops[WITH_REWARDS] = ("public with rewards", _with_rewards(plain))
+        loops[WITH_REWARDS] = (WITH_REWARDS, _with_rewards(plain))
     measured = jobs.run(f"{setting.name}-{ranks}", ranks, loops)
     timed = measured["loops"]
     ratios = {f"{mode}_over_public": _ratio(timed[PUBLIC], timed.get(mode)) for mode in ("buffered", "fused")}
@@ -144,14 +148,55 @@ def _ratios(jobs: _Jobs, setting: Setting, ranks: int) -> dict[str, Any]:
             for mode in ("buffered", "fused")
         }
     said = ", ".join(f"{name.replace('_', ' ')} {ratio:.2f}x" for name, ratio in ratios.items() if ratio)
-    jobs.say(f"{setting.name}, {ranks} rank{'s' if ranks > 1 else ''}: {said}")
-    work = flops_per_pass(plain)
+    jobs.say(f"{setting.name}, {_ranks(ranks)}: {said}")
+    return {"ratios": ratios, **_described(measured, plain, jobs.bench.samples)}
+
+
+def _ours(
+    jobs: _Jobs, setting: Setting, ranks: int, rows: int | None = None, at: int | None = None
+) -> dict[str, _Loop]:
+    """Our loops by mode, on `rows` trajectories a task and device, in micro-batches of `at`; None: as the bench has."""
+    size = {} if at is None else {"micro_batch": at}
+    sections = {"scoring": size, "train": size}
     return {
+        mode: ("ours", jobs.config(setting, ranks, rows, rollout={"mode": mode} | size, **sections))
+        for mode in setting.modes
+    }
+
+
+def _peer(jobs: _Jobs, peer: Peer, ranks: int) -> dict[str, Any]:
+    """A peer and ours on equal work in the first setting, ours with its own micro-batches and with the peer's."""
+    setting = SETTINGS[0]
+    plain = jobs.config(setting, ranks, peer.batch)
+    equal = _ours(jobs, setting, ranks, peer.batch, peer.batch)
+    loops = {peer.name: (peer.name, plain), **_ours(jobs, setting, ranks, peer.batch)}
+    loops |= {f"{mode} at its batches": loop for mode, loop in equal.items()}
+    measured = jobs.run(f"peer-{peer.name}-{ranks}", ranks, loops)
+    timed = measured["loops"]
+    ratios = {name: _ratio(timed[peer.name], timed[name]) for name in loops if name != peer.name}
+    jobs.say(f"{peer.name}, {_ranks(ranks)}: " + ", ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios.items()))
+    return {
+        "peer": peer.name,
+        "what": peer.what,
+        "ranks": ranks,
+        "samples_per_task_and_device": peer.batch,
         "ratios": ratios,
+        **_described(measured, plain, peer.batch),
+    }
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' if count > 1 else ''}"
+
+
+def _described(measured: dict[str, Any], config: dict[str, Any], samples: int) -> dict[str, Any]:
+    """What a job says beside its ratios."""
+    work, peak = flops_per_pass(config), measured["matmul_flops"]
+    return {
         "device": measured["device"],
         "threads_per_rank": measured["threads"],
-        "matmul_gflops": round(measured["matmul_flops"] / 1e9, 1),
-        "loops": {name: _loop(entry, work, measured["matmul_flops"], jobs.bench) for name, entry in timed.items()},
+        "matmul_gflops": round(peak / 1e9, 1),
+        "loops": {name: _loop(entry, work, peak, samples) for name, entry in measured["loops"].items()},
     }
 
 
@@ -177,14 +222,14 @@ def flops_per_pass(config: dict[str, Any]) -> dict[str, float]:
     return {"forward": costs.forward(1).flops, "backward": trained - costs.forward(1).flops}
 
 
-def _loop(entry: dict[str, Any], flops: dict[str, float], peak: float, wanted: Bench) -> dict[str, Any]:
+def _loop(entry: dict[str, Any], flops: dict[str, float], peak: float, samples: int) -> dict[str, Any]:
     """A loop's medians. Shares of the peak (MFU): of the whole round, and of the student's forward and backward."""
     seconds, passes = median(entry["seconds"]), entry["passes"]
     phases = {name: median(row.get(name, 0.0) for row in entry["phases"]) for name in entry["phases"][0]}
     work = sum(passes[kind] * flops[kind] for kind in ("forward", "backward"))
     result = {
         "seconds": round(seconds, 4),
-        "samples_per_second_and_device": round(3 * wanted.samples / seconds, 3),
+        "samples_per_second_and_device": round(3 * samples / seconds, 3),
         "phases": {name: round(value, 4) for name, value in phases.items()},
         "passes": passes,
         "first_loss": entry["first_loss"],
@@ -212,8 +257,7 @@ def _switch(jobs: _Jobs, switch: Switch) -> dict[str, Any]:
 
 def _memory(jobs: _Jobs, setting: Setting) -> dict[str, Any]:
     """Peaks of processes that run one loop each."""
-    loops = {PUBLIC: ("public", jobs.config(setting, 1))}
-    loops |= {mode: ("ours", jobs.config(setting, 1, rollout={"mode": mode})) for mode in setting.modes}
+    loops = {PUBLIC: (PUBLIC, jobs.config(setting, 1)), **_ours(jobs, setting, 1)}
     found = {}
     for name, loop in loops.items():
         measured = jobs.run(f"memory-{setting.name}-{name}", 1, {name: loop}, "memory")
@@ -286,3 +330,15 @@ def size_named(name: str) -> Size:
     if name not in SIZES:
         raise UserError(f"--size {name}: allowed are {', '.join(SIZES)}")
     return SIZES[name]
+
+
+def peers_named(names: Sequence[str] | None) -> tuple[Peer, ...]:
+    """Of `PEERS`; all of them where none is named.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    for name in names or ():
+        if name not in PEERS:
+            raise UserError(f"--peer {name}: allowed are {', '.join(PEERS)}")
+    return tuple(PEERS[name] for name in names or PEERS)

@@ -2,8 +2,8 @@
 
 python -m benchmarks.speed.worker SPEC.json OUT.json        (RANK, WORLD_SIZE and so on as torchrun sets them)
 
-SPEC has `loops`, by name `{"kind": "ours" | "public" | "public with rewards", "config": {...}}`, `repetitions`, and
-`measure`: `time`, `memory` or `state`. Rank 0 writes OUT.
+SPEC has `loops`, by name `{"kind": ..., "config": {...}}` where the kind is `ours`, a peer's name or `public with
+rewards`, `repetitions`, and `measure`: `time`, `memory` or `state`. Rank 0 writes OUT.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main(spec_file: str, out: str) -> None:
 
 def build(name: str, wanted: dict[str, Any], group: Group) -> Loop:
     """Load everything that the loop needs."""
-    from benchmarks.speed.public_loop import PublicLoop
+    from benchmarks.speed.peers import peer_loop
     from opd_ds.config.algorithms import DistilConfig
     from opd_ds.config.loading import parse_config
     from opd_ds.runs.setup import prepare
@@ -70,8 +70,9 @@ def build(name: str, wanted: dict[str, Any], group: Group) -> Loop:
     if wanted["kind"] == "ours":
         inner: Any = prepare(config, group).trainer
     else:
-        inner = PublicLoop(config, group)
-        if wanted["kind"] == "public with rewards":
+        peer, _, rewarded = wanted["kind"].partition(" with ")
+        inner = peer_loop(peer)(config, group)
+        if rewarded:
             inner.scoring = _scored_inline(config, inner.family, group)
     return Loop(name, wanted["kind"], config, inner)
 

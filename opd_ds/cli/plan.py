@@ -17,6 +17,10 @@ HostMemory = Annotated[
     str | None,
     typer.Option(help="GiB of a node's host memory, or `here` for this machine's; default: what the kind usually has"),
 ]
+GpuPrice = Annotated[
+    float | None,
+    typer.Option(min=0, help="money for one GPU and hour; default: a round number in US dollars for the kind, assumed"),
+]
 Write = Annotated[Path | None, typer.Option(help="write the run with the recommended setting to this file")]
 Json = Annotated[bool, typer.Option("--json", help="print one object, sizes in bytes")]
 
@@ -28,10 +32,11 @@ def plan(
     gpus: Gpus = "8xH100-80GB",
     fit: Fit = None,
     host_memory: HostMemory = None,
+    gpu_price: GpuPrice = None,
     write: Write = None,
     as_json: Json = False,
 ) -> None:
-    """What a run will need: memory by part, passes and seconds a round; and the fastest setting that fits.
+    """What a run will need: memory, passes and seconds a round, GPU hours and money; and the fastest setting that fits.
 
     Needs neither weights nor GPUs. Takes a minute or more: the network's passes are measured without data.
     """
@@ -50,7 +55,7 @@ def plan(
     found = plan_run(settings, devices)
     if fit is not None and found.recommended is None:
         raise UserError(found.problem)
-    data = report.as_json(found, detailed=found.recommended if fit else found.configured)
+    data = report.as_json(found, found.recommended if fit else found.configured, gpu_price)
     typer.echo(json.dumps(data, indent=1) if as_json else report.as_text(data))
     if write is not None:
         if found.setting is None:

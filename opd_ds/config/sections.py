@@ -124,8 +124,8 @@ class ModelSection(Section):
     )
     compile_blocks: bool = Field(
         False,
-        description="torch.compile of the network's blocks, student's and teachers'; minutes at the first round. Under "
-        "ZeRO-3 only where weights are gathered once: DeepSpeed's hooks are not compiled",
+        description="torch.compile of the network's blocks, student's and teachers'; minutes at the first round. Not "
+        "with parameters on NVMe",
     )
     text_cache: Folder | None = Field(
         None, description="folder of encoded prompts; default: text_cache in run.output_dir"

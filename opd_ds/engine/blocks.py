@@ -32,13 +32,12 @@ def initialize(
 ) -> DeepSpeedEngine:
     """DeepSpeed's engine around `network`; trains `parameters`, or nothing.
 
-    Modules stay as they are in networks with compiled blocks, whose compiled calls contain their hooks, and where
-    weights are on NVMe: a block has more parameters than DeepSpeed has buffers for reading them.
+    Modules stay as they are where weights are on NVMe: a block has more parameters than DeepSpeed has buffers for
+    reading them.
     """
     ds_config = fill_sizes(ds_config, NetworkSizes.of(network))
     by_block = zero_stage(ds_config) == 3 and not parameters_on_nvme(ds_config)
-    named = [network.get_submodule(name) for name in block_names(network)]
-    blocks = [block for block in named if block._compiled_call_impl is None] if by_block else []
+    blocks = [network.get_submodule(name) for name in block_names(network)] if by_block else []
     recomputing = bool(blocks and getattr(network, "gradient_checkpointing", False))
     for block in blocks:
         block.register_forward_pre_hook(partial(_by_position, inspect.signature(block.forward)), with_kwargs=True)

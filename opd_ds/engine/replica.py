@@ -37,9 +37,6 @@ class UnshardedReplica:
         }
         memo |= {id(value): value for value in module.buffers()}
         self._replica: nn.Module = copy.deepcopy(module, memo)
-        for name, original in module.named_modules():
-            if original._compiled_call_impl is not None:  # not copied with the rest
-                self._replica.get_submodule(name).compile()
         self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
 
     @contextmanager

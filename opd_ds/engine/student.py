@@ -24,7 +24,7 @@ from opd_ds.engine.fragments import Fragment, check_cover, fragments
 from opd_ds.engine.replica import UnshardedReplica, fits
 from opd_ds.engine.schedule import Schedule
 from opd_ds.engine.shards import ShardReader
-from opd_ds.models import leave_uncompiled, lora
+from opd_ds.models import lora
 from opd_ds.utils.progress import work
 
 
@@ -65,8 +65,6 @@ class StudentEngine:
             if group.world.is_main:
                 logging.getLogger("opd_ds").info("parameters are on NVMe: rollouts gather weights layer by layer")
         self._replica = UnshardedReplica(module) if self.zero_stage == 3 and gather != "per_layer" else None
-        if self.zero_stage == 3:
-            leave_uncompiled(module)  # the replica for rollouts has no hooks: its blocks stay compiled
         self._decided = gather != "auto"
         self._whole: nn.Module | None = None  # the replica, while it has weights
         self.learning_rate = 0.0  # of the last step

@@ -9,7 +9,7 @@ import torch
 
 from opd_ds.errors import UserError, nearest
 from opd_ds.models.base import ModelFamily
-from opd_ds.models.compilation import block_names, compile_blocks, compile_forwards, leave_uncompiled, log_compiled
+from opd_ds.models.compilation import CompilationLog, block_names, compile_blocks
 from opd_ds.models.conditioning import Conditioning
 from opd_ds.models.guidance import GuidedVelocity, guide, join
 from opd_ds.models.prompt_encoding import ENCODED_AT_ONCE, REFERENCE
@@ -58,6 +58,7 @@ __all__ = [
     "ENCODED_AT_ONCE",
     "FAMILIES",
     "REFERENCE",
+    "CompilationLog",
     "Conditioning",
     "GuidedVelocity",
     "ModelFamily",
@@ -68,10 +69,7 @@ __all__ = [
     "block_names",
     "build_family",
     "compile_blocks",
-    "compile_forwards",
     "family_class",
     "guide",
     "join",
-    "leave_uncompiled",
-    "log_compiled",
 ]

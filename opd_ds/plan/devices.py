@@ -23,6 +23,7 @@ class DeviceKind:
         link: bytes a second and direction to the other GPUs of a node.
         host: bytes a second between device and host memory.
         host_memory: bytes of its node's host memory for each device, as machines with this kind usually have; assumed.
+        price: US dollars an hour, a round number for renting one; assumed. 0: none is assumed.
     """
 
     name: str
@@ -31,6 +32,7 @@ class DeviceKind:
     link: float
     host: float
     host_memory: float
+    price: float = 0.0
 
     @property
     def is_cpu(self) -> bool:
@@ -41,14 +43,14 @@ class DeviceKind:
 _KINDS = {
     kind.name: kind
     for kind in (
-        DeviceKind("A100-40GB", 39.4 * GIB, 312e12, 300e9, 25e9, 128 * GIB),
-        DeviceKind("A100-80GB", 79.2 * GIB, 312e12, 300e9, 25e9, 128 * GIB),
-        DeviceKind("H100-80GB", 79.1 * GIB, 989e12, 450e9, 50e9, 224 * GIB),
-        DeviceKind("H200-141GB", 139.8 * GIB, 989e12, 450e9, 50e9, 224 * GIB),
-        DeviceKind("B200-180GB", 178.0 * GIB, 2250e12, 900e9, 50e9, 224 * GIB),
-        DeviceKind("A6000-48GB", 47.5 * GIB, 155e12, 25e9, 25e9, 64 * GIB),
-        DeviceKind("L40S-48GB", 44.7 * GIB, 362e12, 25e9, 25e9, 96 * GIB),
-        DeviceKind("RTX4090-24GB", 23.5 * GIB, 165e12, 25e9, 25e9, 64 * GIB),
+        DeviceKind("A100-40GB", 39.4 * GIB, 312e12, 300e9, 25e9, 128 * GIB, 1.50),
+        DeviceKind("A100-80GB", 79.2 * GIB, 312e12, 300e9, 25e9, 128 * GIB, 2.00),
+        DeviceKind("H100-80GB", 79.1 * GIB, 989e12, 450e9, 50e9, 224 * GIB, 3.00),
+        DeviceKind("H200-141GB", 139.8 * GIB, 989e12, 450e9, 50e9, 224 * GIB, 3.50),
+        DeviceKind("B200-180GB", 178.0 * GIB, 2250e12, 900e9, 50e9, 224 * GIB, 5.00),
+        DeviceKind("A6000-48GB", 47.5 * GIB, 155e12, 25e9, 25e9, 64 * GIB, 0.80),
+        DeviceKind("L40S-48GB", 44.7 * GIB, 362e12, 25e9, 25e9, 96 * GIB, 1.00),
+        DeviceKind("RTX4090-24GB", 23.5 * GIB, 165e12, 25e9, 25e9, 64 * GIB, 0.50),
         DeviceKind("cpu", 64.0 * GIB, 0.1e12, 10e9, 10e9, 64 * GIB),
     )
 }

@@ -20,8 +20,12 @@ from opd_ds.plan.planner import Comparison, Plan
 from opd_ds.plan.zero import Part, Phase
 
 
-def as_json(found: Comparison, detailed: Plan | None) -> dict[str, Any]:
-    """Bytes, seconds and counts of the plan `detailed`, and both plans in short."""
+def as_json(found: Comparison, detailed: Plan | None, price: float | None = None) -> dict[str, Any]:
+    """Bytes, seconds and counts of the plan `detailed`, and both plans in short.
+
+    Args:
+        price: money for one device and hour; default: what is assumed for the kind.
+    """
     costs, plan = found.costs, detailed
     if plan is None:
         raise UserError(found.problem)
@@ -66,6 +70,7 @@ def as_json(found: Comparison, detailed: Plan | None) -> dict[str, Any]:
             "seconds": plan.seconds.phases | {"total": plan.seconds.total},
             "run_hours": _hours(plan),
         },
+        "cost": cost(plan, price),
         "compared": {"configured": _in_short(found.configured), "recommended": _in_short(found.recommended)},
         "split": _split(found),
         "fit": None if found.setting is None else found.setting.overrides(plan.config),
@@ -104,6 +109,22 @@ def _split(found: Comparison) -> dict[str, Any] | None:
 
 def _hours(plan: Plan) -> float:
     return plan.seconds.total * plan.config.run.rounds / 3600
+
+
+def cost(plan: Plan, price: float | None = None) -> dict[str, Any]:
+    """Device hours of a run's rounds and their price, None where none is known.
+
+    Args:
+        price: as for `as_json`.
+    """
+    hours, hourly = _hours(plan) * plan.devices.count, plan.devices.kind.price if price is None else price
+    known = price is not None or hourly > 0
+    return {
+        "device_hours": hours,
+        "price_per_hour": hourly if known else None,
+        "money": hours * hourly if known else None,
+        "assumed": price is None,
+    }
 
 
 def _in_short(plan: Plan | None) -> dict[str, Any] | None:
@@ -163,7 +184,7 @@ def as_text(found: dict[str, Any]) -> str:
         f"{a_round['pass_units']['per_trained_state']:.1f} a trained state",
         "rows in a forward: " + ", ".join(f"{name} {size}" for name, size in a_round["batches"].items()),
         "seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in a_round["seconds"].items()),
-        f"the run: {a_round['run_hours']:.1f} hours, without evaluations and checkpoints",
+        f"the run: {a_round['run_hours']:.1f} hours{_priced(found['cost'])}, without evaluations and checkpoints",
     ]
     if found["notes"]:
         lines += ["", "# taken for granted", *found["notes"]]
@@ -186,6 +207,14 @@ def _split_lines(split: dict[str, Any] | None, ranks: int) -> list[str]:
         f"{without:.2f}, {without / split['seconds']:.2f}x; with scoring.late=1 {split['seconds_late']:.2f} s, "
         f"{without / split['seconds_late']:.2f}x; {split['device_bytes'] / GIB:.1f} GiB a device",
     ]
+
+
+def _priced(found: dict[str, Any]) -> str:
+    hours = f", {found['device_hours']:,.0f} device hours"
+    if found["money"] is None:
+        return hours
+    hourly = f"{found['price_per_hour']:.2f}" + (" US dollars, assumed (--gpu-price)" if found["assumed"] else "")
+    return f"{hours}, {found['money']:,.0f} at {hourly}"
 
 
 def as_config(config: RunConfig, devices: str) -> str:

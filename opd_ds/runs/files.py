@@ -83,6 +83,7 @@ def find_files(config: RunConfig, world: World) -> RunFiles:
         name: _find_teacher(config, config.teacher_key(name), teacher, roles, model)
         for name, teacher in config.all_teachers.items()
     }
+    _refuse_compiled_on_nvme(config, teachers, ds_config)
     if roles.teachers:
         answering(teachers, roles).check()
     elif world.size > 1:
@@ -144,6 +145,19 @@ def _find_teacher(config: RunConfig, key: str, teacher: TeacherSection, roles: R
         completed = frozen_ds_config(read_ds_config(path), config.precision, ranks, str(path))
         ds_config = swapped_apart(completed, key)
     return TeacherSpec(teacher, place, ds_config)
+
+
+def _refuse_compiled_on_nvme(config: RunConfig, teachers: dict[str, TeacherSpec], ds_config: dict[str, Any]) -> None:
+    """There DeepSpeed's hooks are inside the blocks, and would be compiled anew with every call."""
+    swapped = {"deepspeed": ds_config} | {
+        f"{config.teacher_key(name)}.deepspeed": spec.ds_config for name, spec in teachers.items() if spec.ds_config
+    }
+    for key, found in swapped.items():
+        if config.model.compile_blocks and parameters_on_nvme(found):
+            raise UserError(
+                f"model.compile_blocks = true cannot be with {key}, which keeps parameters on NVMe: they come layer by "
+                "layer, inside the blocks; set model.compile_blocks = false, or offload parameters to cpu"
+            )
 
 
 def _refuse_uneven_forwards(config: RunConfig, teachers: dict[str, TeacherSpec], ds_config: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from opd_ds.evaluation.publish import publish
 from opd_ds.evaluation.report import REPORT_FILE
 from opd_ds.evaluation.results import Results, interval_widths, means, require_scores
 from opd_ds.evaluation.tables import comparison_grid, print_table, summary
-from opd_ds.models import log_compiled, lora
+from opd_ds.models import CompilationLog, lora
 from opd_ds.runs.monitor import METRICS_FILE, Monitor, read_metrics
 from opd_ds.runs.output_lock import PATIENCE, OutputLock
 from opd_ds.runs.pass_summary import as_lines, pass_summary, tracked
@@ -113,11 +113,12 @@ def _run(
         baselines = _baselines(config, parts, session, fresh=resumed is None)
         watch = AsyncRewardEval(config, parts.rewards) if config.watch.every and group.world.is_main else None
         monitor.start_rounds(start)
+        compilation = CompilationLog()
         for index in range(start, settings.rounds):
             session.stop_if_asked(index)
             report = maybe_profiled(parts.trainer.run_round, index, settings.profile, settings.output_dir, group)
-            if index == start and config.model.compile_blocks and group.world.is_main:
-                log_compiled()
+            if config.model.compile_blocks and group.world.is_main:
+                compilation.after_round(parts.student.module, index + 1)
             if index == start and group.world.is_main:
                 _say_what_teaches_nothing(config, report)
             monitor.round(report)

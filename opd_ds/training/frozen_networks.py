@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from opd_ds.engine import FrozenEngine, StudentEngine, free_memory
-from opd_ds.models import block_names, compile_forwards, lora
+from opd_ds.models import block_names, lora
 from opd_ds.models.host_weights import BlockStream, HostMemory, HostWeights
 
 
@@ -95,12 +95,8 @@ class Offloaded(_Separate):
 class Streamed(_Separate):
     """On the host, once per node; block by block on the device with every forward."""
 
-    def __init__(
-        self, module: nn.Module, device: torch.device, memory: HostMemory | None, *, compiled: bool = False
-    ) -> None:
+    def __init__(self, module: nn.Module, device: torch.device, memory: HostMemory | None) -> None:
         super().__init__(module)
-        if compiled:
-            compile_forwards(module)  # hooks move the weights
         self._stream = BlockStream(module, HostWeights(module, device, memory), block_names(module), device)
 
     @contextmanager

@@ -85,13 +85,13 @@ class TeacherPool:
         if spec.is_lora:
             _add_adapters(module, [self._specs[task] for task in tasks], self._family)
         self._family.share_sequences(module)
+        if compiled:  # before hooks that move the weights
+            compile_blocks(module)
         if placement == "stream":
-            return Streamed(module, self._device, self._memory, compiled=compiled)
-        if placement == "zero_inference":  # its hooks are not compiled
+            return Streamed(module, self._device, self._memory)
+        if placement == "zero_inference":
             assert spec.ds_config is not None
             return Sharded(module, spec.ds_config)
-        if compiled:
-            compile_blocks(module)
         if placement == "offload":
             return Offloaded(module, self._device, self._memory)
         return Resident(module, self._device)
