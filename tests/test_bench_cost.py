@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from benchmarks import cost
 from benchmarks.cost import Measured, Prices, Run
+from opd_ds.config.algorithms import DistilConfig
 from opd_ds.errors import UserError
 from opd_ds.plan.devices import parse_devices
-from opd_ds.plan.planner import make_plan
+from opd_ds.plan.planner import Setting, make_plan
 from tests.tiny import costs_of
 
 
@@ -24,15 +26,22 @@ def test_the_runs_are_the_papers() -> None:
 
 
 def test_the_sheet_has_assumed_and_given_prices_and_a_measured_correction(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    configured: Callable[..., DistilConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = Run("Plain", "miniature")
-    config = plain.config()
-    planned = make_plan(config, costs_of(config), parse_devices("1xA100-40GB", "devices")).seconds.phases
+    class Tiny(Run):
+        def config(self, *changes: str) -> DistilConfig:
+            return config
+
+    config = configured()
+    costs = costs_of(config)
+    planned = make_plan(config, costs, parse_devices("1xA100-40GB", "devices")).seconds.phases
     rolled = 2 * sum(cost.round_passes(config, task)["rollout"].forward for task in config.tasks)
     seconds = {"rollout": 3 * 2 * planned["rollout"], "train": 3 * planned["train"]}  # twice the passes, all 3 x slower
     measured = Measured("one A100", "1xA100-40GB", seconds, rolled, ())
-    monkeypatch.setattr(cost, "RUNS", (plain, Run("Timed", "miniature", measured=measured)))
+    setting = Setting("zero2", False, None, 1, 1, 1, None)
+    monkeypatch.setattr(cost, "Costs", lambda model, config: costs)
+    monkeypatch.setattr(cost, "fit", lambda config, costs, devices: (setting, make_plan(config, costs, devices)))
+    monkeypatch.setattr(cost, "RUNS", (Tiny("Plain", ""), Tiny("Timed", "", measured=measured)))
     monkeypatch.setattr(cost, "CLUSTERS", ("1xA100-40GB", "2xH100-80GB"))
     found = cost.bench(tmp_path, lambda line: None, Prices.parse(["h100-80gb=2.5"]))
     assert found == json.loads((tmp_path / "cost.json").read_text())

@@ -104,4 +104,4 @@ class CompilationLog:
 
 def _recompiled() -> int:
     """Compilations of a code that had a graph already, which did not fit."""
-    return sum(found.recompile_reason is not None for found in get_compilation_metrics())
+    return sum(found.recompile_reason is not None and found.fail_type is None for found in get_compilation_metrics())
