@@ -119,6 +119,33 @@ def test_a_lora_student_learns_on_a_quantized_base(build_run: Build, kind: str) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_compiled_blocks_learn_the_same(build_run: Build, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """What dynamo makes of them, run as it is: machine code takes minutes."""
+    made = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        made.append(torch.is_grad_enabled())
+        return graph.forward
+
+    def compiled_call(block: nn.Module) -> None:
+        block._compiled_call_impl = torch.compile(block._call_impl, backend=backend, fullgraph=True)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(nn.Module, "compile", compiled_call)
+    changes = LORA | {"precision": "fp32", "rollout__steps": 2, "rollout__samples": 2, "rollout__guidance": 1.0}
+    changes |= {"student__gradient_checkpointing": True}
+    found = []
+    for compiled in (False, True):
+        _, parts = build_run(**changes, student__quantize=kind, model__compile_blocks=compiled)
+        reports = [parts.trainer.run_round(index) for index in range(2)]
+        found.append([(report.losses.loss, report.grad_norm) for report in reports])
+        assert bool(made) == compiled
+    assert any(made)
+    torch._dynamo.reset()
+    assert found[1] == [pytest.approx(numbers, rel=1e-4) for numbers in found[0]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "changes", [{"deepspeed": "zero0", "precision": "fp32"}, {"deepspeed": "zero1"}, {"rollout__mode": "fused"}]
 )
@@ -188,6 +215,7 @@ def test_two_ranks_learn_what_one_does(tiny_world: Path, tmp_path: Path) -> None
         ({"student__kind": "lora", "student__quantize": "int2"}, r"student\.quantize"),
         ({"tasks__one__teacher__quantize": "nf4", "tasks__one__teacher__placement": "offload"}, "cannot be moved"),
         ({"tasks__one__teacher__quantize": "nf4", "tasks__one__teacher__placement": "shared"}, "set student.quantize"),
+        ({**LORA, "student__quantize": "nf4", "model__compile_blocks": True}, "keeps its weights whole"),
     ],
 )  # fmt: skip
 def test_what_cannot_be(tiny_world: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

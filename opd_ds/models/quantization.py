@@ -58,10 +58,15 @@ def stored_tensors(weight: Tensor) -> Iterator[Tensor]:
 class QuantizedLinear(nn.Linear):
     """A linear layer whose frozen weight is a tensor of torchao. It is a buffer: what is trained, sent to other ranks,
     reduced or sharded are parameters.
+
+    Attributes:
+        whole: makes of the weight one in the dtype that it had.
     """
 
+    whole: Callable[[Any], Tensor]
+
     def forward(self, input: Tensor) -> Tensor:
-        found: Tensor = _Linear.apply(input, self.weight)
+        found: Tensor = _Linear.apply(input, self.weight, self.whole)
         return found if self.bias is None else found + self.bias
 
 
@@ -71,18 +76,13 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
-        ctx.weight = weight
-        return functional.linear(input, _whole(weight))
+    def forward(ctx: Any, input: Tensor, weight: Tensor, whole: Callable[[Any], Tensor]) -> Tensor:
+        ctx.weight, ctx.whole = weight, whole
+        return functional.linear(input, whole(weight))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ _whole(ctx.weight), None
-
-
-def _whole(weight: Any) -> Tensor:
-    """In the dtype that it had."""
-    return weight.get_original_weight() if hasattr(weight, "get_original_weight") else weight.dequantize()
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient @ ctx.whole(ctx.weight), None, None
 
 
 @torch.no_grad()
@@ -102,6 +102,8 @@ def _quantize(layer: nn.Linear, kind: QuantizedAs) -> None:
     del layer.weight
     layer.register_buffer("weight", stored, persistent=False)
     layer.__class__ = QuantizedLinear
+    # Of the class: dynamo (torch 2.13) takes the tensor for one that has no such attribute.
+    layer.whole = type(stored).get_original_weight if kind == "nf4" else type(stored).dequantize
 
 
 def _scales_together(weight: Tensor) -> int:

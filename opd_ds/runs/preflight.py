@@ -182,6 +182,14 @@ def _check_quantization(config: RunConfig) -> None:
     for key, kind in sections.items():
         if kind is not None:
             check_quantization(f"{key}.quantize", kind)
+    student = config.student
+    if student.quantize is not None and config.model.compile_blocks and not student.gradient_checkpointing:
+        # Inductor (torch 2.13) finds the same whole weight in forward and backward, and makes it once.
+        raise UserError(
+            f"model.compile_blocks = true with student.quantize = {student.quantize!r}: a compiled block keeps its "
+            "weights whole from forward to backward, which is the memory that quantizing saves; set "
+            "student.gradient_checkpointing, or remove one of the two"
+        )
 
 
 def _check_stages(config: RunConfig, family: ModelFamily, trained: tuple[str, ...]) -> None:
