@@ -219,7 +219,7 @@ def test_a_rank_that_does_not_see_the_files_is_no_damage(
     assert names(tmp_path) == ["latest", "round-000001"]
 
 
-@pytest.mark.faults
+@pytest.mark.extended
 @pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_9_while_checkpoints_are_written(tiny_world: Path, tmp_path: Path, kills: int) -> None:
     """At random moments: nothing beyond the last published checkpoint is lost, and no number differs."""

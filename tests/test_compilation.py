@@ -61,6 +61,7 @@ def _forget() -> None:
     clear_compilation_metrics()
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("gather", [None, "once", "per_layer"])
 def test_compiled_blocks_make_the_same_rounds(
     build_run: Build, tiny_world: Path, with_gradient: list[bool], gather: str | None

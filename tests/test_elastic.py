@@ -20,7 +20,7 @@ from tests.ranks import TRAIN_MANY, launch
 from tests.runs import assert_close, metrics
 from tests.tiny import ALL_SHARDED, run_settings, write_config
 
-pytestmark = [pytest.mark.multirank, pytest.mark.faults]
+pytestmark = [pytest.mark.multirank, pytest.mark.extended]
 ROUNDS, WRITTEN = 4, 2
 
 # An EMA that acts every second step, a schedule, samples that divide by no number of ranks.

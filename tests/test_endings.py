@@ -73,7 +73,7 @@ def run(world: Path, folder: Path, deed: str, ranks: tuple[str, ...], count: int
     return [process.wait(120) for process in processes], [process.output for process in processes]
 
 
-@pytest.mark.faults
+@pytest.mark.extended
 @pytest.mark.parametrize("deed", DEEDS)
 def test_a_library_does_not_end_a_run_in_silence(tiny_world: Path, tmp_path: Path, deed: str) -> None:
     (code,), (said,) = run(tiny_world, tmp_path, deed, ("0",))
@@ -83,7 +83,7 @@ def test_a_library_does_not_end_a_run_in_silence(tiny_world: Path, tmp_path: Pat
     assert (tmp_path / "done").exists() == (code == 0)
 
 
-@pytest.mark.faults
+@pytest.mark.extended
 @pytest.mark.multirank
 @pytest.mark.parametrize("ranks", [("1",), ("0", "1")], ids=["one", "all"])
 @pytest.mark.parametrize("deed", ["exit", "os._exit"])

@@ -222,7 +222,7 @@ def under_deepspeed(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.faults
+@pytest.mark.extended
 def test_sigterm_saves_and_the_run_goes_on(tiny_world: Path, tmp_path: Path) -> None:
     changes = {"run__rounds": 400, "run__checkpoint_every": 1000, "rollout__steps": 1}
     file = write_config(tmp_path / "run.yaml", run_settings(tiny_world, tmp_path / "out", **changes))

@@ -20,7 +20,7 @@ from tests.ranks import SET_BY_LAUNCHERS, Process, fork
 from tests.runs import wait_for_rounds
 from tests.tiny import run_settings, write_config
 
-pytestmark = [pytest.mark.multirank, pytest.mark.faults]
+pytestmark = [pytest.mark.multirank, pytest.mark.extended]
 
 # Seconds are shorter than in earnest; rank 1's third round may be replaced by a fault.
 SCRIPT = """

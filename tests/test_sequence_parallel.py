@@ -112,6 +112,7 @@ def runs(worlds: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.multirank
+@pytest.mark.extended
 @pytest.mark.parametrize("name", RUNS)
 def test_the_same_is_trained(runs: Path, name: str) -> None:
     """Losses, KLs, gradient norms and scores are those of one rank, on 2 and 4."""
@@ -124,12 +125,14 @@ def test_the_same_is_trained(runs: Path, name: str) -> None:
 
 
 @pytest.mark.multirank
+@pytest.mark.extended
 def test_a_run_goes_on_with_other_ranks(runs: Path) -> None:
     """Four ranks that share sequences go on from two, at another stage."""
     assert_close(metrics(runs / "resumed"), metrics(runs / "wan")[1:])
 
 
 @pytest.mark.multirank
+@pytest.mark.extended
 def test_the_same_is_drawn_and_scored(runs: Path) -> None:
     """Ranks that share a sequence decode, store and score its images between them: each once."""
     folders = [runs / name for name in ("flux rewarded", "flux on four")]
@@ -144,6 +147,7 @@ def test_the_same_is_drawn_and_scored(runs: Path) -> None:
 
 
 @pytest.mark.multirank
+@pytest.mark.extended
 def test_every_family_and_its_copy_share_sequences(tmp_path: Path) -> None:
     """Velocities, and gradients, which are sums over the ranks."""
     launch(2, str(tmp_path), script=str(Path(__file__).parent / "sequence_parallel_ranks.py"))
@@ -155,6 +159,7 @@ def test_every_family_and_its_copy_share_sequences(tmp_path: Path) -> None:
 
 
 @pytest.mark.multirank
+@pytest.mark.extended
 def test_a_lost_rank_ends_the_run(worlds: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     """The others wait for its tokens, inside a forward."""
     file = write_config(tmp_path / "run.yaml", settings(tmp_path, worlds["wan"], 2, run__rounds=100_000))
