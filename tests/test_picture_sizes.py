@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from opd_ds.pictures import Picture
 from PIL import Image
 
 from opd_ds.config.algorithms import DistilConfig
@@ -27,6 +26,7 @@ from opd_ds.testing import family_checks as checks
 from opd_ds.testing.tiny import flux_kontext, wan_i2v
 from opd_ds.testing.tiny.parts import painting
 from opd_ds.training.trainer import RolloutResult
+from opd_ds.utils.pictures import Picture
 from tests.tiny import run_settings, with_changes
 
 WIDE, HIGH = (88, 64), (64, 88)  # width, height of pictures
