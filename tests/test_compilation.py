@@ -156,6 +156,7 @@ def test_a_second_size_makes_a_graph_for_all_further_sizes_and_a_single_row_one(
     assert graphs == [1, 2, 2, 2, 3]
 
 
+@pytest.mark.extended
 def test_training_is_compiled_beside_three_adapters(
     build_run: Build, tiny_world: Path, with_gradient: list[bool], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -387,6 +387,7 @@ def test_a_rank_that_dies_in_between(
     assert not finding(report, "all-reduce").checked
 
 
+@pytest.mark.extended
 def test_missing_ranks_are_named_and_nobody_waits_for_ever(tmp_path: Path) -> None:
     """Rank 0 of 3 alone, then rank 1 alone: processes of their own, with exit codes."""
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}

@@ -104,6 +104,7 @@ def test_the_gradient_of_edits_and_images_does_not_depend_on_how_the_round_is_cu
         assert worst < 1e-5 * scale + 1e-7, f"{name}: gradients differ by {worst} at scale {scale}"
 
 
+@pytest.mark.extended
 @pytest.mark.multirank
 def test_two_ranks_edit_as_one_rank_does_and_go_on_bit_for_bit(world: Path, tmp_path: Path, group: Group) -> None:
     """Where the text encoder sees the pictures, with negative prompts too, and layers are gathered one by one."""

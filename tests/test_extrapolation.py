@@ -201,6 +201,7 @@ def test_contradictions_are_named(
         configured(**changes)
 
 
+@pytest.mark.extended
 @pytest.mark.multirank
 def test_two_ranks_train_what_one_trains_and_resume(tiny_world: Path, tmp_path: Path, group: Any) -> None:
     """With a remainder: a LoRA student per layer under ZeRO-3, and a full one; resumed it is the uninterrupted run."""

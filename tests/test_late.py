@@ -111,6 +111,7 @@ def test_no_round_is_dropped_and_a_run_that_goes_on_repeats_it(tiny_world: Path,
         train(DistilConfig.model_validate(config), group, "auto")
 
 
+@pytest.mark.extended
 @pytest.mark.multirank
 def test_what_waits_goes_on_on_any_number_of_ranks(tiny_world: Path, tmp_path: Path, group: Group) -> None:
     def config(name: str) -> Path:

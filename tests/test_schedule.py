@@ -135,6 +135,7 @@ TOGETHER: dict[str, Any] = {
 }
 
 
+@pytest.mark.extended
 @pytest.mark.multirank
 def test_two_ranks_train_what_one_trains(tiny_world: Path, tmp_path: Path) -> None:
     cuts: dict[str, dict[str, Any]] = {

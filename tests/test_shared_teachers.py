@@ -232,6 +232,7 @@ def test_batches_found_by_each_rank_are_refused_where_forwards_are_collective(
     find(1, rollout__gather="per_layer")
 
 
+@pytest.mark.extended
 @pytest.mark.multirank
 def test_two_ranks_train_the_same_with_shared_and_separate_teachers(
     tiny_world: Path, wide: Path, tmp_path: Path

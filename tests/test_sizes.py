@@ -250,6 +250,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.extended
 @pytest.mark.multirank
 def test_two_ranks_train_three_sizes_as_one_rank_and_go_on_bit_for_bit(
     world: Path, tmp_path: Path, group: Group

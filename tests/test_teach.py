@@ -181,6 +181,7 @@ def test_stages_kinds_and_micro_batches_learn_the_same(build: Build, redness: Re
         assert_close(rows(student__kind=kind, rollout__micro_batch=3, train__micro_batch=5), expected)
 
 
+@pytest.mark.extended
 @pytest.mark.multirank
 def test_two_ranks_learn_what_one_learns_and_go_on_from_its_checkpoint(
     tiny_world: Path, tmp_path: Path, group: Group

@@ -142,6 +142,7 @@ def runs(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.multirank
+@pytest.mark.extended
 @pytest.mark.parametrize("name", ["three-hard", "four-hard", "four-sharded", "three-late", "three-drawn"])
 def test_the_same_is_trained(runs: Path, name: str) -> None:
     """Losses, KLs, gradient norms and scores, one teacher rank of three or two of four."""
@@ -149,12 +150,14 @@ def test_the_same_is_trained(runs: Path, name: str) -> None:
 
 
 @pytest.mark.multirank
+@pytest.mark.extended
 def test_a_run_goes_on_with_other_roles(runs: Path) -> None:
     """What waits in a checkpoint (`scoring.late`), and all else: two ranks after three, and none are teachers."""
     assert_close(metrics(runs / "two-resumed"), metrics(runs / "plain-late")[2:])
 
 
 @pytest.mark.multirank
+@pytest.mark.extended
 def test_teachers_draw_for_the_ranks_that_evaluate(runs: Path) -> None:
     """The images of the teacher are those that it draws beside the student."""
     images = [sorted((runs / name / "eval").rglob("*.png")) for name in ("plain-drawn", "three-drawn")]
@@ -162,6 +165,7 @@ def test_teachers_draw_for_the_ranks_that_evaluate(runs: Path) -> None:
 
 
 @pytest.mark.multirank
+@pytest.mark.extended
 def test_a_signal_ends_both_roles(tiny_world: Path, tmp_path: Path) -> None:
     """It reaches a rank that trains; the state is saved, and a teacher rank leaves with the same code."""
     changes = ONE_STEP | {"run__rounds": 100_000, "run__checkpoint_every": 100_000, "scoring__ranks": 1}
