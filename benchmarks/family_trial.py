@@ -112,12 +112,12 @@ class Trial:
             torch.float32,
         )
         assert rolled.states is not None
-        exact, rounded = (self._losses(self._build(dtype), rolled.states) for dtype in (torch.float32, torch.bfloat16))
+        exact, rounded = (self._losses(self.build(dtype), rolled.states) for dtype in (torch.float32, torch.bfloat16))
         return float(((rounded - exact).abs() / exact).median())
 
     def finite_at_both_ends(self) -> bool:
         """Whether no velocity at sigma 1 or 0 is NaN or infinite, in fp32 and bf16."""
-        return checks.finite_at_both_ends(self._build)
+        return checks.finite_at_both_ends(self.build)
 
     def plan_error(self) -> float:
         """Relative error of what the plan expects each further row to keep for the backward, in bytes.
@@ -128,11 +128,16 @@ class Trial:
         planned, kept = zip(*(self._kept_of(rows) for rows in (1, 2)), strict=True)
         return (planned[1] - planned[0]) / (kept[1] - kept[0]) - 1
 
+    def build(self, dtype: torch.dtype, **settings: Any) -> ModelFamily:
+        """The base; `settings`: of the family, besides the trial's."""
+        told = {"text_encoders": "resident", **self._model, **settings}
+        return build_family(self.name, self._base, dtype=dtype, device=checks.CPU, **told)
+
     # ---- the parts ----
 
     @cached_property
     def family(self) -> ModelFamily:
-        return self._build(torch.float32)
+        return self.build(torch.float32)
 
     @property
     def _base(self) -> Path:
@@ -149,11 +154,6 @@ class Trial:
     def _model(self) -> dict[str, Any]:
         return {**self._size, **checks.model_settings(self.name)}
 
-    def _build(self, dtype: torch.dtype) -> ModelFamily:
-        return build_family(
-            self.name, self._base, dtype=dtype, device=checks.CPU, text_encoders="resident", **self._model
-        )
-
     def _draw(self, pipeline: Any, guidance: float) -> Tensor:
         return checks.draw(checks.tiny_module(self.name), self.family, pipeline, guidance)
 
@@ -166,7 +166,7 @@ class Trial:
         cond, _ = checks.encode(family, checks.PROMPTS[:1] * rows)
         noise = SampleNoise(list(range(rows)), family.latent_shape)
         x, sigma = noise.draw(slice(None)), torch.full((rows,), 0.5)
-        kept, seen = _bytes_kept(network, lambda: family.velocity(family.at_stage(network, 0), x, sigma, cond))
+        kept, seen = bytes_kept(network, lambda: family.velocity(family.at_stage(network, 0), x, sigma, cond))
         (text,) = (held_tensors(value)[0].shape[-2] for name, value in seen.items() if name in _TEXTS)
         config = json.loads((self._base / "transformer" / "config.json").read_text(encoding="utf-8"))
         shapes = [tuple(latents.shape[1:]) for latents in cond.stacked_references()]
@@ -223,7 +223,7 @@ class _Kept:
         self.tensor = tensor
 
 
-def _bytes_kept(network: nn.Module, forward: Callable[[], object]) -> tuple[int, dict[str, Any]]:
+def bytes_kept(network: nn.Module, forward: Callable[[], object]) -> tuple[int, dict[str, Any]]:
     """Bytes that `forward` keeps for a backward of `network`, its parameters and inputs left out, its output not; and
     the inputs.
     """

@@ -1,12 +1,14 @@
-"""`python -m benchmarks growth`: what grows with prompts, tasks, ranks and resolution, and how fast.
+"""`python -m benchmarks growth`: what grows with prompts, encoded prompts, tasks, ranks and resolution, and how fast.
 
-Prompts are measured, in processes of their own; ranks are played in a fake process group (`fake_world.py`); what tasks
-and resolution take is counted by the plan of the miniature, in which nothing hides behind a large network.
+Prompts and text caches are measured, in processes of their own; ranks are played in a fake process group
+(`fake_world.py`); what tasks and resolution take is counted by the plan of the miniature, in which nothing hides behind
+a large network.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -14,17 +16,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.loading_worker import anonymous_memory
 from benchmarks.plots import panels, require_plots, write_csv
 from opd_ds.config.loading import load_config
 from opd_ds.config.schema import RunConfig
 from opd_ds.data import PromptSet, draw_prompts
+from opd_ds.data.text_cache import TextCache
+from opd_ds.diffusion.rollout import chunks
 from opd_ds.errors import UserError
+from opd_ds.models import Conditioning
 from opd_ds.plan.costs import Costs
 from opd_ds.plan.devices import parse_devices
 from opd_ds.plan.network import find_model
 from opd_ds.plan.passes import Passes, round_passes
 from opd_ds.plan.planner import make_plan
+from opd_ds.runs.encode import PER_SHARD
 from opd_ds.utils.markdown import markdown_table
 
 PROMPTS = (10, 1_000, 100_000, 1_000_000)
@@ -53,7 +61,13 @@ def bench(folder: Path, most: int, say: Callable[[str], None]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     counts = sorted({*(count for count in PROMPTS if count < most), most})
     found: dict[str, list[Row]] = {}
-    parts = {"prompts": lambda: _prompts(counts, folder), "tasks": _tasks, "ranks": _ranks, "resolution": _resolution}
+    parts = {
+        "prompts": lambda: _prompts(counts, folder),
+        "text cache": lambda: _encoded(counts, folder),
+        "tasks": _tasks,
+        "ranks": _ranks,
+        "resolution": _resolution,
+    }
     for name, rows in parts.items():
         found[name] = list(rows())
         say(as_markdown({name: found[name]}))
@@ -89,24 +103,67 @@ def read_and_draw(file: Path) -> Row:
     return {"seconds": read, "of a round": drawn, "kept": anonymous_memory() - before}
 
 
+def write_cache(folder: Path, count: int) -> None:
+    """A text cache of `count` prompts, as many to a shard as `opd-ds data encode` writes, with few numbers each."""
+    cache = TextCache(folder)
+    cache.claim({"files": {}})
+    row = Conditioning({"embeds": torch.zeros(1, 2, 4), "pooled": torch.zeros(1, 4)})
+    for shard in chunks(count, PER_SHARD):
+        cache.add({_encoded_prompt(number): row for number in range(count)[shard]})
+
+
+def open_and_read(folder: Path, count: int) -> Row:
+    """What a start does with a text cache of `count` prompts, and a round: as `read_and_draw`."""
+    before, started = anonymous_memory(), time.process_time()
+    cache = TextCache(folder)
+    lacking = len(cache.missing(map(_encoded_prompt, range(count))))
+    opened, kept = time.process_time() - started, anonymous_memory() - before
+    started = time.process_time()
+    cache.read([_encoded_prompt(number * (count // 24) % count) for number in range(24)])
+    return {"seconds": opened, "of a round": time.process_time() - started, "kept": kept, "lacking": lacking}
+
+
+def _encoded_prompt(number: int) -> str:
+    return f"{' '.join(_WORDS)} {number}"
+
+
 def _prompts(counts: Sequence[int], folder: Path) -> Iterator[Row]:
     for ending in ("txt", "jsonl"):
         for count in counts:
             file = folder / f"prompts.{ending}"
             write_prompts(file, count)
-            done = subprocess.run([sys.executable, "-m", __name__, str(file)], capture_output=True, text=True)
-            if done.returncode:
-                raise UserError(f"reading {count} prompts ended with exit code {done.returncode}: {done.stderr[-800:]}")
-            found, size = json.loads(done.stdout.splitlines()[-1]), file.stat().st_size
+            found, size = _apart("prompts", file, count), file.stat().st_size
             file.unlink()
-            yield {
-                "file": f".{ending}",
-                "prompts": count,
-                "file, MiB": round(size / _MIB, 1),
-                "seconds to read": round(found["seconds"], 2),
-                "milliseconds of a round": round(1e3 * found["of a round"], 2),
-                "kept in memory, MiB": round(found["kept"] / _MIB, 1),
-            }
+            yield {"file": f".{ending}", "prompts": count, "file, MiB": round(size / _MIB, 1)} | _started(found, "read")
+
+
+def _encoded(counts: Sequence[int], folder: Path) -> Iterator[Row]:
+    for count in counts:
+        place = folder / "cache"
+        shutil.rmtree(place, ignore_errors=True)
+        write_cache(place, count)
+        found = _apart("cache", place, count)
+        shutil.rmtree(place)
+        if found["lacking"]:
+            raise UserError(f"a text cache of {count} prompts lacks {found['lacking']} of them")
+        yield {"encoded prompts": count} | _started(found, "open")
+
+
+def _started(found: Row, what: str) -> Row:
+    return {
+        f"seconds to {what}": round(found["seconds"], 2),
+        "milliseconds of a round": round(1e3 * found["of a round"], 2),
+        "kept in memory, MiB": round(found["kept"] / _MIB, 1),
+    }
+
+
+def _apart(what: str, place: Path, count: int) -> Row:
+    """What `_PARTS[what]` finds in a process of its own."""
+    command = [sys.executable, "-m", __name__, what, str(place), str(count)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{what} of {count} ended with exit code {done.returncode}: {done.stderr[-800:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _tasks() -> Iterator[Row]:
@@ -181,5 +238,10 @@ def _draw(found: Mapping[str, Sequence[Row]], folder: Path) -> None:
     figure.savefig(folder / "growth.png")
 
 
+_PARTS: dict[str, Callable[[Path, int], Row]] = {
+    "prompts": lambda file, _: read_and_draw(file),
+    "cache": open_and_read,
+}
+
 if __name__ == "__main__":
-    print(json.dumps(read_and_draw(Path(sys.argv[1]))))
+    print(json.dumps(_PARTS[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import growth
-from benchmarks.growth import as_markdown, read_and_draw, write_prompts
+from benchmarks.growth import as_markdown, open_and_read, read_and_draw, write_cache, write_prompts
 
 
 @pytest.mark.parametrize("ending", ["txt", "jsonl"])
@@ -15,6 +15,14 @@ def test_a_set_of_prompts_is_written_and_read(tmp_path: Path, ending: str) -> No
     file = tmp_path / f"prompts.{ending}"
     write_prompts(file, 100)
     assert read_and_draw(file).keys() == {"seconds", "of a round", "kept"}
+
+
+def test_a_text_cache_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growth, "PER_SHARD", 30)
+    write_cache(tmp_path, 100)
+    assert len(list(tmp_path.glob("shard-*"))) == 4
+    assert open_and_read(tmp_path, 100)["lacking"] == 0
+    assert open_and_read(tmp_path, 101)["lacking"] == 1
 
 
 def test_passes_and_memory_grow_with_tasks_and_resolution_as_they_must(

@@ -146,7 +146,7 @@ def test_a_second_call_encodes_what_the_first_left(
         return honest(family, prompts, pictures)
 
     monkeypatch.setattr(ModelFamily, "encode_texts", encode)
-    monkeypatch.setattr(opd_ds.runs.encode, "_PER_SHARD", 3)
+    monkeypatch.setattr(opd_ds.runs.encode, "PER_SHARD", 3)
     with pytest.raises(KeyboardInterrupt):
         encode_prompts(config, group, tmp_path / "cache")
     (shard,) = (tmp_path / "cache").glob("shard-*")

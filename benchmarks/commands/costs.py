@@ -58,6 +58,37 @@ def fake_world(
     bench(ranks, output_dir, typer.echo)
 
 
+def cached_guidance(
+    output_dir: Annotated[Path, typer.Option(help="cached_guidance.json and cached_guidance.md go here")],
+) -> None:
+    """How wrong are states where `rollout.negative_every` saves passes? On the miniature's base."""
+    from opd_ds.cluster.rendezvous import prepare_environment
+    from opd_ds.cluster.world import World
+
+    prepare_environment(World())
+    from benchmarks.cached_guidance import bench
+    from opd_ds.utils.logging import quiet_libraries
+
+    quiet_libraries()
+    bench(output_dir, typer.echo)
+
+
+def kernels(
+    output_dir: Annotated[Path, typer.Option(help="kernels.json and kernels.md go here")],
+    family: Annotated[list[str] | None, typer.Option(help="repeatable; default: all")] = None,
+) -> None:
+    """What do kernels of attention and compiled blocks change in each family's velocity and gradient?"""
+    from opd_ds.cluster.rendezvous import prepare_environment
+    from opd_ds.cluster.world import World
+
+    prepare_environment(World())
+    from benchmarks.kernels import bench
+    from opd_ds.utils.logging import quiet_libraries
+
+    quiet_libraries()
+    bench(output_dir, family or [], typer.echo)
+
+
 def optimizers(
     output_dir: Annotated[Path, typer.Option(help="optimizers.json and optimizers.md go here")],
     rounds: Annotated[int, typer.Option(min=4, help="of the miniature, under each")] = 20,

@@ -46,7 +46,7 @@ class Bench:
     peers: tuple[Peer, ...] = tuple(PEERS.values())
     switches: tuple[Switch, ...] = SWITCHES
     memory: bool = True
-    state_worlds: tuple[int, ...] = (1, 2, 4)
+    state_worlds: tuple[int, ...] = (1, 2, 4, 8)
 
 
 def quick(size: Size) -> Bench:

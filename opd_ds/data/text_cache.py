@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -26,6 +28,7 @@ from opd_ds.utils.hashing import files_below, weights_sha256
 
 FORMAT = 1  # also to be raised when a family encodes the same prompt to something else than before
 MANIFEST_FILE = "manifest.json"
+_OPEN = 64  # shards at once: each holds its header in memory
 _COMMAND = "run `opd-ds data encode` with the --recipe or --config and the --set options of the run"
 
 
@@ -63,6 +66,7 @@ class TextCache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._opened = lru_cache(_OPEN)(_opened)
 
     def claim(self, identity: dict[str, Any]) -> None:
         """Make the folder one of `identity`.
@@ -92,7 +96,8 @@ class TextCache:
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """What is not encoded yet, each once, in order."""
-        return [name for name in dict.fromkeys(names) if _digest(name) not in self._rows]
+        asked = list(dict.fromkeys(names))
+        return [asked[place] for place in np.flatnonzero(self._index.places(asked) < 0)]
 
     def read(self, names: list[str]) -> Conditioning:
         """Encodings, one row each, on the CPU; where they differ in length, padded to the longest.
@@ -101,7 +106,9 @@ class TextCache:
             UserError: one is not there.
         """
         self._refuse_missing(names)
-        return Conditioning.cat([self._read(_digest(name)) for name in names])
+        return Conditioning.cat(
+            [self._read(name, place) for name, place in zip(names, self._index.places(names), strict=True)]
+        )
 
     def add(self, rows: dict[str, Conditioning]) -> None:
         """Write encodings by name, each a single row, as one shard; rows without their padding."""
@@ -115,19 +122,16 @@ class TextCache:
         save_file(entries, draft)
         apply_umask(draft)
         publish(draft, shard)
-        self._rows.update(_opened(shard))
+        self.__dict__.pop("_index", None)  # it is made anew when it is asked
 
     @cached_property
-    def _rows(self) -> dict[str, tuple[Any, list[str]]]:
-        """By prompt: an open shard and the names of the prompt's tensors."""
-        rows = {}
-        for shard in sorted(self.folder.glob("shard-*.safetensors")):
-            rows.update(_opened(shard))
-        return rows
+    def _index(self) -> _Index:
+        return _Index(sorted(self.folder.glob("shard-*.safetensors")))
 
-    def _read(self, digest: str) -> Conditioning:
-        shard, names = self._rows[digest]
-        return Conditioning({name: shard.get_tensor(f"{digest}.{name}") for name in names})
+    def _read(self, name: str, place: int) -> Conditioning:
+        shard, tensors = self._index.entry(place)
+        opened = self._opened(shard)
+        return Conditioning({tensor: opened.get_tensor(f"{_digest(name)}.{tensor}") for tensor in tensors})
 
     def _refuse_missing(self, names: list[str]) -> None:
         missing = self.missing(names)
@@ -158,21 +162,55 @@ def trimmed(row: Conditioning) -> Conditioning:
     )
 
 
+class _Index:
+    """Where each entry is, in 40 bytes: a cache may have millions.
+
+    Raises:
+        UserError: a shard is damaged.
+    """
+
+    def __init__(self, shards: Sequence[Path]) -> None:
+        self._shards, kinds = shards, dict[tuple[str, ...], int]()
+        digests, places = [np.empty(0, _DIGEST)], [np.empty((0, 2), np.int32)]
+        for number, shard in enumerate(shards):
+            tensors: dict[str, list[str]] = {}
+            for key in _opened(shard).keys():  # noqa: SIM118  # no mapping
+                digest, _, tensor = key.partition(".")
+                tensors.setdefault(digest, []).append(tensor)
+            digests.append(np.array([bytes.fromhex(digest) for digest in tensors], _DIGEST))
+            places.append(
+                np.array([(number, kinds.setdefault(tuple(own), len(kinds))) for own in tensors.values()], np.int32)
+            )
+        self._digests, self._places, self._kinds = np.concatenate(digests), np.concatenate(places), list(kinds)
+        order = np.argsort(self._digests)
+        self._digests, self._places = self._digests[order], self._places[order]
+
+    def places(self, names: Sequence[str]) -> NDArray[np.int64]:
+        """Of each name the place of its entry; -1 where there is none."""
+        if not len(self._digests):
+            return np.full(len(names), -1)
+        wanted = np.fromiter((hashlib.sha256(name.encode()).digest() for name in names), _DIGEST, len(names))
+        found = np.minimum(np.searchsorted(self._digests, wanted), len(self._digests) - 1)
+        return np.where(self._digests[found] == wanted, found, -1)
+
+    def entry(self, place: int) -> tuple[Path, tuple[str, ...]]:
+        """The shard, and the names of the entry's tensors."""
+        shard, kind = self._places[place]
+        return self._shards[shard], self._kinds[kind]
+
+
+_DIGEST = np.dtype("S32")  # SHA-256; numpy compares such bytes whole, as all are equally long
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _opened(shard: Path) -> dict[str, tuple[Any, list[str]]]:
+def _opened(shard: Path) -> Any:
     try:
-        handle = safe_open(shard, "pt")  # memory-mapped: a tensor is read when it is asked for
+        return safe_open(shard, "pt")  # memory-mapped: a tensor is read when it is asked for
     except (SafetensorError, OSError) as error:
         raise UserError(f"text cache: {shard} is damaged ({error}); remove it and {_COMMAND}") from error
-    rows: dict[str, tuple[Any, list[str]]] = {}
-    keys: list[str] = handle.keys()
-    for key in keys:
-        digest, _, name = key.partition(".")
-        rows.setdefault(digest, (handle, []))[1].append(name)
-    return rows
 
 
 def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from opd_ds.runs.encodings import Wanted, check_pictures
 from opd_ds.runs.files import find_prompts, sets_by_key
 from opd_ds.training.networks import find_base, load_family
 
-_PER_SHARD = 256
+PER_SHARD = 256
 
 
 def encode_prompts(config: RunConfig, group: Group, output: Path | None = None) -> None:
@@ -45,26 +45,30 @@ def encode_prompts(config: RunConfig, group: Group, output: Path | None = None) 
     if world.is_main:
         what = f"{len(wanted.texts)} prompts" + f" and {len(wanted.pictures)} pictures" * bool(wanted.pictures)
         typer.echo(f"{what}, {everything - sum(counts)} of them encoded already in {cache.folder}")
+    done = 0
     alone, beside = ([name for name in texts if bool(wanted.texts[name][1]) is seen] for seen in (False, True))
     for names in (alone, beside):  # what the text encoder sees with pictures may have further tensors
-        for part in (names[block] for block in chunks(len(names), _PER_SHARD)):
+        for part in (names[block] for block in chunks(len(names), PER_SHARD)):
             prompts, pictures_of = zip(*(wanted.texts[name] for name in part), strict=True)
             cache.add(dict(zip(part, family.encode_texts(list(prompts), pictures_of).apart(), strict=True)))
-            _say_progress(world, part, [*alone, *beside], "prompts")
-    for part in (pictures[block] for block in chunks(len(pictures), _PER_SHARD)):
+            done += len(part)
+            _say_progress(world, done, len(texts), "prompts")
+    done = 0
+    for part in (pictures[block] for block in chunks(len(pictures), PER_SHARD)):
         found = {name: wanted.pictures[name] for name in part}
         latents = {name: at.encode_picture(picture) for name, (picture, at) in found.items()}
         cache.add({name: Conditioning({REFERENCE: own[None]}) for name, own in latents.items()})
-        _say_progress(world, part, pictures, "pictures")
+        done += len(part)
+        _say_progress(world, done, len(pictures), "pictures")
     group.barrier()
     if world.is_main:
         size = sum(file.stat().st_size for file in cache.folder.glob("shard-*.safetensors"))
         typer.echo(f"done: {size / 1e9:.2f} GB; start the run with model.text_encoders=cached{_where(config, output)}")
 
 
-def _say_progress(world: World, part: list[str], names: list[str], what: str) -> None:
+def _say_progress(world: World, done: int, all_of_rank: int, what: str) -> None:
     if world.is_main:
-        typer.echo(f"{names.index(part[-1]) + 1} of {len(names)} {what} encoded" + " by rank 0" * (world.size > 1))
+        typer.echo(f"{done} of {all_of_rank} {what} encoded" + " by rank 0" * (world.size > 1))
 
 
 def _where(config: RunConfig, output: Path | None) -> str:

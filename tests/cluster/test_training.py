@@ -12,7 +12,7 @@ import pytest
 from opd_ds.config.paths import package_root
 from tests.cluster.conftest import Cluster
 from tests.ranks import launch
-from tests.runs import metrics
+from tests.runs import assert_close, metrics
 
 LAUNCHERS = package_root().resolve().parent / "launchers"
 TASKS = ("text", "composition", "look")
@@ -51,6 +51,18 @@ def test_in_a_slurm_allocation(
     job = cluster.submit(*tasks, script, *arguments(tmp_path / "out"), env={"LAUNCHER": launcher}, cwd=tmp_path)
     assert cluster.wait_for(job, ("COMPLETED", "FAILED"), timeout=240) == "COMPLETED", cluster.output(job)
     assert metrics(tmp_path / "out") == local[2 * per_node]
+
+
+@pytest.mark.parametrize("launcher", ["srun", pytest.param("deepspeed", marks=pytest.mark.slow)])
+def test_teachers_on_ranks_of_their_own(
+    cluster: Cluster, tmp_path: Path, local: dict[int, list[dict[str, float]]], launcher: str
+) -> None:
+    """The second node's two ranks have the teachers; the first one's learn what two ranks alone learn."""
+    tasks = ["-N", "2", "--ntasks-per-node=2", f"--chdir={tmp_path}"]
+    settings = [*arguments(tmp_path / "out"), "--set", "scoring.ranks=2"]
+    job = cluster.submit(*tasks, LAUNCHERS / "slurm_train.sbatch", *settings, env={"LAUNCHER": launcher}, cwd=tmp_path)
+    assert cluster.wait_for(job, ("COMPLETED", "FAILED"), timeout=240) == "COMPLETED", cluster.output(job)
+    assert_close(metrics(tmp_path / "out"), local[2], 1e-5)
 
 
 @pytest.mark.parametrize("per_node", [1, pytest.param(2, marks=pytest.mark.slow)])
