@@ -139,6 +139,7 @@ def measured(tiny: Size, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict
         return speed.bench(wanted, folder, lambda line: None), folder
 
 
+@pytest.mark.extended
 @pytest.mark.multirank
 def test_ratios_are_of_rounds_that_were_timed_in_turns(measured: tuple[dict[str, Any], Path]) -> None:
     found, folder = measured
@@ -188,6 +189,7 @@ def test_a_peer_is_compared_at_both_batch_sizes_on_equal_work(tiny: Size, tmp_pa
     assert list(peer["ratios"].values()) == [0.5, 0.333, 0.25, 0.2]
 
 
+@pytest.mark.extended
 @pytest.mark.multirank
 def test_what_is_measured_is_not_measured_again(measured: tuple[dict[str, Any], Path], tiny: Size) -> None:
     found, folder = measured
@@ -198,6 +200,7 @@ def test_what_is_measured_is_not_measured_again(measured: tuple[dict[str, Any], 
     assert file.stat().st_mtime_ns == before
 
 
+@pytest.mark.extended
 @pytest.mark.multirank
 def test_what_was_measured_with_other_settings_is_refused(measured: tuple[dict[str, Any], Path], tiny: Size) -> None:
     other = replace(speed.quick(tiny), settings=SETTINGS[:1], samples=2)
@@ -205,6 +208,7 @@ def test_what_was_measured_with_other_settings_is_refused(measured: tuple[dict[s
         speed.bench(other, measured[1], lambda line: None)
 
 
+@pytest.mark.extended
 @pytest.mark.multirank
 def test_the_report_shows_all_of_it(measured: tuple[dict[str, Any], Path], tiny: Size, tmp_path: Path) -> None:
     found = copy.deepcopy(measured[0]) | {"peers": [peer_entry(tiny, tmp_path)[0]]}
@@ -274,5 +278,6 @@ def test_collectives_are_counted_by_size_and_only_meanwhile(group: Group) -> Non
         group.sum(torch.ones(4))  # 8 bytes each: added up in float64
         group.sum(torch.ones(4))
         group.sum(torch.ones(2))
+        assert group.gather(5) == [5]  # objects are not counted
     group.sum(torch.ones(4))
     assert counts["all_reduce"] == {32: 2, 16: 1}

@@ -156,6 +156,7 @@ def test_a_limit_keeps_the_best_and_worst(tmp_path: Path) -> None:
     assert opened <= {a.get("id") for _, a in page.tags}
 
 
+@pytest.mark.extended
 def test_a_thousand_pictures_stay_under_50_megabytes(tmp_path: Path) -> None:
     """Images with grain, which compress worse than photographs do."""
     results = write_evaluation(tmp_path, [f"prompt {k}" for k in range(8)], side=320, noisy=True)

@@ -58,8 +58,8 @@ def small(precision: str = "fp32") -> nn.Module:
     return layers.to(DTYPES[precision])
 
 
-def engine_of(group: Group, kind: str, stage: int, precision: str = "fp32") -> StudentEngine:
-    settings = {"stage": stage, "overlap_comm": False, "stage3_param_persistence_threshold": 0}
+def engine_of(group: Group, kind: str, stage: int, precision: str = "fp32", **zero: Any) -> StudentEngine:
+    settings = {"stage": stage, "overlap_comm": False, "stage3_param_persistence_threshold": 0, **zero}
     wanted = config(optimizer={"type": kind, "lr": LR, "max_grad_norm": 0.0}, precision=precision)
     ds_config = student_ds_config({"zero_optimization": settings}, wanted, World(), "x.json")
     return StudentEngine(small(precision), ds_config, group, "auto", Schedule.of(wanted, ds_config))
@@ -209,6 +209,22 @@ def test_muon_keeps_its_state_at_another_stage(
     assert again.scalar_state()["optimizer_step"] == 3
 
 
+@pytest.mark.slow  # compiles DeepSpeed's Adam for CPUs
+def test_muon_offloaded_is_muon(group: Group, tmp_path: Path) -> None:
+    there, here = (engine_of(group, "Muon", 3, **zero) for zero in ({"offload_optimizer": {"device": "cpu"}}, {}))
+    for _ in range(3):
+        step(there)
+        step(here)
+    for name, value in weights(here).items():
+        torch.testing.assert_close(weights(there)[name], value, rtol=0, atol=1e-7)
+    write_shard(there.state_dict(), tmp_path, 0, 1)
+    again = engine_of(group, "Muon", 3, offload_optimizer={"device": "cpu"})
+    again.load_state_dict(ShardReader(tmp_path), there.scalar_state())
+    step(there)
+    step(again)
+    assert same(weights(there), weights(again))
+
+
 @NEEDS_BITS
 @pytest.mark.parametrize(("stage", "other"), [(0, 2), (3, 0)])
 def test_eight_bits_go_on_nearly_the_same_at_another_stage(
@@ -272,7 +288,11 @@ def test_other_ranks_cut_other_blocks(tmp_path: Path) -> None:
 @pytest.mark.multirank
 @pytest.mark.parametrize(
     ("kind", "wrote", "goes_on"),
-    [("Adafactor", "zero0", "zero0"), pytest.param("AdamW8bit", "zero2", "zero0", marks=NEEDS_BITS)],
+    [
+        ("Adafactor", "zero0", "zero0"),
+        pytest.param("Muon", "zero3", "zero0", marks=pytest.mark.extended),
+        pytest.param("AdamW8bit", "zero2", "zero0", marks=NEEDS_BITS),
+    ],
 )
 def test_a_run_goes_on_on_other_ranks_and_is_exported(
     tiny_world: Path, tmp_path: Path, group: Group, kind: str, wrote: str, goes_on: str

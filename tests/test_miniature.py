@@ -187,6 +187,7 @@ def test_all_tasks_at_once_is_the_product_of_the_three(real: world.Batch) -> Non
     assert float(parts.prod(0).mean()) > 0.8
 
 
+@pytest.mark.extended
 def test_the_build_makes_a_whole_world(tmp_path: Path, group: Group) -> None:
     """A few steps of every stage; a second call makes nothing again."""
     settings = BuildSettings(

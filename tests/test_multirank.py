@@ -107,6 +107,7 @@ def test_its_own_teacher_is_exactly_zero_on_two_ranks_in_bf16(on_two_ranks: Path
     assert [row["loss"] for row in metrics(on_two_ranks / placement)] == [0.0, 0.0]
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("kind", KINDS)
 def test_kill_9_and_resume_is_bit_for_bit(tiny_world: Path, tmp_path: Path, on_two_ranks: Path, kind: str) -> None:
     """Invariant 2: a rank is killed within a round; the resumed rounds equal the uninterrupted ones."""

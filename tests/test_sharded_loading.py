@@ -139,6 +139,7 @@ def test_an_adapter_is_merged_as_peft_merges_it(tiny_world: Path) -> None:
     assert sum(not torch.equal(value, plain[name]) for name, value in found.items()) == len(network.peft_config) * 8
 
 
+@pytest.mark.extended
 @pytest.mark.multirank
 def test_two_ranks_own_what_one_would_hold(tmp_path: Path) -> None:
     """Every family, plain, offloaded and with hpZ; a LoRA student; a `zero_inference` teacher. See the script."""

@@ -12,7 +12,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import opd_ds.runs.encode
@@ -207,6 +207,26 @@ def test_padding_is_not_stored(tmp_path: Path, dtype: torch.dtype) -> None:
         assert together.tensors[name].dtype == tensor.dtype
         assert torch.equal(together.tensors[name], expected), name
     assert torch.equal(cache.read(["one", "five", "one"]).tensors["embeds"][:, :5], embeds[[2, 1, 2], :5])
+
+
+def test_many_shards_are_one_cache_and_a_foreign_file_is_named(tmp_path: Path) -> None:
+    """Entries of several kinds, found whatever shard they are in, of which few are open; also after more were added."""
+    names, writer = [f"prompt {number}" for number in range(200)], TextCache(tmp_path)
+    writer.claim({"files": {}})
+    rows = [Conditioning({"embeds" if row % 3 else "pictures": torch.full((1, 2), float(row))}) for row in range(200)]
+    for first in range(0, 198, 2):
+        writer.add(dict(zip(names[first : first + 2], rows[first : first + 2], strict=True)))
+    cache = TextCache(tmp_path)
+    assert cache.missing([names[199], names[0], names[198], names[199]]) == [names[199], names[198]]
+    for row in (197, 0, 3, 196, 4, 0):
+        assert {key: value.tolist() for key, value in cache.read([names[row]]).tensors.items()} == {
+            "embeds" if row % 3 else "pictures": [[row, row]]
+        }
+    cache.add({names[198]: rows[198]})
+    assert cache.missing(names) == [names[199]]
+    save_file({"weight": torch.zeros(2)}, tmp_path / "shard-0.safetensors")
+    with pytest.raises(UserError, match=r"shard-0\.safetensors is damaged .* remove it and run"):
+        TextCache(tmp_path).missing(names)
 
 
 def test_padding_that_is_attended_to_stays() -> None:

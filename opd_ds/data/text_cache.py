@@ -177,10 +177,12 @@ class _Index:
             for key in _opened(shard).keys():  # noqa: SIM118  # no mapping
                 digest, _, tensor = key.partition(".")
                 tensors.setdefault(digest, []).append(tensor)
-            digests.append(np.array([bytes.fromhex(digest) for digest in tensors], _DIGEST))
-            places.append(
-                np.array([(number, kinds.setdefault(tuple(own), len(kinds))) for own in tensors.values()], np.int32)
-            )
+            try:
+                digests.append(np.array([bytes.fromhex(digest) for digest in tensors], _DIGEST))
+            except ValueError as error:  # no digest
+                raise _damaged(shard, error) from error
+            own = [(number, kinds.setdefault(tuple(names), len(kinds))) for names in tensors.values()]
+            places.append(np.array(own, np.int32).reshape(-1, 2))
         self._digests, self._places, self._kinds = np.concatenate(digests), np.concatenate(places), list(kinds)
         order = np.argsort(self._digests)
         self._digests, self._places = self._digests[order], self._places[order]
@@ -210,7 +212,11 @@ def _opened(shard: Path) -> Any:
     try:
         return safe_open(shard, "pt")  # memory-mapped: a tensor is read when it is asked for
     except (SafetensorError, OSError) as error:
-        raise UserError(f"text cache: {shard} is damaged ({error}); remove it and {_COMMAND}") from error
+        raise _damaged(shard, error) from error
+
+
+def _damaged(shard: Path, error: Exception) -> UserError:
+    return UserError(f"text cache: {shard} is damaged ({error}); remove it and {_COMMAND}")
 
 
 def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
