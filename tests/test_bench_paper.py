@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -310,6 +311,15 @@ def test_everything_is_written(tmp_path: Path) -> None:
     assert "| 1 | none | together | 0.500 | 0.600 | 0.700 | 0.500 | 0.600 | 60 |" in queries
     assert queries.index("one-round-late") < queries.index("| 1 | none |")
     assert json.loads((tmp_path / "summary.json").read_text())["settings"]["seeds"] == [3, 4, 5]
+
+
+def test_parts_that_were_not_run_have_no_table_and_no_image(tmp_path: Path) -> None:
+    write(replace(findings(), singles=[], noise={}), FULL, tmp_path)
+    assert not (tmp_path / "queries.png").exists()
+    assert not (tmp_path / "noise.png").exists()
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "One seed" not in page
+    assert re.findall(r"!\[.*\]\((.*)\)", page) == ["methods.png", "reward_against_passes.png", "gradient_variance.png"]
 
 
 def test_bars_stand_side_by_side_and_the_legend_names_each_once() -> None:

@@ -57,5 +57,5 @@ def write(findings: Findings, plan: Plan, folder: Path) -> None:
     (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
     found = json.loads(text)
     write_csv(folder / "table.csv", rows(findings.outcomes))
-    draw_all(findings, found["methods"], folder)
-    (folder / "README.md").write_text(as_markdown(found), encoding="utf-8")
+    images = draw_all(findings, found["methods"], folder)
+    (folder / "README.md").write_text(as_markdown(found, images), encoding="utf-8")

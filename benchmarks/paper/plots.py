@@ -15,15 +15,24 @@ _MILLION_UNITS = "million pass units (forward + 2 x backward)"
 Curves = dict[tuple[str, str], list[Point]]  # by name and seed
 
 
-def draw_all(findings: Findings, methods: dict[str, Any], folder: Path) -> None:
-    """`methods`: as in summary.json."""
-    _curves(
-        {(name, str(seed)): curve for (name, seed), curve in findings.curves.items()}, folder / "reward_against_passes"
-    )
-    _curves({(kind, ""): curve for kind, curve in findings.noise.items()}, folder / "noise")
-    _queries(findings.singles, folder / "queries")
-    _methods({name: found for name, found in methods.items() if name != WITH_TEACHERS}, folder / "methods")
-    _gradients(findings.gradients, folder / "gradient_variance")
+def draw_all(findings: Findings, methods: dict[str, Any], folder: Path) -> list[str]:
+    """`methods`: as in summary.json. Returns the names of the images: parts that were not run have none."""
+    known = {one.name: one for one in FULL.queries if isinstance(one, Queries)}
+    asked = [(known[one.method], one) for one in findings.singles if one.method in known]
+    curves = {(name, str(seed)): curve for (name, seed), curve in findings.curves.items()}
+    noise = {(kind, ""): curve for kind, curve in findings.noise.items()}
+    drawn = ["methods", "reward_against_passes"]
+    _methods({name: found for name, found in methods.items() if name != WITH_TEACHERS}, folder / drawn[0])
+    _curves(curves, folder / drawn[1])
+    if asked:
+        drawn.append("queries")
+        _queries(asked, folder / drawn[-1])
+    if noise:
+        drawn.append("noise")
+        _curves(noise, folder / drawn[-1])
+    drawn.append("gradient_variance")
+    _gradients(findings.gradients, folder / drawn[-1])
+    return [f"{name}.png" for name in drawn]
 
 
 def _curves(curves: Curves, place: Path) -> None:
@@ -61,10 +70,8 @@ def _methods(methods: dict[str, Any], place: Path) -> None:
     write_png(figure, place.with_suffix(".png"))
 
 
-def _queries(singles: list[Outcome], place: Path) -> None:
+def _queries(found: list[tuple[Queries, Outcome]], place: Path) -> None:
     """One panel per schedule, one line per place, over the number of queries."""
-    known = {one.name: one for one in FULL.queries if isinstance(one, Queries)}
-    found = [(known[one.method], one) for one in singles if one.method in known]
     lines: list[dict[str, Any]] = [
         {"queries": one.count, "where": one.place, "schedule": one.schedule, **outcome.rewards}
         | {"mean": mean_of_tasks(outcome.rewards), "pass_units": outcome.passes.units}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.paper.methods import Queries
@@ -18,8 +19,8 @@ PICTURES = {
 }
 
 
-def as_markdown(summary: dict[str, Any]) -> str:
-    """The whole page; images stand beside it."""
+def as_markdown(summary: dict[str, Any], images: Sequence[str]) -> str:
+    """The whole page; `images` stand beside it."""
     claims = [
         f"- **{'holds' if one['holds'] else 'DOES NOT HOLD'}**: {one['claim']}. {_said(one)}"
         for one in summary["claims"]
@@ -37,13 +38,11 @@ def as_markdown(summary: dict[str, Any]) -> str:
         "forward pass is 1, a backward pass 2. Seconds are those of rounds, several jobs at a time.",
         _table(summary["methods"]).rstrip(),
         f"Settings: {settings}.",
-        "## One seed: where queries fall, and further settings",
-        "Students of the first seed with at most the recipe's passes. *mean*: of the three tasks' rewards.",
-        _singles(summary["singles"]).rstrip(),
+        *_one_seed(summary["singles"]),
         "## Claims",
         "\n".join([*claims, *notes]),
         "## Images",
-        *(f"{title}:\n\n![{title}]({name})" for name, title in PICTURES.items()),
+        *(f"{PICTURES[name]}:\n\n![{PICTURES[name]}]({name})" for name in images),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -55,6 +54,16 @@ def _table(methods: dict[str, Any]) -> str:
         costs = [f"{found[key]:,.0f}" for key in ("passes", "pass_units", "seconds")]
         rows.append([name, *(_cell(found["tasks"][task]) for task in SCORED), average, *costs])
     return markdown_table(["method", *SCORED, "average", "passes", "pass units", "seconds"], rows)
+
+
+def _one_seed(found: dict[str, Any]) -> list[str]:
+    if not found:
+        return []
+    return [
+        "## One seed: where queries fall, and further settings",
+        "Students of the first seed with at most the recipe's passes. *mean*: of the three tasks' rewards.",
+        _singles(found).rstrip(),
+    ]
 
 
 def _singles(found: dict[str, Any]) -> str:
