@@ -40,10 +40,12 @@ def grouped_bars(
     spreads: Mapping[str, Sequence[float | None]] | None = None,
 ) -> None:
     """In each group one bar per name, with a whisker where its spread is known."""
-    width = 0.8 / len(bars)
+    from matplotlib import colormaps
+
+    width, colours = 0.8 / len(bars), colormaps["tab10" if len(bars) <= 10 else "tab20"]
     for place, (name, values) in enumerate(bars.items()):
         at = [group + (place - (len(bars) - 1) / 2) * width for group in range(len(groups))]
-        axes.bar(at, values, width, label=name)
+        axes.bar(at, values, width, label=name, color=colours(place))
         for x, value, spread in zip(at, values, (spreads or {}).get(name, ()), strict=False):
             if spread is not None:
                 axes.errorbar(x, value, spread, color="black", linewidth=1)
