@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.family_trial import KINDS, Trial
+from benchmarks.ranks import outside_of_ranks
 from opd_ds.config.paths import package_root
 from opd_ds.errors import UserError, nearest
 from opd_ds.models import FAMILIES
@@ -137,9 +138,11 @@ def train_all(configs: list[Path], folder: Path) -> dict[Path, dict[str, Any]]:
 def _run_group(configs: list[Path], log: Path) -> str:
     """Start one process group and wait for its end; says how it ended."""
     packages = [str(package_root().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in ranks}
-    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(packages)}
+    environment = outside_of_ranks() | {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(packages),
+    }
     command = [*under_launcher(RANKS), "--module", "opd_ds.testing.train_many", *map(str, configs)]
     with log.open("wb") as output:
         process = subprocess.Popen(

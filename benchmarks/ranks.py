@@ -13,6 +13,13 @@ from opd_ds.cluster.world import LOCALHOST
 from opd_ds.config.paths import package_root
 from opd_ds.errors import UserError
 
+_OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def outside_of_ranks() -> dict[str, str]:
+    """The environment without what makes a process a rank of a launch: for one that is a run of its own."""
+    return {key: value for key, value in os.environ.items() if key not in _OF_A_LAUNCHER}
+
 
 def run_ranks(module: str, arguments: list[str], ranks: int, logs: Path, more: Mapping[str, str]) -> None:
     """`python -m module arguments` on `ranks` processes; each writes `logs`/rank<N>.log.

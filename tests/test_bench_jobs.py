@@ -56,6 +56,13 @@ def test_jobs_wait_for_what_they_need(place: Path) -> None:
     assert [line.split("]")[0] for line in told] == ["[1/4", "[2/4", "[3/4", "[4/4"]
 
 
+def test_a_job_is_no_rank_of_the_process_that_starts_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    (place / "says.py").write_text("import os; print(os.environ.get('MASTER_PORT'), os.environ['OMP_NUM_THREADS'])")
+    run_jobs([Job("alone", (), module="says")], place, 1, quiet)
+    assert (place / "alone" / "log.txt").read_text() == "None 1\n"
+
+
 def test_two_jobs_run_at_a_time_and_no_more(place: Path) -> None:
     run_jobs([job(name, fate=("ok", "0.5")) for name in "abc"], place, 2, quiet)
     running, most = 0, 0

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ranks import outside_of_ranks
 from opd_ds.config.paths import package_root
 from opd_ds.errors import UserError
 
@@ -119,7 +120,7 @@ def _start(job: Job, folder: Path) -> _Running:
     place = folder / job.name
     place.mkdir(parents=True, exist_ok=True)
     packages = [str(package_root().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(packages)}
+    environment = outside_of_ranks() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(packages)}
     with (place / LOG_FILE).open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", *job.command],
