@@ -119,8 +119,11 @@ def test_a_lora_student_learns_on_a_quantized_base(build_run: Build, kind: str) 
     assert before.keys() <= names
 
 
+@pytest.mark.parametrize("checkpointing", [True, "offload"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiled_blocks_learn_the_same(build_run: Build, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_compiled_blocks_learn_the_same(
+    build_run: Build, monkeypatch: pytest.MonkeyPatch, kind: str, checkpointing: bool | str
+) -> None:
     """What dynamo makes of them, run as it is: machine code takes minutes."""
     made = []
 
@@ -131,7 +134,7 @@ def test_compiled_blocks_learn_the_same(build_run: Build, monkeypatch: pytest.Mo
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
     changes = LORA | {"precision": "fp32", "rollout__steps": 2, "rollout__samples": 2, "rollout__guidance": 1.0}
-    changes |= {"student__gradient_checkpointing": True}
+    changes |= {"student__gradient_checkpointing": checkpointing}
     found = []
     for compiled in (False, True):
         _, parts = build_run(**changes, student__quantize=kind, model__compile_blocks=compiled)

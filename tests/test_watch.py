@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -121,20 +122,34 @@ def test_rollouts_are_decoded_between_rounds_and_a_failure_is_a_gap(
     assert "round 2: the images of task one were not decoded" in caplog.text
 
 
-def test_the_thread_of_rewards_has_the_ranks_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread begins on device 0."""
-    chosen = []
-    monkeypatch.setattr(
-        torch.accelerator,
-        "set_device_index",
-        lambda device: chosen.append((device, threading.current_thread().name)),
-    )
-    pool = RewardPool({}, decode, torch.device("cuda", 3))
-    pool.submit(lambda: None).result()
-    pool.submit(lambda: None).result()
-    ((device, thread),) = chosen
-    assert device == torch.device("cuda", 3)
-    assert thread.startswith("rewards")
+def test_the_thread_of_rewards_has_the_ranks_device_and_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread begins on device 0, on the stream of the rounds; what it reads was written on theirs."""
+    done: list[tuple[str, Any, bool]] = []
+
+    def note(what: str, about: Any = None) -> None:
+        done.append((what, about, threading.current_thread().name.startswith("rewards")))
+
+    ready = SimpleNamespace(wait=lambda: note("wait"))
+
+    def record() -> SimpleNamespace:
+        note("record")
+        return ready
+
+    rounds = SimpleNamespace(record_event=record)
+    device = torch.device("cuda", 3)
+    monkeypatch.setattr(torch, "Stream", lambda device: f"stream of {device}")
+    for name, stand_in in (
+        ("set_device_index", lambda index: note("device", index)),
+        ("set_stream", lambda stream: note("stream", stream)),
+        ("current_stream", lambda of: {device: rounds}[of]),
+    ):
+        monkeypatch.setattr(torch.accelerator, name, stand_in)
+    pool = RewardPool({}, decode, device)
+    for _ in range(2):
+        pool.submit(note, "work").result()
+    own = [(what, about) for what, about, in_thread in done if in_thread]
+    assert own == [("device", device), ("stream", "stream of cuda:3"), *[("wait", None), ("work", None)] * 2]
+    assert [what for what, _, in_thread in done if not in_thread] == ["record", "record"]
 
 
 @pytest.mark.parametrize("mode", ["buffered", "fused"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
+
+from opd_ds.models.quantization import stored_tensors
 
 
 class OffloadedActivations(save_on_cpu):
@@ -17,12 +20,18 @@ class OffloadedActivations(save_on_cpu):
     def __init__(self, network: nn.Module) -> None:
         super().__init__(pin_memory=True)
         pack, unpack = self.pack_hook, self.unpack_hook
-        weights = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
+        weights = {place for tensor in (*network.parameters(), *network.buffers()) for place in _storages(tensor)}
 
         def keep(tensor: Tensor) -> Any:
-            return tensor if tensor.untyped_storage().data_ptr() in weights else pack(tensor)
+            return tensor if weights.issuperset(_storages(tensor)) else pack(tensor)
 
         def give(kept: Any) -> Tensor:
             return kept if isinstance(kept, Tensor) else unpack(kept)
 
         self.pack_hook, self.unpack_hook = keep, give
+
+
+def _storages(tensor: Tensor) -> Iterator[int]:
+    """Where its numbers are; a quantized weight has none itself, but in the tensors that it consists of."""
+    for plain in stored_tensors(tensor) if hasattr(tensor, "__tensor_flatten__") else (tensor,):
+        yield plain.untyped_storage().data_ptr()
