@@ -46,13 +46,6 @@ HARD: dict[str, Any] = {
 }
 PLACED = {placement: {f"tasks__{task}__teacher__placement": placement for task in ("one", "two")}
           for placement in ("offload", "zero_inference")}  # fmt: skip
-# Almost linear in the pixels: where a picture is rounded otherwise, advantages stay what they are but for rounding.
-REDNESS = """
-from PIL import ImageStat
-
-def redness(images, prompts, metadata=None):
-    return [ImageStat.Stat(image).mean[0] for image in images]
-"""
 # By name: on one rank what, ranks, ranks that share a sequence, and what else differs from the run on one rank.
 RUNS: dict[str, tuple[str, int, int, dict[str, Any]]] = {
     "wan stage 3": ("wan", 2, 2, {"rollout__gather": "once", "student__gradient_checkpointing": True}),
@@ -104,10 +97,8 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     held_out = {"tasks__one__eval_prompts": {"path": str(prompts), "limit": 2}, "evaluation__baselines": True}
     late = {"rollout__samples": 6, "scoring__late": 1, "reward_term": {"weight": 0.1, "group": 2}}
     found[LATE] = found["flux"] | rewards | held_out | late
-    redness = root / "redness.py"
-    redness.write_text(REDNESS)
     for name, (teach, changes) in LEARNED.items():
-        learned = {"prompts": str(prompts), "rewards": [f"{redness}:redness"]}
+        learned = {"prompts": str(prompts), "rewards": [f"{Path(__file__).parent / 'brightness.py'}:brightness"]}
         found[name] = found[name.split()[0]] | changes | {"tasks": {"one": learned}, "teach": teach}
     return found
 
