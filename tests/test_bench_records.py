@@ -50,6 +50,25 @@ def test_records_take_the_place_of_runs(tmp_path: Path) -> None:
     assert set(restore(missing, tmp_path / "e", file)) == {job.name for job in planned}
 
 
+def test_a_job_that_ran_again_for_its_weights_leaves_the_record(tmp_path: Path) -> None:
+    """Students in the file were made from the teachers in it."""
+    of_teachers, file = [job for job in jobs(QUICK) if job.name.startswith("teacher-")], tmp_path / "records.json"
+    for day in ("a", "b"):
+        (tmp_path / day).mkdir()
+        finished(tmp_path / day, of_teachers)
+    keep(of_teachers, tmp_path / "a", file)
+    first = file.read_text()
+    for done in (tmp_path / "b").glob("*/done.json"):
+        done.write_text(json.dumps(json.loads(done.read_text()) | {"seconds": 61.0}))
+    keep(of_teachers, tmp_path / "b", file)
+    assert file.read_text() == first
+    changed = [replace(job, settings="other") for job in of_teachers]
+    (tmp_path / "c").mkdir()
+    finished(tmp_path / "c", changed)
+    keep(changed, tmp_path / "c", file)
+    assert file.read_text() != first
+
+
 def test_a_key_to_come_changes_no_job_and_a_recipe_does() -> None:
     by_name = {job.name: job for job in jobs(QUICK)}
     same = {job.name: job.settings for job in jobs(QUICK)}

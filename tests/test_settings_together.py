@@ -44,6 +44,7 @@ LEARNED: dict[str, dict[str, Any]] = {
     "queries": {"rollout__trained_steps": {"queries": 2, "spread": True}},
     "noisy queries": SDE | {"rollout__trained_steps": {"queries": 1, "favour": "high_noise"}},
     "in turn": {"train__schedule": "alternate"},
+    "drawn": {"train__schedule": "random", "tasks__two__turns": 2},
     "samples of its own": {"tasks__one__samples": 6},
     "updates": {"train__updates_per_round": 2},
     "average": {"student__ema": {"decay": 0.9, "every": 2}},

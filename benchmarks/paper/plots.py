@@ -81,7 +81,9 @@ def _queries(found: list[tuple[Queries, Outcome]], place: Path) -> None:
     schedules = list(dict.fromkeys(line["schedule"] for line in lines))
     figure, axes = panels(len(schedules))
     for one, schedule in zip(axes, schedules, strict=True):
+        one.sharey(axes[0])
         one.set(title=f"tasks of an update: {schedule}", xlabel="queries a trajectory", ylabel="mean reward")
+        one.set_xticks(sorted({line["queries"] for line in lines}))
         for number, where in enumerate(dict.fromkeys(line["where"] for line in lines)):
             own = [line for line in lines if (line["schedule"], line["where"]) == (schedule, where)]
             one.plot([o["queries"] for o in own], [o["mean"] for o in own], ".-", color=f"C{number}", label=where)

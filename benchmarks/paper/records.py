@@ -23,11 +23,16 @@ _SUMMED = ("passes/", "seconds/")
 
 
 def keep(jobs: Sequence[Job], folder: Path, file: Path) -> None:
-    """Write the finished ones of `jobs` into `file`, beside what it has of others."""
+    """Write the finished ones of `jobs` into `file`, beside what it has.
+
+    A job that is in it with these settings stays: what ran again did so for its weights, on another processor to other
+    weights, and others in `file` were made from those of then.
+    """
     records = _read(file)
     for job in jobs:
         place = folder / job.name
-        if (place / DONE_FILE).is_file():
+        known = job.name in records and same_job(job, records[job.name])
+        if not known and (place / DONE_FILE).is_file():
             records[job.name] = json.loads((place / DONE_FILE).read_text(encoding="utf-8")) | {"found": _found(place)}
     lines = [f"{json.dumps(name)}: {json.dumps(record)}" for name, record in sorted(records.items())]
     write_whole(file, "{\n" + ",\n".join(lines) + "\n}\n")

@@ -21,6 +21,8 @@ from opd_ds.runs.setup import EVALUATION_FOLDER
 COLUMNS = ("method", "seed", "task", "reward", "passes", "seconds")
 # What every model is scored on: the tasks, and prompts that ask for all of them (the product of the tasks' rewards).
 SCORED = (*TASKS, ALL_TASKS)
+# A rollout ends at its last query: up to 0.8 % more or fewer passes were measured than planned.
+_RANDOM_PASSES = 0.01
 
 Rewards = dict[str, float]  # by `SCORED`
 
@@ -57,7 +59,7 @@ class Findings:
         curves: by method and seed, from the base on.
         noise: by kind of rollout, from the base on.
         gradients: the report of `gradients.py`.
-        other_passes: runs whose passes are not those that the budget was made with.
+        other_passes: runs whose passes are not those that the budget was made with, by more than random queries make.
     """
 
     outcomes: list[Outcome]
@@ -93,7 +95,11 @@ def collect(plan: Plan, folder: Path, real: Rewards | None, gradients: dict[str,
         _outcome(variant.name, first, folder, [student(variant, first)]) for variant in (*plan.queries, *plan.further)
     ]
     noise = {variant.name: [start, *curve(folder, [student(variant, first)])] for variant in plan.noise}
-    other = [run.name for run in runs(plan) if measured_passes(folder / run.name) != run.passes]
+    other = [
+        run.name
+        for run in runs(plan)
+        if abs(measured_passes(folder / run.name).units / run.passes.units - 1) > _RANDOM_PASSES
+    ]
     return Findings(outcomes, singles, curves, noise, gradients, other)
 
 
