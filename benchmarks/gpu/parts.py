@@ -32,6 +32,7 @@ PARTS = (
     Part("full-stream", "the same, block by block", "rounds:full_stream", 30, 80, on_cpu=False),
     Part("full-zero-inference", "the same, sharded", "rounds:full_zero_inference", 40, 170),
     Part("miniature", "the recipe `miniature`, 30 rounds", "small:miniature", 20, 70),
+    Part("rewards", "rounds that learn from rewards", "small:rewards", 15, 60),
     Part("oom", "scoring.micro_batch = auto, out of memory once", "small:out_of_memory", 15, 45, on_cpu=False),
     Part("evaluation", "images of the student", "small:evaluation", 10, 45),
     Part("attention", "kernels of attention at FLUX.1's width", "attention:attention", 15, 120),

@@ -1,13 +1,17 @@
-"""Parts with the miniature: its recipe at ZeRO-0 and 3, running out of memory once, images of the student."""
+"""Parts with the miniature: its recipe at ZeRO-0 and 3, rewards, running out of memory once, images of the student."""
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from statistics import median
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from benchmarks.gpu.measure import GIB, time_rounds, watched
-from benchmarks.gpu.session import Session
+from benchmarks.gpu.session import Session, synchronise
 from benchmarks.speed.worker import Loop
 from opd_ds.config.algorithms import DistilConfig
 from opd_ds.config.loading import load_config
@@ -18,7 +22,10 @@ from opd_ds.miniature.world import TASKS
 from opd_ds.runs.setup import prepare
 
 _ROUNDS_ON_CPU = 2
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _PICTURES = 4  # per task
+_SAME_REWARD = 1e-3  # means of a round, between 0 and 1; updates on GPUs are equal but for rounding
 _STAGES = (0, 3)
 _PROMPTS = "'package:miniature/assets/prompts/%s/test.txt'"
 _LITTLE = ("rollout.samples=2", "evaluation.steps=2")  # for CPUs
@@ -48,6 +55,41 @@ def miniature(session: Session) -> None:
             found |= {f"{name}, s": value for name, value in measured["phases"].items()}
             found["peak, GiB"] = measured["peak"] / GIB
             found["ok"] = losses[-1] < losses[0] or len(losses) < 30
+
+
+def rewards(session: Session) -> None:
+    """Rounds that learn from rewards: images are decoded and scored in the round, then in the thread beside it.
+
+    On a GPU the thread has a stream of its own: images that it decoded too early would have other scores.
+    """
+    rounds = 4 if session.on_gpu else _ROUNDS_ON_CPU
+    little = () if session.on_gpu else ("rollout.samples=8", "rollout.steps=3")
+    folder = f"run.output_dir={session.scratch / 'rewards'}"
+    scores: dict[str, list[float]] = {}
+    for way in ("in the round", "beside it"):
+        with session.check(way) as found:
+            config = load_config("miniature_nft_text", None, [folder, "deepspeed=zero0", *little])
+            parts = prepare(config, session.group)
+            if way == "in the round":
+                parts.rewards.submit = _at_once  # type: ignore[method-assign]
+            scores[way], seconds = [], []
+            for index in range(rounds):
+                synchronise()
+                started = time.perf_counter()
+                report = parts.trainer.run_round(index)
+                synchronise()
+                seconds.append(time.perf_counter() - started)
+                scores[way].append(report.scores["text/mean"])
+            found |= {"first round, s": seconds[0], "s/round": median(seconds[1:])}
+            found |= {"first reward": scores[way][0], "last reward": scores[way][-1]}
+            found["difference"] = max(abs(a - b) for a, b in zip(scores[way], scores["in the round"], strict=True))
+            found["ok"] = found["difference"] < _SAME_REWARD
+
+
+def _at_once(work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+    done: Future[_T] = Future()
+    done.set_result(work(*args, **kwargs))
+    return done
 
 
 def out_of_memory(session: Session) -> None:
