@@ -42,6 +42,24 @@ def test_ranks_make_equally_many_forwards(steps: list[list[int]], size: int) -> 
     assert by_rank[0][0].length == needed, "those that go on for longest are together, and first"
 
 
+def test_a_rollout_is_float32_whatever_torchs_default_is() -> None:
+    """Libraries change it while they read a network, for all threads."""
+    seen = set()
+
+    def predict(x: Tensor, sigma: Tensor, rows: Rows, step: int) -> Tensor:
+        seen.add((x.dtype, sigma.dtype))
+        return x
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        table = kernel("flow", 0.6).coefficients(SIGMAS)
+        found = rollout(predict, SampleNoise([1, 2], (2, 3, 3)), table, SIGMAS, device=torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert seen == {(torch.float32, torch.float32)}
+    assert found.final.dtype == torch.float32
+
+
 def test_samples_of_one_length_stay_in_order() -> None:
     assert [part.rows for part in micro_batches([4] * 5, 2)] == [[0, 1], [2, 3], [4]]
 

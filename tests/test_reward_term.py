@@ -158,7 +158,7 @@ def test_a_plan_counts_transitions_and_decoding(tiny_world: Path, tmp_path: Path
     device = parse_devices("1xcpu", "--gpus")
     kept = [buffer_bytes(config, find_model(config), device)["states"] for config in (plain, term)]
     assert kept[1] == 3 * kept[0]
-    assert (decoding(plain), decoding(term)) == (Phase.DECODE, Phase.SCORE)
+    assert (decoding(plain), decoding(term)) == ({Phase.DECODE}, {Phase.SCORE})
 
 
 @pytest.mark.parametrize(

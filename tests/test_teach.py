@@ -22,6 +22,8 @@ from opd_ds.config.sections import WeightedReward
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.evaluation.reward_pool import RewardPool
+from opd_ds.models import prompt_encoding
+from opd_ds.models.libraries import load
 from opd_ds.rewards import Needs
 from opd_ds.runs.setup import Parts, prepare
 from opd_ds.runs.train import train
@@ -137,6 +139,24 @@ def test_the_first_step_of_guard_has_ratio_one(build: Build, redness: Redness) -
     assert parts.trainer.run_round(0).losses.means["bright"]["ratio"] == 1.0
     _, parts = build(GUARD, train__micro_batch=4, train__inner_epochs=2)
     assert parts.trainer.run_round(0).losses.means["bright"]["ratio"] != 1.0
+
+
+def test_networks_are_read_before_the_rounds_and_in_the_main_thread(
+    build: Build, redness: Redness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While diffusers reads one, torch's default dtype is another for all threads: rounds beside it fail, or differ."""
+    read: list[tuple[str, bool]] = []
+
+    def reading(kind: Any, path: Path, what: str, **settings: Any) -> Any:
+        read.append((what, threading.current_thread() is threading.main_thread()))
+        return load(kind, path, what, **settings)
+
+    monkeypatch.setattr(prompt_encoding, "load", reading)
+    _, parts = build(NFT, precision="bf16", rollout__micro_batch=1)
+    assert ("vae", True) in read
+    parts.trainer.run_round(0)
+    assert len(read) == 2
+    assert all(in_main for _, in_main in read)
 
 
 def test_a_window_moves_and_only_it_is_trained(build: Build, redness: Redness) -> None:

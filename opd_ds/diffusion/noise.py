@@ -44,4 +44,4 @@ class SampleNoise:
     def draw(self, rows: slice | Sequence[int]) -> Tensor:
         """The next noise of the samples `rows`: [b, *shape]."""
         drawing = self._generators[rows] if isinstance(rows, slice) else [self._generators[row] for row in rows]
-        return torch.stack([torch.randn(self.shape, generator=generator) for generator in drawing])
+        return torch.stack([torch.randn(self.shape, generator=one, dtype=torch.float32) for one in drawing])

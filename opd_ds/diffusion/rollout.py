@@ -193,7 +193,7 @@ def rollout(
     count, steps = len(noise), len(coefficients)
     if parts is None:
         parts = [MicroBatch(list(range(count)), [steps] * count)]
-    final = torch.empty(count, *noise.shape, device=device)
+    final = torch.empty(count, *noise.shape, dtype=torch.float32, device=device)
     kept = keep.columns(noise.shape, device) if keep is not None else []
     for part in parts:
         _micro_batch(predict, noise, coefficients, sigmas.tolist(), part, final, kept)
@@ -224,7 +224,7 @@ def _micro_batch(
             index = to_device(torch.tensor(staying), device)
             rows, x = Rows([rows.host[place] for place in staying], rows.device[index]), x[index]
             history = None if history is None else history[index]
-        sigma = torch.full((len(x),), grid[step], device=device)
+        sigma = torch.full((len(x),), grid[step], dtype=torch.float32, device=device)
         velocity = predict(x, sigma, rows, step).float()
         mean = coefficients.mean(step, x, velocity, history)
         history = predicted_x0(x, velocity, grid[step])

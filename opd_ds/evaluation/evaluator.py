@@ -17,6 +17,7 @@ from opd_ds.data import PromptSet
 from opd_ds.engine import Group
 from opd_ds.errors import UserError
 from opd_ds.evaluation.pictures import Item, Painter, items
+from opd_ds.evaluation.reward_pool import RewardPool
 from opd_ds.rewards import Drawn, Reward, score_beside
 
 # By task (or prompt set) and label.
@@ -39,7 +40,7 @@ class Evaluator:
 
     Args:
         prompts: held-out prompts by task; tasks without are not evaluated.
-        rewards: by label, as the tasks' settings name them.
+        rewards: as the tasks' settings name them; the thread may have images of `watch` to score first.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Evaluator:
         group: Group,
         painter: Painter,
         prompts: dict[str, PromptSet],
-        rewards: dict[str, Reward],
+        rewards: RewardPool,
     ) -> None:
         self._config, self._group, self._painter = config, group, painter
         self._prompts, self._rewards = prompts, rewards
@@ -68,7 +69,7 @@ class Evaluator:
             shown[task] = self._gather(mine, images, settings.grid_prompts)
             section = self._config.evaluated[task]
             labels = [reward.label for reward in section.rewards]
-            found = {label: score_images(self._rewards[label], label, images, mine) for label in labels}
+            found = {label: self._score(label, images, mine) for label in labels}
             found = with_sum(found, section.summed)
             scores[task] = {label: self._mean(values, weights) for label, values in found.items()}
         return EvaluationResult(scores, shown)
@@ -82,6 +83,9 @@ class Evaluator:
                 mine, images, _ = self._draw(network, wanted, value)
                 shown[task] = self._gather(mine, images, count)
         return shown
+
+    def _score(self, label: str, images: list[Drawn], asked: list[Item]) -> Tensor:
+        return self._rewards.submit(score_images, self._rewards.rewards[label], label, images, asked).result()
 
     def _draw(self, network: Any, wanted: list[Item], guidance: float) -> tuple[list[Item], list[Drawn], Tensor]:
         """This rank's items, their images and their weights."""

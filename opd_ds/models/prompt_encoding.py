@@ -179,6 +179,16 @@ class PromptEncoding(ABC):
         networks = [part for part in encoders.components.values() if isinstance(part, nn.Module)]
         self.loaded.encoder_weights = HostWeights(nn.ModuleList(networks), self.device, self.host_memory)
 
+    def load_vae(self) -> None:
+        """Read what `decode` needs, which its first call does otherwise.
+
+        In a thread that call would disturb all others: diffusers (0.42) sets torch's default dtype while it reads.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        self._loaded_vae()
+
     def _loaded_vae(self) -> Any:
         with self.loaded.vae_lock:
             if self.loaded.vae is None:

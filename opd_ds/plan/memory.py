@@ -438,17 +438,17 @@ def _vae(config: RunConfig, costs: Costs, devices: Devices, element: int, *, eva
         parts.append(Part("VAE decode", decode, frozenset({Phase.DECODE})))
     if config.learns_from_rewards:
         drawn = min(config.rollout.micro_batch, largest_rows(config, devices))
-        parts.append(Part("VAE decode", decoded_bytes(config, costs, drawn), frozenset({decoding(config)})))
+        parts.append(Part("VAE decode", decoded_bytes(config, costs, drawn), decoding(config)))
     return parts
 
 
-def decoding(config: RunConfig) -> Phase:
-    """The phase of a round beside which images are decoded; `DECODE`, an evaluation's, where no rewards are learned
-    from.
+def decoding(config: RunConfig) -> frozenset[Phase]:
+    """The phases of a round beside which images are decoded; `DECODE`, an evaluation's, where no rewards are learned
+    from. Those of the last rollouts are decoded while the start is asked.
     """
     if not config.learns_from_rewards:
-        return Phase.DECODE
-    return Phase.SCORE if config.teachers else Phase.ROLLOUT
+        return frozenset({Phase.DECODE})
+    return frozenset({Phase.SCORE} if config.teachers else {Phase.ROLLOUT, Phase.SCORE})
 
 
 def _encodes_pictures(config: RunConfig, costs: Costs) -> bool:

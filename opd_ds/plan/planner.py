@@ -324,7 +324,7 @@ def _evaluated_in_less(setting: Setting, config: RunConfig, costs: Costs, device
 
 def _evaluation_decides(plan: Plan) -> bool:
     """Whether what does not fit is a phase that draws for an evaluation, or that decodes."""
-    phases = (Phase.EVALUATE, Phase.DECODE, decoding(plan.config))
+    phases = (Phase.EVALUATE, Phase.DECODE, *decoding(plan.config))
     return plan.needed > plan.devices.kind.memory and plan.memory.worst in phases
 
 

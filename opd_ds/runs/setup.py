@@ -92,9 +92,12 @@ def prepare(config: RunConfig, group: Group, start: Start | None = None) -> Part
             family, files.teachers, group.device, student=student, memory=memory, compiled=config.model.compile_blocks
         )
     pool = RewardPool(rewards, family.decode, group.device, family.fps)
+    if config.learns_from_rewards:  # whose thread decodes
+        with group.raise_on_any_rank():
+            family.load_vae()
     trainer = trainer_class(config)(Components(config, group, family, student, ema, files.prompts, teachers, pool))
     painter = Painter(config, family, group)
-    evaluator = Evaluator(config, group, painter, files.eval_prompts, rewards)
+    evaluator = Evaluator(config, group, painter, files.eval_prompts, pool)
     sets = {
         name: EvaluationSet.of(prompts, own, own, config.evaluation.samples_per_prompt, section.summed)
         for name, prompts in files.eval_prompts.items()

@@ -128,7 +128,7 @@ class TeacherServer:
 
     def _ask(self, network: Any, question: Question, batch: _Batch, rows: slice) -> Tensor:
         cond, states = batch.cond[rows], batch.states[rows]
-        sigma = torch.full((len(states),), batch.sigma, device=states.device)
+        sigma = torch.full((len(states),), batch.sigma, dtype=torch.float32, device=states.device)
         uncond = batch.uncond if cond.negative is None else cond.negative
         said = guide(self._family, network, states, sigma, cond, uncond, question.guidance, question.stage)
         if not question.apart:
