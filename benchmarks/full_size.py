@@ -125,7 +125,7 @@ class FullSize:
         (folder / "prompts.txt").write_text("\n".join(_PROMPTS) + "\n", encoding="utf-8")
         config = self.config(world)
         cache = TextCache(config.text_cache)
-        prompts = ["", *_PROMPTS]
+        prompts = [family.negative_prompt, *_PROMPTS]
         cache.claim(encoders_identity(config, base))
         texts = _random_texts(self.family, network, len(prompts), find_model(config).tokens)
         cache.add(dict(zip(prompts, texts.apart(), strict=True)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 from PIL import Image, ImageStat
@@ -9,4 +10,4 @@ from PIL import Image, ImageStat
 
 def brightness(images: list[Image.Image], prompts: list[str], metadata: Any = None) -> list[float]:
     """From 0 to 255."""
-    return [ImageStat.Stat(image.convert("L")).mean[0] for image in images]
+    return [fmean(ImageStat.Stat(image).mean) for image in images]

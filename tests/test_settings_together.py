@@ -156,7 +156,7 @@ def on_two_ranks(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def close(name: str, row: dict[str, float]) -> Any:
     """Rounding that turns a pixel over changes a reward by a thousandth of what rewards differ by."""
     rewarded = not {"teach", "reward_term"}.isdisjoint(LEARNED[name])
-    return pytest.approx(row, rel=1e-2 if rewarded else 1e-4, abs=1e-6)
+    return pytest.approx(row, rel=2e-2 if rewarded else 1e-4, abs=1e-6)
 
 
 @pytest.mark.extended
