@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -120,3 +121,14 @@ def test_a_rank_that_is_no_number_does_not_hide_the_message(
         report_and_exit(UserError("RANK = 'x': needs a number"))
     assert ended.value.code == 2
     assert capsys.readouterr().err == "opd-ds: error: RANK = 'x': needs a number\n"
+
+
+def test_a_reader_that_leaves_is_no_failure() -> None:
+    """`opd-ds train --help | head -1`: rich ends the process."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "opd_ds.cli", "train", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, errors = process.communicate(timeout=60)
+    assert errors == b""

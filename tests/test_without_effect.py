@@ -96,6 +96,18 @@ def test_a_setting_without_effect_is_named(
     assert not others
 
 
+def test_negative_prompts_of_a_set_that_no_guidance_reads(
+    tiny_world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a red 3 on blue", "negative_prompt": "blurry"}\n')
+    changes = {"tasks__one__prompts": str(prompts), "tasks__two__teacher__guidance": 1.0}
+    unread = "tasks.one.prompts has negative prompts, which are not read where every guidance is 1"
+    for guidance in (1.0, 2.0):
+        data = run_settings(tiny_world, tmp_path / "out", **changes, rollout__guidance=guidance)
+        assert (unread in said(data, caplog)) == (guidance == 1.0)
+
+
 def test_weights_that_are_the_bases_own_are_named(
     tiny_world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -26,6 +26,7 @@ from opd_ds.cli.train import teach, train
 from opd_ds.cluster.endings import EndedEarlyError, no_silent_end
 from opd_ds.cluster.failures import report_and_exit
 from opd_ds.errors import Interrupted
+from opd_ds.utils.logging import quiet_notes
 
 
 class _Commands(TyperGroup):
@@ -37,6 +38,8 @@ class _Commands(TyperGroup):
         except Interrupted:
             raise
         except SystemExit as end:
+            if isinstance(end.__context__, BrokenPipeError):  # rich's, where nobody reads on, as `| head` does
+                raise
             raise EndedEarlyError(f"exit({end.code!r}) was called before the command was done") from end
         except EOFError as error:  # typer (0.29) would say nothing but "Aborted!"
             raise EndedEarlyError(f"a file ended too early: {error}") from error
@@ -77,6 +80,7 @@ def common(
     # transformers (5.x) and diffusers (0.42) name the optional packages that they miss as soon as they are imported.
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    quiet_notes()
     # The deepspeed launcher puts --local_rank before the sub-command; LOCAL_RANK says the same and is what we read.
 
 

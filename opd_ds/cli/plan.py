@@ -38,7 +38,7 @@ def plan(
 ) -> None:
     """What a run will need: memory, passes and seconds a round, GPU hours and money; and the fastest setting that fits.
 
-    Needs neither weights nor GPUs. Takes a minute or more: the network's passes are measured without data.
+    Needs neither weights nor GPUs. Takes ten seconds to two minutes: the network's passes are measured without data.
     """
     from opd_ds.config.loading import load_config
     from opd_ds.plan.devices import parse_devices, parse_host_memory

@@ -83,7 +83,8 @@ def similar_key(kind: type[BaseModel], key: str, here: list[str]) -> str:
     short = usual.rpartition(".")[2]
     if usual:
         return f" Did you mean {short if short in here else usual!r}?"
-    return nearest(name, here) or nearest(key, all_keys(kind))
+    elsewhere = [other for other in all_keys(kind) if not key.startswith(f"{other}.")]
+    return nearest(name, here) or nearest(key, elsewhere)
 
 
 def all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -152,6 +152,8 @@ def _explain(kind: type[BaseModel], problem: Any) -> tuple[str, str]:
         chosen = CHOSEN_BY[key]
         found = value.get(chosen) if isinstance(value, dict) else value
         names = [name for name, section in ALGORITHMS.items() if chosen in section.model_fields]
+        if isinstance(value, str):
+            return f"{key} = {shown(value)}", f"is a section with keys; write {key}.{chosen}: {', '.join(names)}"
         similar = nearest(str(found), names)
         return f"{key}.{chosen} = {shown(found)}", f"allowed are {', '.join(names)}{'.' if similar else ''}{similar}"
     if problem["type"] == "invalid_key":

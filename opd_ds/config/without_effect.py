@@ -87,6 +87,17 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
             yield f"{config.place(name)}.rewards score nothing without {config.place(name)}.eval_prompts or watch.every"
 
 
+def all_guidances(config: RunConfig) -> dict[str, float]:
+    """By key."""
+    found = {"rollout.guidance": config.rollout.guidance}
+    found |= {
+        f"{config.place(name)}.guidance": section.guidance
+        for name, section in config.evaluated.items()
+        if section.guidance is not None
+    }
+    return found | {f"{config.teacher_key(name)}.guidance": one.guidance for name, one in config.all_teachers.items()}
+
+
 def _student(config: RunConfig) -> Iterator[str]:
     student, model, rollout = config.student, config.model, config.rollout
     if student.kind == "full" and _is_given(student, "lora"):
@@ -99,13 +110,7 @@ def _student(config: RunConfig) -> Iterator[str]:
         yield "model.size_from = 'pictures': no prompt set has pictures, so all images have the run's size"
     if rollout.kernel in STOCHASTIC_KERNELS and rollout.noise_level == 0:
         yield f"rollout.kernel = {rollout.kernel!r} draws no noise with rollout.noise_level = 0"
-    guidances = {"rollout.guidance": rollout.guidance}
-    guidances |= {
-        f"{config.place(name)}.guidance": section.guidance
-        for name, section in config.evaluated.items()
-        if section.guidance is not None
-    }
-    guidances |= {f"{config.teacher_key(name)}.guidance": one.guidance for name, one in config.all_teachers.items()}
+    guidances = all_guidances(config)
     turbo = "turbo" in model.path.rstrip("/").rpartition("/")[2].lower()  # their folders do not say it
     for key, value in guidances.items():
         if turbo and value > 1:

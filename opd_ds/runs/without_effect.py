@@ -8,6 +8,7 @@ from pathlib import Path
 from peft import LoraConfig
 
 from opd_ds.config.schema import RunConfig
+from opd_ds.config.without_effect import all_guidances
 from opd_ds.engine import learning_rates, zero_stage
 from opd_ds.models import ModelFamily, lora
 from opd_ds.models.inspection import differing_parts
@@ -26,6 +27,10 @@ def files_without_effect(config: RunConfig, files: RunFiles, family: ModelFamily
             f"the scheduler of deepspeed = {config.deepspeed!r} has the learning rate 0 in {idle} of "
             f"{config.run.rounds} rounds, which train nothing"
         )
+    if all(value == 1 for value in all_guidances(config).values()):
+        for key, prompts in files.prompt_sets(config).items():
+            if prompts.own_negatives:
+                yield f"{key} has negative prompts, which are not read where every guidance is 1"
     placed = {} if files.start is None else {"student.start": (str(config.student.start), files.start)}
     for name, spec in files.teachers.items():
         key = config.teacher_key(name)

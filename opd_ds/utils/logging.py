@@ -44,13 +44,18 @@ def log_to_terminal(rank: int = 0) -> None:
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
-def quiet_libraries() -> None:
-    """Leave the terminal to our own progress: no loading bars, no notes about optional image backends."""
+def quiet_notes() -> None:
+    """No notes of libraries about what else could be installed; before they are imported."""
     # transformers (5.x) says which image processors torchvision would make faster, while diffusers imports them.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     # torchao (0.18) says which of its kernels fit this machine, and how torch (2.13) would like its enums registered.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to our own progress: no loading bars, no notes about optional image backends."""
+    quiet_notes()
     # tqdm (4.67) asks notebooks for ipywidgets, for bars that are not shown.
     warnings.filterwarnings("ignore", message="IProgress not found")
     warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated", category=DeprecationWarning)
