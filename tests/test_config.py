@@ -63,14 +63,6 @@ from tests.tiny import run_settings, write_config
         ("tasks.one.rewards=[{name: ocr, label: a/b}]", r"the label 'a/b' may hold letters"),
     ],
 )
-def test_a_section_that_is_given_as_a_word_is_told_its_key() -> None:
-    """`objective: ppo` is no method, but nearly one."""
-    with pytest.raises(UserError, match=r"objective = 'ppo': is a section with keys; write objective\.method: closed"):
-        load_config("miniature", None, ["objective=ppo"])
-    with pytest.raises(UserError, match=r"objective\.kind = 'ppo': unknown key; [^?]*\.$"):
-        load_config("miniature", None, ["objective.kind=ppo"])
-
-
 def test_one_line_per_problem(config_file: Path, override: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load_config(None, config_file, [override])
@@ -185,3 +177,11 @@ def test_a_reward_is_a_name_or_a_mapping(config_file: Path) -> None:
     assert list(config.rewards) == ["ocr", "judge"]
     with pytest.raises(UserError, match="the label 'ocr' stands for two rewards"):
         load_config(None, config_file, ["tasks.one.rewards=[ocr]", "tasks.two.rewards=[{name: ocr, options: {n: 1}}]"])
+
+
+def test_a_section_that_is_given_as_a_word_is_told_its_key() -> None:
+    """`objective: ppo` is no method, but nearly one."""
+    with pytest.raises(UserError, match=r"objective = 'ppo': is a section with keys; write objective\.method: closed"):
+        load_config("miniature", None, ["objective=ppo"])
+    with pytest.raises(UserError, match=r"objective\.kind = 'ppo': unknown key; [^?]*\.$"):
+        load_config("miniature", None, ["objective.kind=ppo"])
